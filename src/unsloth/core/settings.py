@@ -1,0 +1,41 @@
+"""The only reader of the environment.
+
+Settings are read when they are used, never at import, because users set some of them after importing us.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_FALSE = {"", "0", "false", "no", "off"}
+
+
+def flag(name: str, default: bool = False) -> bool:
+    """Whether the environment variable ``name`` is switched on (anything but empty, 0, false, no, off)."""
+    value = os.environ.get(name)
+    return default if value is None else value.strip().lower() not in _FALSE
+
+
+def allow_uninitialized_weights() -> bool:
+    """``UNSLOTH_WARN_UNINITIALIZED=0`` lets a model load although its files lack some of its tensors."""
+    return not flag("UNSLOTH_WARN_UNINITIALIZED", default=True)
+
+
+def verbose_logging() -> bool:
+    """``UNSLOTH_ENABLE_LOGGING=1`` also logs what is normally too detailed to show."""
+    return flag("UNSLOTH_ENABLE_LOGGING")
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: ``UNSLOTH_CACHE``, else the user's cache folder."""
+    explicit = os.environ.get("UNSLOTH_CACHE")
+    if explicit:
+        return Path(explicit).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "unsloth"
+
+
+def offline() -> bool:
+    """Whether the Hugging Face libraries were told to stay off the network."""
+    return flag("HF_HUB_OFFLINE") or flag("TRANSFORMERS_OFFLINE")

@@ -1,0 +1,1 @@
+"""Merged models and adapters on the disk, proven equal to the model they were made from."""

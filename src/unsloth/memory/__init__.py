@@ -1,0 +1,1 @@
+"""What is kept, recomputed or moved between forward and backward."""

@@ -1,0 +1,1 @@
+"""Finding, loading and adapting models and their tokenizers."""

@@ -1,0 +1,1 @@
+"""Weight formats: how a quantized tensor is stored, and how to get its values back."""

@@ -1,0 +1,1 @@
+"""Training loops, on top of TRL's and transformers' trainers."""

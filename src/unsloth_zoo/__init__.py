@@ -1,0 +1,1 @@
+"""Names that documented snippets import from here; everything lives in :mod:`unsloth`."""
