@@ -1,3 +1,44 @@
-"""Fine-tune open language models on one GPU."""
+"""Fine-tune open language models on one GPU.
+
+Importing this package loads nothing else and changes nothing: each public name is imported from its module when
+it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unsloth.api import FastLanguageModel as FastLanguageModel
+    from unsloth.core.device import is_bfloat16_supported as is_bfloat16_supported
+    from unsloth.core.errors import UnslothError as UnslothError
+    from unsloth.train.config import SFTConfig as SFTConfig
+    from unsloth.train.responses import train_on_responses_only as train_on_responses_only
+    from unsloth.train.sft import SFTTrainer as SFTTrainer
 
 __version__ = "0.1.0"
+
+# Public name: (module, name in it)
+_PUBLIC = {
+    "FastLanguageModel": ("unsloth.api", "FastLanguageModel"),
+    "SFTConfig": ("unsloth.train.config", "SFTConfig"),
+    "SFTTrainer": ("unsloth.train.sft", "SFTTrainer"),
+    "UnslothError": ("unsloth.core.errors", "UnslothError"),
+    "is_bf16_supported": ("unsloth.core.device", "is_bfloat16_supported"),
+    "is_bfloat16_supported": ("unsloth.core.device", "is_bfloat16_supported"),
+    "train_on_responses_only": ("unsloth.train.responses", "train_on_responses_only"),
+}
+
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'unsloth' has no attribute '{name}'")
+    module, attribute = _PUBLIC[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -39,3 +39,12 @@ def cache_folder() -> Path:
 def offline() -> bool:
     """Whether the Hugging Face libraries were told to stay off the network."""
     return flag("HF_HUB_OFFLINE") or flag("TRANSFORMERS_OFFLINE")
+
+
+def share_processors_politely() -> None:
+    """Let OpenMP's idle threads sleep instead of spin, unless the user chose otherwise.
+
+    For programs of our own, before torch is loaded. Spinning threads slow a training step several times over as
+    soon as another process wants the same processors.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -1,0 +1,176 @@
+"""The public classes: thin calls downward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from unsloth.core.errors import ConfigError
+from unsloth.export.save import attach_methods
+from unsloth.memory.checkpointing import Policy
+from unsloth.models import adapters, load, modes
+
+# Documented arguments that only matter once something else is switched on; that something is refused below.
+_WITHOUT_EFFECT = {
+    "gpu_memory_utilization",
+    "max_lora_rank",
+    "disable_log_stats",
+    "use_exact_model_name",
+    "unsloth_force_compile",
+}
+# Documented arguments that this version cannot honour; any other value than the neutral one is an error.
+_UNAVAILABLE = {
+    "fast_inference": False,
+    "float8_kv_cache": False,
+    "offload_embedding": False,
+    "offload_embeddings": False,
+    "qat_scheme": None,
+    "rope_scaling": None,
+    "resize_model_vocab": None,
+    "auto_model": None,
+    "gguf_file": None,
+}
+
+
+class FastLanguageModel:
+    """Load a language model, add an adapter to it, and switch it between training and inference."""
+
+    @staticmethod
+    def from_pretrained(
+        model_name: str,
+        max_seq_length: int = 2048,
+        dtype: torch.dtype | str | None = None,
+        load_in_4bit: bool | None = None,
+        load_in_8bit: bool | None = None,
+        load_in_16bit: bool | None = None,
+        full_finetuning: bool | None = None,
+        token: str | bool | None = None,
+        device_map: str | Mapping[str, Any] | torch.device = "sequential",
+        fix_tokenizer: bool = True,
+        trust_remote_code: bool = False,
+        use_gradient_checkpointing: Policy = "unsloth",
+        revision: str | None = None,
+        random_state: int = 3407,
+        float32_mixed_precision: bool | None = None,
+        attn_implementation: str | None = None,
+        **kwargs: Any,
+    ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+        """Load a model and its tokenizer.
+
+        Args:
+            model_name: A local folder, a hub id, a saved adapter (folder or hub id), or
+                ``"embedded:SmolLM2-135M-Instruct"``.
+            max_seq_length: Longest training sequence, in tokens.
+            dtype: Of computation; None chooses bfloat16 where supported.
+            load_in_4bit: NF4 weights with double quantization. The default if no other is named.
+            load_in_8bit: LLM.int8() weights.
+            load_in_16bit: Weights in ``dtype``, for 16-bit LoRA.
+            full_finetuning: Weights to be trained themselves, in float32 with computation in ``dtype``.
+            token: Hub token.
+            device_map: As in transformers; ``"sequential"`` means the current GPU, or the CPU without one.
+            fix_tokenizer: Give the tokenizer a padding token of its own.
+            trust_remote_code: Whether code in the repository may run.
+            use_gradient_checkpointing: ``"unsloth"`` or True recompute activations, False keeps them.
+            revision: Hub revision.
+            random_state: Seed of the adapters' initial values.
+            float32_mixed_precision: For full fine-tuning; False holds the weights in ``dtype`` too.
+            attn_implementation: As in transformers.
+            **kwargs: Passed on to transformers' ``from_pretrained``.
+
+        Returns:
+            The model (wrapped by PEFT if ``model_name`` is an adapter) and the tokenizer.
+
+        Raises:
+            UnslothError: In one of its kinds, before anything is half done: ConfigError, ModelNotFoundError,
+                NetworkError, CheckpointError, AdapterError.
+        """
+        options = load.LoadOptions(
+            model_name=model_name,
+            max_seq_length=max_seq_length,
+            dtype=load.parse_dtype(dtype),
+            precision=load.choose_precision(load_in_4bit, load_in_8bit, load_in_16bit, full_finetuning),
+            float32_mixed_precision=float32_mixed_precision is not False,
+            token=token,
+            device_map=device_map,
+            fix_tokenizer=fix_tokenizer,
+            trust_remote_code=trust_remote_code,
+            use_gradient_checkpointing=use_gradient_checkpointing,
+            revision=revision,
+            random_state=random_state,
+            attn_implementation=attn_implementation,
+            more=_supported(kwargs),
+        )
+        model, tokenizer = load.load(options)
+        attach_methods(model)
+        return model, tokenizer
+
+    @staticmethod
+    def get_peft_model(
+        model: PreTrainedModel,
+        r: int = 16,
+        target_modules: Iterable[str] | str = adapters.ALL_LINEAR,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        bias: str = "none",
+        layers_to_transform: int | list[int] | None = None,
+        layers_pattern: str | None = None,
+        use_gradient_checkpointing: Policy = "unsloth",
+        random_state: int = 3407,
+        max_seq_length: int | None = None,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        modules_to_save: list[str] | None = None,
+        init_lora_weights: bool | str = True,
+        loftq_config: dict[str, Any] | None = None,
+        task_type: str = "CAUSAL_LM",
+        qat_scheme: str | None = None,
+    ) -> PeftModel | PreTrainedModel:
+        """Add a trainable LoRA adapter; a model loaded for full fine-tuning is returned as it is.
+
+        ``max_seq_length`` is accepted for compatibility; the value given to ``from_pretrained`` holds. All other
+        arguments are described at :class:`unsloth.models.adapters.AdapterOptions`.
+
+        Raises:
+            ConfigError: A hyperparameter out of range.
+            AdapterError: The model has an adapter already, or a target names none of its modules.
+        """
+        _supported({"qat_scheme": qat_scheme})
+        options = adapters.AdapterOptions(
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            target_modules=target_modules,
+            bias=bias,
+            layers_to_transform=layers_to_transform,
+            layers_pattern=layers_pattern,
+            use_rslora=use_rslora,
+            use_dora=use_dora,
+            modules_to_save=modules_to_save,
+            init_lora_weights=init_lora_weights,
+            loftq_config=loftq_config,
+            task_type=task_type,
+            use_gradient_checkpointing=use_gradient_checkpointing,
+            random_state=random_state,
+        )
+        adapted = adapters.add(model, options)
+        attach_methods(adapted)
+        return adapted
+
+    for_inference = staticmethod(modes.for_inference)
+    for_training = staticmethod(modes.for_training)
+
+
+def _supported(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments to pass on; refuses those that this version would have to ignore."""
+    passed_on = {}
+    for name, value in arguments.items():
+        if name in _UNAVAILABLE:
+            if value != _UNAVAILABLE[name]:
+                raise ConfigError(f"{name} is not available in this version", got=value, do="Leave it out.")
+        elif name not in _WITHOUT_EFFECT:
+            passed_on[name] = value
+    return passed_on

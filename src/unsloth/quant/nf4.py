@@ -1,0 +1,39 @@
+"""NF4: four bits a weight, as bitsandbytes stores them.
+
+A weight is a flat row-major sequence of 4-bit codes (two a byte, high nibble first) into the 16 NormalFloat
+values of QLoRA (Dettmers et al., 2023, arXiv:2305.14314); each block of 64 has an absolute maximum, which is
+itself quantized to 8 bits ("double quantization"), so a weight costs about 4.13 bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import BitsAndBytesConfig
+
+
+def quantization_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """How transformers is to quantize a model while loading it.
+
+    Args:
+        compute_dtype: The dtype that weights are dequantized to for a matrix product.
+    """
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def keep_layout(model: torch.nn.Module) -> None:
+    """Keep every 4-bit layer of ``model`` in its storage layout for good.
+
+    On CPUs with AVX512-BF16, bitsandbytes repacks a layer's weight in place at the first evaluation without
+    gradients and does not unpack it for training: gradients are silently wrong from then on. Must be called once
+    after loading. Has no effect on other machines.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False

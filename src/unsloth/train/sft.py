@@ -1,0 +1,211 @@
+"""Supervised fine-tuning, on TRL's trainer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import trl
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainingArguments
+
+from unsloth.core.errors import ConfigError, TrainingError
+from unsloth.core.log import get_logger
+from unsloth.data import masking
+from unsloth.data.collate import Collator
+from unsloth.data.prepare import PrepareOptions, Rows, prepare
+from unsloth.data.render import FormattingFunction
+from unsloth.models import modes, record
+from unsloth.train import config, masters
+from unsloth.train.progress import TrainingProgress
+
+logger = get_logger(__name__)
+
+
+class SFTTrainer(trl.SFTTrainer):
+    """Trains a language model on texts or conversations.
+
+    A subclass of ``trl.SFTTrainer``: its loop, losses and callbacks, with our own way from rows to batches.
+    Adapters are trained in float32. The mathematics is that of plain transformers and PEFT.
+
+    Args:
+        model: A model of ``FastLanguageModel``, with an adapter or loaded for full fine-tuning; a model of plain
+            transformers or PEFT works too.
+        args: An ``SFTConfig``, or plain ``TrainingArguments``.
+        train_dataset: A data set or a list of mappings, with a text column, with conversations (``messages``),
+            or with token ids (``input_ids``, optionally ``labels``).
+        eval_dataset: The same, or a mapping from name to data set.
+        processing_class: The tokenizer.
+        tokenizer: The earlier name of ``processing_class``.
+        formatting_func: Makes the text of a row; see :func:`unsloth.data.render.formatted`.
+        data_collator: Replaces our collator, and with it packing and padding-free batches.
+        dataset_text_field: As in ``SFTConfig``; here it takes precedence.
+        max_seq_length: As in ``SFTConfig``; here it takes precedence.
+        packing: As in ``SFTConfig``; here it takes precedence.
+        dataset_num_proc: As in ``SFTConfig``; here it takes precedence.
+        **more: Passed on to ``trl.SFTTrainer``.
+
+    Raises:
+        ConfigError: Arguments that contradict each other.
+        DataError: Rows that cannot be trained on; names the row.
+        TrainingError: The model has nothing to train.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        args: TrainingArguments | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | Mapping[str, Rows] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        formatting_func: FormattingFunction | None = None,
+        data_collator: Any = None,
+        dataset_text_field: str | None = None,
+        max_seq_length: int | None = None,
+        packing: bool | None = None,
+        dataset_num_proc: int | None = None,
+        **more: Any,
+    ) -> None:
+        _check_trainable(model)
+        tokenizer = _one_tokenizer(tokenizer, processing_class)
+        args = config.from_training_arguments(args)
+        overrides = {
+            "dataset_text_field": dataset_text_field,
+            "max_length": max_seq_length,
+            "packing": packing,
+            "dataset_num_proc": dataset_num_proc,
+        }
+        for name, value in overrides.items():
+            if value is not None:
+                setattr(args, name, value)
+        args.follow(record.find(model))
+        if data_collator is not None and (args.packing or args.padding_free):
+            logger.warning("a data_collator was passed: packing and padding-free batches are switched off")
+            args.packing = args.padding_free = False
+        self._prepare_options = PrepareOptions(
+            max_length=args.max_length,
+            text_field=args.dataset_text_field,
+            formatting=formatting_func,
+            responses=masking.find_markers(tokenizer) if args.assistant_only_loss else None,
+            packing=args.packing,
+            padding_free=args.padding_free,
+            num_proc=args.dataset_num_proc,
+        )
+        self._given = {"train": train_dataset, "eval": eval_dataset}
+        if train_dataset is None:
+            raise ConfigError("train_dataset is missing", got=None, do="Pass a data set or a list of mappings.")
+        self._tokenizer = tokenizer
+        self._eval_packing = args.packing if args.eval_packing is None else args.eval_packing
+        collator = data_collator or Collator(tokenizer.pad_token_id, args.pad_to_multiple_of)
+        with masters.preserved(model), _data_is_prepared(args):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=self._prepared(train_dataset, "train"),
+                eval_dataset=self._prepared_eval(eval_dataset),
+                processing_class=tokenizer,
+                data_collator=collator,
+                **more,
+            )
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(TrainingProgress())
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, in the mode and with the memory policy that the model was given; as in transformers."""
+        if record.find(self.model) is not None:
+            policy = self.args.gradient_checkpointing and record.require(self.model).gradient_checkpointing
+            modes.for_training(self.model, policy or self.args.gradient_checkpointing)
+        return super().train(*args, **kwargs)
+
+    def evaluate(
+        self,
+        eval_dataset: Rows | Mapping[str, Rows] | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Evaluate, on a data set of any layout that the trainer accepts; as in transformers."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._prepared_eval(eval_dataset)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[arg-type]
+
+    def train_on_responses(self, markers: masking.ResponseMarkers) -> None:
+        """Prepare the data sets again, with every token outside the assistant's turns masked."""
+        self._prepare_options = replace(self._prepare_options, responses=markers)
+        self.train_dataset = self._prepared(self._given["train"], "train")
+        self.eval_dataset = self._prepared_eval(self._given["eval"])
+
+    def _prepared(self, rows: Any, name: str, packing: bool | None = None) -> Any:
+        options = self._prepare_options
+        if packing is not None:
+            options = replace(options, packing=packing)
+        dataset, report = prepare(rows, self._tokenizer, options)
+        if report is not None:
+            logger.info("%s data: %s", name, report)
+        return dataset
+
+    def _prepared_eval(self, rows: Any) -> Any:
+        if rows is None:
+            return None
+        if isinstance(rows, Mapping):
+            return {name: self._prepared(part, name, self._eval_packing) for name, part in rows.items()}
+        return self._prepared(rows, "evaluation", self._eval_packing)
+
+
+@contextlib.contextmanager
+def _data_is_prepared(args: config.SFTConfig) -> Iterator[None]:
+    """Keep TRL from preparing the data a second time while it builds the trainer."""
+    own = {
+        "dataset_kwargs": {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True},
+        "max_length": None,
+        "packing": False,
+        "padding_free": False,
+        "assistant_only_loss": False,
+        "completion_only_loss": False,
+    }
+    before = {name: getattr(args, name) for name in own}
+    for name, value in own.items():
+        setattr(args, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(args, name, value)
+
+
+def _one_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | None, processing_class: PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase:
+    if tokenizer is not None and processing_class is not None and tokenizer is not processing_class:
+        raise ConfigError("tokenizer and processing_class are two names of one argument", do="Give one of them.")
+    found = tokenizer or processing_class
+    if not isinstance(found, PreTrainedTokenizerBase):
+        raise ConfigError(
+            "the trainer needs the tokenizer that was loaded with the model",
+            got=type(found).__name__,
+            do="Pass tokenizer=tokenizer.",
+        )
+    return found
+
+
+def _check_trainable(model: torch.nn.Module) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigError(
+            "the trainer needs a loaded model", got=model, do="Load it with FastLanguageModel.from_pretrained."
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise TrainingError(
+            "the model has no trainable weights",
+            do="Add an adapter with FastLanguageModel.get_peft_model, or load it with full_finetuning=True.",
+        )
+    quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+    if quantized and not isinstance(model, PeftModel):
+        raise TrainingError(
+            "a quantized model cannot be trained itself",
+            do="Add an adapter with FastLanguageModel.get_peft_model.",
+        )
