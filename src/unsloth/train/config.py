@@ -26,12 +26,17 @@ class SFTConfig(trl.SFTConfig):
         bf16: Compute in bfloat16 under autocast. None means: if the model was loaded in bfloat16.
         fp16: Compute in float16 under autocast.
         gradient_checkpointing: None means: as the model was told in ``get_peft_model``.
+        fused_head: Compute output head and loss together, in chunks, so that the logits never exist as a whole
+            (TRL's fused head). None means: on a GPU, where it saves memory. On the CPU the model's own loss is
+            used, so that a run equals one of plain transformers bit for bit.
         assistant_only_loss: Train on the assistant's turns only, found by the chat template's own markers.
     """
 
     max_length: int | None = field(default=None, metadata={"help": "Longest row in tokens."})
     max_seq_length: int | None = field(default=None, metadata={"help": "Earlier name of max_length."})
     gradient_checkpointing: bool | None = field(default=None, metadata={"help": "None follows the model."})
+
+    fused_head: bool | None = field(default=None, metadata={"help": "Compute the loss without the whole logits."})
 
     def __post_init__(self) -> None:
         self._precision_follows_model = self.bf16 is None and not self.fp16

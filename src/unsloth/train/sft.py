@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import trl
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainingArguments
 
 from unsloth.core.errors import ConfigError, TrainingError
 from unsloth.core.log import get_logger
@@ -112,6 +112,10 @@ class SFTTrainer(trl.SFTTrainer):
                 data_collator=collator,
                 **more,
             )
+        self._fused_head = args.fused_head if args.fused_head is not None else self.model.device.type != "cpu"
+        # The other losses of TRL exist on its fused head only.
+        self._fused_head |= args.loss_type != "nll" or self.label_smoother is not None or self.aux_loss_enabled
+        self._fused_head |= self.compute_loss_func is not None
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(TrainingProgress())
@@ -122,6 +126,18 @@ class SFTTrainer(trl.SFTTrainer):
             policy = self.args.gradient_checkpointing and record.require(self.model).gradient_checkpointing
             modes.for_training(self.model, policy or self.args.gradient_checkpointing)
         return super().train(*args, **kwargs)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The mean cross-entropy per trained token; see ``SFTConfig.fused_head`` for how it is computed."""
+        if self._fused_head:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = Trainer.compute_loss(
+            self, model, {**inputs, "use_cache": False}, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        self._count(inputs, outputs.logits)
+        return (loss, outputs) if return_outputs else loss
 
     def evaluate(
         self,
@@ -139,6 +155,19 @@ class SFTTrainer(trl.SFTTrainer):
         self._prepare_options = replace(self._prepare_options, responses=markers)
         self.train_dataset = self._prepared(self._given["train"], "train")
         self.eval_dataset = self._prepared_eval(self._given["eval"])
+
+    @torch.no_grad()
+    def _count(self, inputs: dict[str, Any], logits: torch.Tensor) -> None:
+        """Keep the metrics that TRL reports with its fused head: tokens seen, share predicted right."""
+        mode = "train" if self.model.training else "eval"
+        targets = inputs["labels"][:, 1:]
+        trained = targets != masking.IGNORED
+        hits = (logits[:, :-1].argmax(-1) == targets) & trained
+        self._metrics[mode]["mean_token_accuracy"].append((hits.sum() / trained.sum().clamp(min=1)).item())
+        if mode == "train":
+            seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+            self._total_train_tokens += int(seen)
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     def _prepared(self, rows: Any, name: str, packing: bool | None = None) -> Any:
         options = self._prepare_options
