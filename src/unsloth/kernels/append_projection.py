@@ -111,6 +111,15 @@ def append_projection(
         )
 
 
+def matmul_wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a @ b`` out of a float32 accumulator (float64 for float64)."""
+    if a.dtype in (torch.float32, torch.float64):
+        return torch.mm(a, b)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())
+
+
 def _tile(x: torch.Tensor, rank: int) -> dict[str, int]:
     """Tile and launch options; three stages of a tile stay under 64 KiB of shared memory before Hopper."""
     block_r = max(16, triton.next_power_of_2(rank))

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 
 from unsloth.core.errors import ConfigError
-from unsloth.kernels.append_projection import append_projection
+from unsloth.kernels.append_projection import append_projection, matmul_wide
 from unsloth.kernels.lora_weights import Adapter, LoraGroup, PaddedWeight, Weight
 
 
@@ -49,7 +49,7 @@ class _LoraLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weights, biases, scales, dtype, *pairs):
         """See the module."""
-        adapters = _adapters(pairs, scales)
+        adapters = gather_adapters(pairs, scales)
         with torch.autocast(x.device.type, enabled=False):
             group = LoraGroup(weights, adapters, dtype)
             check_input(x, group.in_features)
@@ -67,7 +67,7 @@ class _LoraLinears(torch.autograd.Function):
         x, projected, *pairs = ctx.saved_tensors
         needs_x, needs_pairs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         with torch.autocast(x.device.type, enabled=False):
-            group = LoraGroup(ctx.weights, _adapters(pairs, ctx.scales), ctx.dtype, again=False)
+            group = LoraGroup(ctx.weights, gather_adapters(pairs, ctx.scales), ctx.dtype, again=False)
             flat = [g.to(ctx.dtype).reshape(x.shape[0], g.shape[-1]) for g in grads]
             g, g_projected = project_gradients(flat, group)
             dx = group.input_gradient(g, g_projected) if needs_x else None
@@ -135,15 +135,6 @@ def adapter_gradients(
     return found
 
 
-def matmul_wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``a @ b`` out of a float32 accumulator (float64 for float64)."""
-    if a.dtype in (torch.float32, torch.float64):
-        return torch.mm(a, b)
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float())
-
-
 def alias(columns: torch.Tensor, batch: torch.Size) -> torch.Tensor:
     """(M, out) columns as (*batch, out) in the same memory, no view to autograd, so that it may be changed in place."""
     shaped = columns.view(*batch, columns.shape[1])
@@ -174,7 +165,8 @@ def dense_weights(weights: Sequence[Weight]) -> list[torch.Tensor]:
     return dense
 
 
-def _adapters(pairs: Sequence[torch.Tensor | None], scales: Sequence[float]) -> list[Adapter | None]:
+def gather_adapters(pairs: Sequence[torch.Tensor | None], scales: Sequence[float]) -> list[Adapter | None]:
+    """The inverse of :func:`flatten_adapters`."""
     found: list[Adapter | None] = []
     for a, b, scale in zip(pairs[::2], pairs[1::2], scales, strict=True):
         found.append(None if a is None or b is None else Adapter(a, b, scale))

@@ -316,6 +316,11 @@ class LoraGroup:
         assert adapter is not None
         return (adapter.b.detach() * adapter.scale).to(dtype)
 
+    def stacked_sb(self) -> torch.Tensor:
+        """(O, columns) block-diagonal scaled ``B``, in the padded form."""
+        assert self.padded is not None
+        return self.padded.buffer[: self.padded.out_features, self.in_features : self.in_features + self.columns]
+
     def forward(self, x: torch.Tensor, projected: torch.Tensor, biases: Sequence[torch.Tensor | None]) -> torch.Tensor:
         """Stacked outputs (M, O) of ``x`` (M, K + room) and ``projected`` = x A^T (M, columns)."""
         if self.padded is not None:
