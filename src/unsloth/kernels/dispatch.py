@@ -12,6 +12,8 @@ from functools import cache
 import torch
 import triton
 
+from unsloth.core.errors import ConfigError
+
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -56,3 +58,34 @@ def launch_on(tensor: torch.Tensor) -> AbstractContextManager[object]:
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return nullcontext()
+
+
+def check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
+    """Raise unless every given tensor is floating point and all are on one device.
+
+    Args:
+        op: Name of the operation, for the message.
+        tensors: Inputs by name; None entries are skipped.
+    """
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    first, device = next((name, tensor.device) for name, tensor in present.items())
+    for name, tensor in present.items():
+        if not tensor.is_floating_point():
+            raise ConfigError(f"{op}: {name} is not floating point", got=tensor.dtype, do="Cast it first.")
+        if tensor.device != device:
+            do = f"Move both to one device; {first} is on {device}."
+            raise ConfigError(f"{op}: {name} is on another device", got=str(tensor.device), do=do)
+
+
+def check_shape(op: str, name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raise unless ``tensor`` (None passes) has ``shape``."""
+    if tensor is not None and tuple(tensor.shape) != tuple(shape):
+        raise ConfigError(
+            f"{op}: {name} has the wrong shape", got=tuple(tensor.shape), do=f"Pass a tensor of shape {tuple(shape)}."
+        )
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """``x`` as a matrix over its last dimension, whose elements are adjacent; copies only if strides demand it."""
+    matrix = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(x.shape[:-1].numel(), x.shape[-1])
+    return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] <= 1 else matrix.contiguous()
