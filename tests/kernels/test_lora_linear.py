@@ -84,11 +84,11 @@ def test_partly_without_adapters_or_biases(device, form):
 
 @pytest.mark.parametrize("form", ["plain", "padded"])
 def test_layouts_batches_and_empty(device, form):
-    x, weights, pairs = make(device, tokens=6)
+    x, weights, pairs = make(device, tokens=30)
     check = both(weights, form, (4, 3, 8), (1.0, 1.0, 1.0))
     for name, view in layouts(x).items():
         check_op(*check, view, *pairs, names=[name])
-    check_op(*check, x.detach().view(2, 3, 40).requires_grad_(), *pairs)
+    check_op(*check, x.detach().view(2, 15, 40).requires_grad_(), *pairs)
     check_op(*check, x[:0].detach().requires_grad_(), *pairs)
     check_op(*check, x[0].detach().requires_grad_(), *pairs)
     for view in layouts(pairs[1]).values():
@@ -119,6 +119,22 @@ def test_outputs_may_be_changed_in_place(device):
     q, k, v = ours(x, *pairs)
     q.mul_(2)
     torch.autograd.grad((q.sum() + k.sum() + v.sum()), x)
+
+
+def test_input_in_a_buffer_already(device):
+    x, weights, pairs = make(device)
+    buffer = torch.full((9, 56), float("nan"), device=device)
+    buffer[:, :40] = x.detach()
+    padded = PaddedWeight.from_dense(weights, 15)
+    adapters = [Adapter(a, b, 2.0) for a, b in zip(pairs[::2], pairs[1::2], strict=True)]
+    views = buffer[:, :40].requires_grad_()
+    results = []
+    for given, kept in ((x, None), (views, buffer), (x, buffer), (views, buffer[:, :50])):
+        outputs = lora_linears(given, padded, adapters, buffer=kept)
+        results.append([*outputs, *torch.autograd.grad(sum(y.square().sum() for y in outputs), [given, *pairs])])
+    for result in results[1:]:
+        for ours, expected in zip(result, results[0], strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_changed_adapters_are_seen(device):

@@ -24,6 +24,7 @@ from unsloth.kernels.rounding import must_round, nearest
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 _MOST_RANK = 64
+_FORWARD_SPLITS = 8
 
 
 def gated_activation_reference(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
@@ -58,15 +59,15 @@ def glu_forward_kernel(
     u_ptr,
     a_ptr,
     h_ptr,
-    tail_ptr,
+    part_ptr,
     M,
     I,  # noqa: E741  the name in the formulas
     R,
+    features_a_split,
     e_stride,
     u_stride,
     a_stride,
     h_stride,
-    tail_stride,
     ACTIVATION: tl.constexpr,
     ADAPT: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -75,12 +76,14 @@ def glu_forward_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One program a block of rows: all of I in steps."""
+    """One program a block of rows and a share of the features, whose part of h A^T it writes in float32."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m = rows[:, None].to(tl.int64)
     r = tl.arange(0, BLOCK_R)
+    split = tl.program_id(1)
+    first = split * features_a_split
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    for start in range(0, I, BLOCK_I):
+    for start in range(first, tl.minimum(first + features_a_split, I), BLOCK_I):
         i = start + tl.arange(0, BLOCK_I)
         inside = (rows[:, None] < M) & (i[None, :] < I)
         e = tl.load(e_ptr + m * e_stride + i[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -95,11 +98,8 @@ def glu_forward_kernel(
             else:
                 acc = tl.dot(h.to(a.dtype), a, acc, input_precision="ieee")
     if ADAPT:
-        tl.store(
-            tail_ptr + m * tail_stride + r[None, :],
-            nearest(acc, ROUND),
-            mask=(rows[:, None] < M) & (r[None, :] < R),
-        )
+        inside = (rows[:, None] < M) & (r[None, :] < R)
+        tl.store(part_ptr + (split.to(tl.int64) * M + m) * R + r[None, :], acc, mask=inside)
 
 
 @triton.jit
@@ -210,27 +210,32 @@ def glu_forward(gate_up: torch.Tensor, activation: str, a: torch.Tensor, h: torc
     adapt = 0 < rank <= _MOST_RANK
     if rows and features:
         shape = _forward_tile(h, rank if adapt else 0)
+        share = triton.cdiv(features, _FORWARD_SPLITS * shape["BLOCK_I"]) * shape["BLOCK_I"]
+        splits = triton.cdiv(features, share)
+        parts = torch.empty(splits, rows, rank, dtype=torch.float32, device=h.device) if adapt else h
         with dispatch.launch_on(h):
-            glu_forward_kernel[(triton.cdiv(rows, shape["BLOCK_M"]),)](
+            glu_forward_kernel[(triton.cdiv(rows, shape["BLOCK_M"]), splits)](
                 gate,
                 up,
                 a if adapt else h,
                 h,
-                tail if adapt else h,
+                parts,
                 rows,
                 features,
                 rank,
+                share,
                 gate.stride(0),
                 up.stride(0),
                 a.stride(0),
                 h.stride(0),
-                tail.stride(0),
                 ACTIVATION=kind,
                 ADAPT=adapt,
                 UPCAST=dispatch.interpreting(),
                 ROUND=must_round(h.dtype),
                 **shape,
             )
+        if adapt:
+            tail.copy_(parts.sum(dim=0))
     if rank and not adapt:
         append_projection(h, a.t(), tail)
 
@@ -341,15 +346,15 @@ def _forward_tile(h: torch.Tensor, rank: int) -> dict[str, int]:
     block_r = max(16, triton.next_power_of_2(rank))
     if h.dtype.itemsize > 2:
         return {"BLOCK_M": 32, "BLOCK_I": 32, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": 32, "BLOCK_I": 64, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 3}
+    return {"BLOCK_M": 32, "BLOCK_I": 128, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 2}
 
 
 def _backward_tile(dh: torch.Tensor, ranks: tuple[int, int, int]) -> tuple[dict[str, int], int]:
     """Tile and launch options, and among how many programs the rows are shared."""
     block_d, block_g = (max(16, triton.next_power_of_2(min(r, _MOST_RANK))) for r in (ranks[0], max(ranks[1:])))
-    shape = {"BLOCK_M": 32, "BLOCK_I": 64, "BLOCK_D": block_d, "BLOCK_G": block_g, "num_warps": 4, "num_stages": 2}
+    shape = {"BLOCK_M": 64, "BLOCK_I": 64, "BLOCK_D": block_d, "BLOCK_G": block_g, "num_warps": 8, "num_stages": 2}
     if dh.dtype.itemsize > 2:
-        shape |= {"BLOCK_I": 32}
+        shape |= {"BLOCK_M": 32, "BLOCK_I": 32, "num_warps": 4}
     programs = triton.cdiv(dh.shape[1], shape["BLOCK_I"])
     wanted = 4 * dispatch.processor_count(dh.device)
     return shape, max(1, min(8, wanted // programs))
@@ -362,7 +367,6 @@ def compile_examples(float_dtype: str) -> list[tuple]:
         "u_ptr",
         "a_ptr",
         "h_ptr",
-        "tail_ptr",
         "dh_ptr",
         "p_ptr",
         "tg_ptr",
@@ -370,9 +374,24 @@ def compile_examples(float_dtype: str) -> list[tuple]:
         "de_ptr",
         "du_ptr",
     )
-    integers = ("M", "I", "R", "R_D", "R_G", "R_U", "rows_a_split", "e_stride", "u_stride", "a_stride", "h_stride")
-    signature = dict.fromkeys(pointers, f"*{float_dtype}") | dict.fromkeys(("da_ptr", "dbg_ptr", "dbu_ptr"), "*fp32")
-    signature |= dict.fromkeys((*integers, "tail_stride", "dh_stride", "p_stride", "t_stride", "de_stride"), "i32")
+    integers = (
+        "M",
+        "I",
+        "R",
+        "R_D",
+        "R_G",
+        "R_U",
+        "rows_a_split",
+        "features_a_split",
+        "e_stride",
+        "u_stride",
+        "a_stride",
+        "h_stride",
+    )
+    signature = dict.fromkeys(pointers, f"*{float_dtype}") | dict.fromkeys(
+        ("part_ptr", "da_ptr", "dbg_ptr", "dbu_ptr"), "*fp32"
+    )
+    signature |= dict.fromkeys((*integers, "dh_stride", "p_stride", "t_stride", "de_stride"), "i32")
     examples: list[tuple] = []
     for kind in ACTIVATIONS.values():
         adapt = kind != 1

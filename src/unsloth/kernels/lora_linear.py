@@ -44,17 +44,17 @@ def lora_linears_reference(
 
 
 class _LoraLinears(torch.autograd.Function):
-    """(x, weights, biases, scales, dtype, a_0, b_0, a_1, ...) to one output a linear."""
+    """(x, buffer, weights, biases, scales, dtype, a_0, b_0, a_1, ...) to one output a linear."""
 
     @staticmethod
-    def forward(ctx, x, weights, biases, scales, dtype, *pairs):
+    def forward(ctx, x, buffer, weights, biases, scales, dtype, *pairs):
         """See the module."""
         adapters = gather_adapters(pairs, scales)
         with torch.autocast(x.device.type, enabled=False):
             group = LoraGroup(weights, adapters, dtype)
             check_input(x, group.in_features)
             flat = x.to(dtype).reshape(-1, x.shape[-1])
-            wide, projected = project_input(flat, group)
+            wide, projected = project_input(flat, group, buffer)
             y = group.forward(wide, projected, biases)
         ctx.save_for_backward(flat, projected.clone() if group.room else projected, *pairs)
         ctx.weights, ctx.scales, ctx.dtype, ctx.shape, ctx.x_dtype = weights, scales, dtype, x.shape, x.dtype
@@ -65,7 +65,7 @@ class _LoraLinears(torch.autograd.Function):
     def backward(ctx, *grads):
         """Gradients of x and of every A and B."""
         x, projected, *pairs = ctx.saved_tensors
-        needs_x, needs_pairs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        needs_x, needs_pairs = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
         with torch.autocast(x.device.type, enabled=False):
             group = LoraGroup(ctx.weights, gather_adapters(pairs, ctx.scales), ctx.dtype, again=False)
             flat = [g.to(ctx.dtype).reshape(x.shape[0], g.shape[-1]) for g in grads]
@@ -75,22 +75,35 @@ class _LoraLinears(torch.autograd.Function):
         dx = None if dx is None else dx.view(ctx.shape).to(ctx.x_dtype)
         return (
             dx,
-            None,
-            None,
-            None,
-            None,
+            *[None] * 5,
             *[None if d is None else d.to(p.dtype) for d, p in zip(pair_grads, pairs, strict=True)],
         )
 
 
-def project_input(x: torch.Tensor, group: LoraGroup) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x with ``room`` columns appended, x A^T): the second is the appended part, where there is room."""
+def project_input(
+    x: torch.Tensor, group: LoraGroup, buffer: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x with ``room`` columns appended, x A^T): the second is the appended part, where there is room.
+
+    ``buffer`` is used in place of a copy of x where x is its first columns and the rest has the right width.
+    """
     if not group.room:
         return x, x @ group.a.t()
-    wide = torch.empty(x.shape[0], x.shape[1] + group.room, dtype=x.dtype, device=x.device)
-    tail = wide[:, x.shape[1] :]
-    append_projection(x, group.a.t(), tail, copy=wide[:, : x.shape[1]])
+    features = x.shape[1]
+    if buffer is not None and _holds(buffer, x, features + group.room):
+        tail = buffer[:, features:]
+        append_projection(x, group.a.t(), tail)
+        return buffer, tail
+    wide = torch.empty(x.shape[0], features + group.room, dtype=x.dtype, device=x.device)
+    tail = wide[:, features:]
+    append_projection(x, group.a.t(), tail, copy=wide[:, :features])
     return wide, tail
+
+
+def _holds(buffer: torch.Tensor, x: torch.Tensor, width: int) -> bool:
+    """Whether ``x`` is the first columns of a ``buffer`` of ``width`` columns."""
+    same_start = buffer.data_ptr() == x.data_ptr() and buffer.dtype == x.dtype and x.numel() > 0
+    return same_start and buffer.shape == (x.shape[0], width) and buffer.stride() == x.stride() and x.stride(1) == 1
 
 
 def project_gradients(grads: Sequence[torch.Tensor], group: LoraGroup) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
@@ -193,6 +206,7 @@ def lora_linears(
     adapters: Sequence[Adapter | None],
     biases: Sequence[torch.Tensor | None] | None = None,
     *,
+    buffer: torch.Tensor | None = None,
     fast: bool = True,
 ) -> tuple[torch.Tensor, ...]:
     """Linears of one input, each with an adapter or None.
@@ -204,6 +218,8 @@ def lora_linears(
             weight need not be kept.
         adapters: One a linear, in any float dtype; gradients have the dtype of the adapter.
         biases: One (out_i,) or None a linear.
+        buffer: (M, K + padded rank) whose first columns are x, for instance because a norm has written it there:
+            the rest is overwritten, and the copy of x is saved. Used with a PaddedWeight only.
         fast: False for the plain computation.
 
     Returns:
@@ -215,7 +231,8 @@ def lora_linears(
         return lora_linears_reference(x, weights, adapters, biases)
     pairs, scales = flatten_adapters(adapters)
     biases = [None if bias is None else bias.detach() for bias in biases]
-    return _LoraLinears.apply(x, weights, biases, scales, product_dtype(x), *pairs)
+    buffer = None if buffer is None else buffer.detach()
+    return _LoraLinears.apply(x, buffer, weights, biases, scales, product_dtype(x), *pairs)
 
 
 def lora_linear(

@@ -48,17 +48,17 @@ def lora_mlp_reference(
 
 
 class _LoraMlp(torch.autograd.Function):
-    """(x, gate_up, down, activation, scales, dtype, a_gate, b_gate, a_up, b_up, a_down, b_down) to y."""
+    """(x, buffer, gate_up, down, activation, scales, dtype, a_gate, b_gate, a_up, b_up, a_down, b_down) to y."""
 
     @staticmethod
-    def forward(ctx, x, gate_up, down, activation, scales, dtype, *pairs):
+    def forward(ctx, x, buffer, gate_up, down, activation, scales, dtype, *pairs):
         """See the module; each group's weights are fetched when they are used, since they may share a buffer."""
         adapters = gather_adapters(pairs, scales)
         with torch.autocast(x.device.type, enabled=False):
             group = LoraGroup(gate_up, adapters[:2], dtype)
             check_input(x, group.in_features)
             flat = x.to(dtype).reshape(-1, x.shape[-1])
-            wide, projected = project_input(flat, group)
+            wide, projected = project_input(flat, group, buffer)
             gated = group.forward(wide, projected, [None, None])
             projected = projected.clone() if group.room else projected
             del wide
@@ -84,7 +84,7 @@ class _LoraMlp(torch.autograd.Function):
             flat = grad.to(ctx.dtype).reshape(x.shape[0], grad.shape[-1])
             wide, p = project_gradients([flat], group)
             dh = group.input_gradient(wide, p)
-            db_d = matmul_wide(flat.t(), t_d) if needs[11] else None
+            db_d = matmul_wide(flat.t(), t_d) if needs[12] else None
             p = p.clone() if group.room else p
             del wide
 
@@ -98,7 +98,7 @@ class _LoraMlp(torch.autograd.Function):
             p_gu = _project_gated(wide, width, group)
             grads = [wide] if group.room else [wide[:, part] for part in group.out_slices()]
             dx = group.input_gradient(grads, p_gu).view(ctx.shape).to(ctx.x_dtype) if needs[0] else None
-            da_gu = matmul_wide(p_gu.t(), x) if needs[6] or needs[8] else None
+            da_gu = matmul_wide(p_gu.t(), x) if needs[7] or needs[9] else None
         found = [
             None if da_gu is None else da_gu[ranks[0]],
             db_g.t(),
@@ -107,7 +107,7 @@ class _LoraMlp(torch.autograd.Function):
             da_d,
             db_d,
         ]
-        return dx, *[None] * 5, *_finish(found, pairs, ctx.scales, needs[6:])
+        return dx, *[None] * 6, *_finish(found, pairs, ctx.scales, needs[7:])
 
 
 def _down_group(
@@ -162,6 +162,7 @@ def lora_mlp(
     adapters: Sequence[Adapter | None],
     activation: str = "silu",
     *,
+    buffer: torch.Tensor | None = None,
     fast: bool = True,
 ) -> torch.Tensor:
     """``down(a(gate(x)) * up(x))`` with an adapter, or None, on each of the three.
@@ -172,6 +173,7 @@ def lora_mlp(
         down: (H, I).
         adapters: Of gate, up and down.
         activation: "silu", "gelu" or "gelu_tanh".
+        buffer: Holds x, as in :func:`unsloth.kernels.lora_linear.lora_linears`.
         fast: False for the plain computation.
 
     Returns:
@@ -183,4 +185,5 @@ def lora_mlp(
     if not fast or must_use_reference([*weights, down], []):
         return lora_mlp_reference(x, dense_weights(weights), dense_weights([down])[0], adapters, activation)
     pairs, scales = flatten_adapters(adapters)
-    return _LoraMlp.apply(x, weights, down, activation, scales, product_dtype(x), *pairs)
+    buffer = None if buffer is None else buffer.detach()
+    return _LoraMlp.apply(x, buffer, weights, down, activation, scales, product_dtype(x), *pairs)

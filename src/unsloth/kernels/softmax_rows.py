@@ -112,13 +112,15 @@ def softmax_rows_reference(
 
 @triton.jit
 def _transform(raw, scale, softcap, inv_temperature, CAP: tl.constexpr):
-    """(z, tanh factor) of raw logits; the factor is 0 without a soft cap."""
+    """(z, slope of the soft cap) of raw logits; the slope is 1 without one."""
     z = raw * scale
-    t = z * 0.0
+    slope = z * 0.0 + 1.0
     if CAP:
-        t = 2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0
-        z = softcap * t
-    return z * inv_temperature, t
+        e = tl.exp(-2.0 * tl.abs(z) / softcap)  # 1 - tanh^2 as 4 e / (1 + e)^2: no difference of nearly equal numbers
+        slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
+        t = (1.0 - e) / (1.0 + e)
+        z = softcap * tl.where(z < 0.0, -t, t)
+    return z * inv_temperature, slope
 
 
 @triton.jit
@@ -204,14 +206,14 @@ def softmax_rows_kernel(  # noqa: C901  its switches are compile-time constants
             for start in range(0, V, BLOCK):
                 inside = start + lanes < V
                 raw = tl.load(logits_row + start + lanes, mask=inside, other=0.0).to(tl.float32)
-                z, t = _transform(raw, scale, softcap, inv_temperature, CAP)
+                z, slope = _transform(raw, scale, softcap, inv_temperature, CAP)
                 g = tl.exp(z - top) * of_p
                 g -= tl.where(start + lanes == label, 1.0 - smoothing, 0.0)
                 if SMOOTH:
                     g -= smoothing / V
                 g *= chain
                 if CAP:
-                    g *= 1.0 - t * t
+                    g *= slope
                 if NARROW:  # the 16-bit gradient lies in the first half of the row's float32 logits
                     tl.debug_barrier()
                 tl.store(grad_row + start + lanes, g, mask=inside)
@@ -245,7 +247,7 @@ def softmax_rows_backward_kernel(
     lse = tl.load(lse_ptr + row)
     up = tl.load(up_logprob_ptr + row)
     raw = tl.load(logits_ptr + row * logits_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    z, t = _transform(raw, scale, softcap, inv_temperature, CAP)
+    z, slope = _transform(raw, scale, softcap, inv_temperature, CAP)
     p = tl.exp(z - lse)
     g = up * (tl.where(columns == label, 1.0, 0.0) - p)
     if ENTROPY:
@@ -253,7 +255,7 @@ def softmax_rows_backward_kernel(
         g -= tl.load(up_entropy_ptr + row) * tl.where(p > 0.0, p * (z - lse + spread), 0.0)
     g *= scale * inv_temperature
     if CAP:
-        g *= 1.0 - t * t
+        g *= slope
     g = tl.where(label == ignore_index, 0.0, g)
     tl.store(grad_ptr + row * grad_stride + columns, g, mask=inside)
 
