@@ -1,7 +1,8 @@
 """LoRA on the linears of one 8B layer: q/k/v, one 4,096-square linear and the MLP; 4,096 tokens, rank 32, bfloat16.
 
-"graph" providers replay captured graphs, so that launches from Python do not count. "bare products" are the base weights' products alone (forward; forward and input gradient), the floor that the bar of
-15% refers to. Peers: the reference as PEFT writes it, and torch.compile of it.
+"bare products" are the base weights' products alone (forward; forward and input gradient), the floor that the bar of
+15% refers to. "graph" providers replay captured graphs, so that launches from Python do not count. Peers: the reference
+as PEFT writes it, and torch.compile of it.
 """
 
 import torch

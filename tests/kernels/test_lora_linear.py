@@ -128,8 +128,16 @@ def test_input_in_a_buffer_already(device):
     padded = PaddedWeight.from_dense(weights, 15)
     adapters = [Adapter(a, b, 2.0) for a, b in zip(pairs[::2], pairs[1::2], strict=True)]
     views = buffer[:, :40].requires_grad_()
+    detached = buffer[:, :40].detach().requires_grad_()
     results = []
-    for given, kept in ((x, None), (views, buffer), (x, buffer), (views, buffer[:, :50])):
+    for given, kept in (
+        (x, None),
+        (views, buffer),
+        (detached, buffer),
+        (detached, buffer),
+        (x, buffer),
+        (views, buffer[:, :50]),
+    ):
         outputs = lora_linears(given, padded, adapters, buffer=kept)
         results.append([*outputs, *torch.autograd.grad(sum(y.square().sum() for y in outputs), [given, *pairs])])
     for result in results[1:]:

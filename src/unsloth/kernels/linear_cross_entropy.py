@@ -66,10 +66,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_total):
         """The stored gradients times the incoming number."""
-        grads = [
-            None if grad is None else (grad * grad_total.to(grad.dtype)).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
+        grads: list[torch.Tensor | None] = []
+        for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
+            scaled = None if grad is None else torch.empty_like(grad, dtype=dtype)
+            if scaled is not None:  # rounded once, without a float32 copy of the weight's gradient
+                torch.mul(grad, grad_total.to(grad.dtype), out=scaled)
+            grads.append(scaled)
         return *grads, None, None, None, None, None
 
 

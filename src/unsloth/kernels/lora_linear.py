@@ -56,7 +56,7 @@ class _LoraLinears(torch.autograd.Function):
             flat = x.to(dtype).reshape(-1, x.shape[-1])
             wide, projected = project_input(flat, group, buffer)
             y = group.forward(wide, projected, biases)
-        ctx.save_for_backward(flat, projected.clone() if group.room else projected, *pairs)
+        ctx.save_for_backward(unshared(flat, buffer), projected.clone() if group.room else projected, *pairs)
         ctx.weights, ctx.scales, ctx.dtype, ctx.shape, ctx.x_dtype = weights, scales, dtype, x.shape, x.dtype
         return tuple(alias(y[:, columns], x.shape[:-1]) for columns in group.out_slices())
 
@@ -153,6 +153,11 @@ def alias(columns: torch.Tensor, batch: torch.Size) -> torch.Tensor:
     shaped = columns.view(*batch, columns.shape[1])
     fresh = torch.empty(0, dtype=columns.dtype, device=columns.device)
     return fresh.set_(columns.untyped_storage(), columns.storage_offset(), shaped.shape, shaped.stride())
+
+
+def unshared(x: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
+    """``x`` as it is saved for the backward: of a buffer, an alias that the writes beside it do not invalidate."""
+    return x if buffer is None else alias(x, x.shape[:1])
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:

@@ -31,6 +31,7 @@ from unsloth.kernels.lora_linear import (
     product_dtype,
     project_gradients,
     project_input,
+    unshared,
 )
 from unsloth.kernels.lora_weights import Adapter, LoraGroup, PaddedWeight, Weight
 
@@ -68,7 +69,7 @@ class _LoraMlp(torch.autograd.Function):
             tail = wide[:, group.in_features :] if group.room else wide.new_empty(flat.shape[0], group.columns)
             glu_forward(gated, activation, group.a, h, tail)
             y = group.forward(wide, tail, [None])
-        ctx.save_for_backward(flat, projected, gated, tail.clone() if group.room else tail, *pairs)
+        ctx.save_for_backward(unshared(flat, buffer), projected, gated, tail.clone() if group.room else tail, *pairs)
         ctx.gate_up, ctx.down, ctx.activation, ctx.scales = gate_up, down, activation, scales
         ctx.dtype, ctx.shape, ctx.x_dtype = dtype, x.shape, x.dtype
         return y.view(*x.shape[:-1], y.shape[1])
