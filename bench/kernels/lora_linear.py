@@ -89,7 +89,12 @@ def captured(step):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+    kept = [graph, step]  # the graph reads tensors that only the step's closure holds
+
+    def replay():
+        kept[0].replay()
+
+    return replay
 
 
 def providers(ours, buffered, plain, reference, bare, x, adapters, backward):

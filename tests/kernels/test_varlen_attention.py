@@ -56,7 +56,6 @@ def test_reference_of_each_option_differs_from_plain(device, options):
     assert not torch.allclose(ours, varlen_attention_reference(q, k, v, bounds), atol=1e-2)
 
 
-@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("backend", ["torch", "flex"])
 def test_gpu_backends(device, backend):

@@ -145,10 +145,13 @@ def _sdpa(q, k, v, cu, scale):
 
 @cache
 def _compiled_flex():
-    """Flex attention, compiled once a process; its mask and score functions are traced anew when they change."""
+    """Flex attention, compiled once a process; sizes become dynamic when they first change.
+
+    Not ``dynamic=True``: that makes the soft cap's number an input, which flex attention's gradient refuses.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)
+    return torch.compile(flex_attention)
 
 
 def _flex(q, k, v, cu, scale, window, softcap, sinks):
