@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import datetime
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -146,10 +147,53 @@ def write(rows: Sequence[Row], ceilings: Ceilings, name: str, folder: Path = RES
     return path
 
 
-def main(op: str, build: Callable[[], Sequence[Case]]) -> None:
-    """Entry point of a bench file: measure the ceilings, run the cases, write bench/results/kernels_<op>.csv."""
+def main(op: str, build: Callable[[bool], Sequence[Case]]) -> None:
+    """Entry point of a bench file: measure the ceilings, run the cases, write bench/results/kernels_<op>.csv.
+
+    ``build(small)`` makes the cases, of test size where ``small``: with ``--dry-run`` each callable is only called
+    once, on whatever device there is (on a CPU, set TRITON_INTERPRET=1 to run the kernels).
+    """
+    if "--dry-run" in sys.argv[1:]:
+        for case in build(True):
+            for provider, fn in case.providers.items():
+                fn()
+                print(f"{case.op}: {case.name}: {provider} ran")
+        return
     if not torch.cuda.is_available():
-        raise SystemExit(f"bench {op}: no CUDA device here; run this on a GPU machine")
+        raise SystemExit(f"bench {op}: no CUDA device here; run this on a GPU machine, or pass --dry-run")
     ceilings = measure_ceilings()
     print(f"ceilings: copy {ceilings.copy_gbps:.0f} GB/s, matmul {ceilings.matmul_tflops:.0f} TFLOP/s")
-    print(f"wrote {write(run(build(), ceilings), ceilings, f'kernels_{op}')}")
+    print(f"wrote {write(run(build(False), ceilings), ceilings, f'kernels_{op}')}")
+
+
+def device() -> torch.device:
+    """Where benches put their tensors."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compiled(reference: Callable) -> Callable:
+    """``torch.compile`` of a reference, the peer that every bench has; on the CPU the reference itself."""
+    if not torch.cuda.is_available():
+        return reference
+    torch._functorch.config.donated_buffer = False  # the same graph is differentiated again and again
+    return torch.compile(reference)
+
+
+def backward(fn: Callable, inputs: Sequence[torch.Tensor], *extra: object) -> Callable[[], object]:
+    """A callable that runs only the backward of ``fn(*inputs, *extra)``, for those inputs that require gradients."""
+    outputs = fn(*inputs, *extra)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else [x for x in outputs if x is not None]
+    grads = [torch.randn_like(x) for x in outputs]
+    leaves = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+
+
+def peer(build: Callable[[], dict[str, Callable[[], object]]]) -> dict[str, Callable[[], object]]:
+    """The providers that ``build`` makes, or none where their package is not installed or needs a GPU."""
+    if not torch.cuda.is_available():
+        return {}
+    try:
+        return build()
+    except ImportError as error:
+        print(f"peer left out: {error}")
+        return {}
