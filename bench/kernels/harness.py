@@ -2,7 +2,9 @@
 
 A bench builds :class:`Case` objects and hands them to :func:`run`. Times are medians over CUDA events. Before every
 repetition the GPU is kept busy for about 0.2 ms, so that Python's launch overhead stays outside the interval, and L2
-is overwritten, so that inputs come from device memory.
+is overwritten, so that inputs come from device memory. The overwriting leaves L2 full of lines still to be written
+back. An operation that writes as much as that leaves as many behind, so the account is even; one that hardly writes
+would pay for lines that are not its own, so such a case (``reads_only``) has L2 filled by reading instead.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ class Case:
         bytes: Fewest bytes through device memory: each input read once, each output written once.
         flops: Floating-point operations of matrix products, 0 for memory-bound operations.
         bar: Least share of the ceiling that counts as passing, 0 for none.
+        reads_only: Whether next to nothing is written, see the top of this file.
     """
 
     op: str
@@ -50,6 +53,7 @@ class Case:
     bytes: int = 0
     flops: int = 0
     bar: float = 0.0
+    reads_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,9 @@ class Row:
     date: str = field(default_factory=lambda: datetime.date.today().isoformat())
 
 
-def median_ms(fn: Callable[[], object], repetitions: int = 40, warmup: int = 5) -> float:
+def median_ms(fn: Callable[[], object], repetitions: int = 40, warmup: int = 5, reads_only: bool = False) -> float:
     """Median GPU time of ``fn`` in milliseconds, with a cold L2 and launches queued ahead."""
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    flush = torch.zeros(_FLUSH_BYTES // 4, device="cuda")
     for _ in range(warmup):
         fn()
     torch.cuda.synchronize()
@@ -82,7 +86,7 @@ def median_ms(fn: Callable[[], object], repetitions: int = 40, warmup: int = 5) 
     for _ in range(repetitions):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(_SLEEP_CYCLES)
-        flush.zero_()
+        flush.max() if reads_only else flush.zero_()
         start.record()
         fn()
         end.record()
@@ -124,7 +128,7 @@ def _measure(case: Case, provider: str, fn: Callable[[], object], ceilings: Ceil
         fn()
         torch.cuda.synchronize()
         peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-        ms = median_ms(fn)
+        ms = median_ms(fn, reads_only=case.reads_only)
     except Exception as error:  # noqa: BLE001  a peer that cannot run is a result, not a crash
         return Row(case.op, case.name, provider, *(float("nan"),) * 4, case.bar, float("nan"), f"failed: {error}"[:200])
     gbps, tflops = case.bytes / ms / 1e6, case.flops / ms / 1e9

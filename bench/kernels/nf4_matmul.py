@@ -31,6 +31,7 @@ def cases(small: bool) -> list[Case]:
                     bytes=packed.numel() + weight.absmax.numel() + x.nbytes + 2 * rows * n,
                     flops=2 * rows * n * k,
                     bar=0.7 if rows == 1 and large else 0.0,
+                    reads_only=True,
                 )
             )
     return result

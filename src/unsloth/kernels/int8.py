@@ -56,11 +56,11 @@ def dequantize_int8(
         return out.copy_(dequantize_int8_reference(q, scale, out.dtype))
     if out.numel():
         words, scale = q.view(torch.int32), scale.contiguous()
-        tile, steps, warps = launch_shape()
+        tile, warps = launch_shape(k // 4)
         with launch_on(q):
-            int8_dequantize_kernel[(n, triton.cdiv(k // 4, tile * steps))](
+            int8_dequantize_kernel[(n, triton.cdiv(k // 4, tile))](
                 words, scale, out, k // 4, scale.shape[1], k // scale.shape[1] // 4, out.stride(0), WORDS=tile,
-                STEPS=steps, num_warps=warps, enable_fp_fusion=False,
+                num_warps=warps, enable_fp_fusion=False,
             )  # fmt: skip
     return out
 
@@ -70,40 +70,37 @@ def dequantize_int8_reference(q: torch.Tensor, scale: torch.Tensor, dtype: torch
     return (q.float() * scale.float().repeat_interleave(q.shape[1] // scale.shape[1], 1)).to(dtype)
 
 
-def launch_shape() -> tuple[int, int, int]:
-    """Words of a tile (four values each), tiles of a program, and warps."""
-    return 128, 4, 4
+def launch_shape(row_words: int) -> tuple[int, int]:
+    """Words of a tile (four values each), and warps."""
+    tile = min(2048, max(32, triton.next_power_of_2(row_words)))
+    return tile, max(1, tile // 256)
 
 
 @triton.jit
-def int8_dequantize_kernel(
-    words, scale, out, row_words, groups, group_words, stride_out, WORDS: tl.constexpr, STEPS: tl.constexpr
-):
-    """One program writes 4 * WORDS * STEPS columns of a row; with WORDS equal to the threads, a word a thread."""
+def int8_dequantize_kernel(words, scale, out, row_words, groups, group_words, stride_out, WORDS: tl.constexpr):
+    """One program writes 4 * WORDS columns of a row."""
     row = tl.program_id(0).to(tl.int64)
     words += row * row_words
     out += row * stride_out
     scale += row * groups
-    first = tl.program_id(1) * (WORDS * STEPS)
-    for step in tl.static_range(STEPS):
-        word = first + step * WORDS + tl.arange(0, WORDS)
-        mask = word < row_words
-        packed = tl.load(words + word, mask, other=0)
-        factor = tl.load(scale + word // group_words, mask, other=0.0).to(tl.float32)
-        # a byte to the top of the word, then down again with its sign
-        v0 = ((packed << 24) >> 24).to(tl.float32) * factor
-        v1 = ((packed << 16) >> 24).to(tl.float32) * factor
-        v2 = ((packed << 8) >> 24).to(tl.float32) * factor
-        v3 = (packed >> 24).to(tl.float32) * factor
-        values = tl.reshape(tl.join(tl.join(v0, v2), tl.join(v1, v3)), [WORDS, 4])
-        target = word[:, None] * 4 + tl.arange(0, 4)[None, :]
-        tl.store(out + target, values.to(out.dtype.element_ty), mask[:, None])
+    word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    mask = word < row_words
+    packed = tl.load(words + word, mask, other=0)
+    factor = tl.load(scale + word // group_words, mask, other=0.0).to(tl.float32)
+    # a byte to the top of the word, then down again with its sign
+    v0 = ((packed << 24) >> 24).to(tl.float32) * factor
+    v1 = ((packed << 16) >> 24).to(tl.float32) * factor
+    v2 = ((packed << 8) >> 24).to(tl.float32) * factor
+    v3 = (packed >> 24).to(tl.float32) * factor
+    values = tl.reshape(tl.join(tl.join(v0, v2), tl.join(v1, v3)), [WORDS, 4])
+    target = word[:, None] * 4 + tl.arange(0, 4)[None, :]
+    tl.store(out + target, values.to(out.dtype.element_ty), mask[:, None])
 
 
 def compile_examples(float_dtype: str) -> list[tuple]:
     """Kernels with the argument types and options they are launched with, for compilation without a GPU."""
     signature = {"words": "*i32", "scale": "*fp32", "out": f"*{float_dtype}"}
     signature |= dict.fromkeys(("row_words", "groups", "group_words", "stride_out"), "i32")
-    tile, steps, warps = launch_shape()
+    tile, warps = launch_shape(4096)
     options = {"num_warps": warps, "enable_fp_fusion": False}
-    return [(int8_dequantize_kernel, signature, {"WORDS": tile, "STEPS": steps}, options)]
+    return [(int8_dequantize_kernel, signature, {"WORDS": tile}, options)]

@@ -58,11 +58,11 @@ def dequantize_mxfp4(
     if not (fast and usable and can_launch(result)):
         result.copy_(dequantize_mxfp4_reference(blocks, scales, result.dtype).view(rows, columns))
     elif result.numel():
-        tile, steps, warps = launch_shape()
+        tile, warps = launch_shape(columns // 8)
         with launch_on(blocks):
-            mxfp4_dequantize_kernel[(rows, triton.cdiv(columns // 8, tile * steps))](
+            mxfp4_dequantize_kernel[(rows, triton.cdiv(columns // 8, tile))](
                 blocks.view(torch.int32), scales.contiguous(), result, columns // 8, result.stride(0), WORDS=tile,
-                STEPS=steps, num_warps=warps,
+                num_warps=warps,
             )  # fmt: skip
     return result.view(*lead, columns) if out is None else out
 
@@ -77,9 +77,10 @@ def dequantize_mxfp4_reference(blocks: torch.Tensor, scales: torch.Tensor, dtype
     return (table[nibbles] * power[..., None]).flatten(-2).to(dtype)
 
 
-def launch_shape() -> tuple[int, int, int]:
-    """Words of a tile (eight values each), tiles of a program, and warps."""
-    return 128, 4, 4
+def launch_shape(row_words: int) -> tuple[int, int]:
+    """Words of a tile (eight values each), and warps."""
+    tile = min(2048, max(32, triton.next_power_of_2(row_words)))
+    return tile, max(1, tile // 256)
 
 
 @triton.jit
@@ -90,31 +91,29 @@ def decode_e2m1(nibble, power):
 
 
 @triton.jit
-def mxfp4_dequantize_kernel(words, scales, out, row_words, stride_out, WORDS: tl.constexpr, STEPS: tl.constexpr):
-    """One program writes 8 * WORDS * STEPS columns of a row; with WORDS equal to the threads, a word a thread."""
+def mxfp4_dequantize_kernel(words, scales, out, row_words, stride_out, WORDS: tl.constexpr):
+    """One program writes 8 * WORDS columns of a row."""
     row = tl.program_id(0).to(tl.int64)
     words += row * row_words
     scales += row * (row_words // 4)
     out += row * stride_out
-    first = tl.program_id(1) * (WORDS * STEPS)
-    for step in tl.static_range(STEPS):
-        word = first + step * WORDS + tl.arange(0, WORDS)
-        mask = word < row_words
-        packed = tl.load(words + word, mask, other=0)
-        exponent = tl.load(scales + word // 4, mask, other=0).to(tl.int32)
-        power = tl.where(exponent > 0, exponent << 23, 1 << 22).to(tl.float32, bitcast=True)
-        power = tl.where(exponent == 255, float("nan"), power)
-        values = interleave_eight(
-            decode_e2m1(packed, power), decode_e2m1(packed >> 4, power), decode_e2m1(packed >> 8, power),
-            decode_e2m1(packed >> 12, power), decode_e2m1(packed >> 16, power), decode_e2m1(packed >> 20, power),
-            decode_e2m1(packed >> 24, power), decode_e2m1(packed >> 28, power),
-        )  # fmt: skip
-        target = word[:, None] * 8 + tl.arange(0, 8)[None, :]
-        tl.store(out + target, values.to(out.dtype.element_ty), mask[:, None])
+    word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    mask = word < row_words
+    packed = tl.load(words + word, mask, other=0)
+    exponent = tl.load(scales + word // 4, mask, other=0).to(tl.int32)
+    power = tl.where(exponent > 0, exponent << 23, 1 << 22).to(tl.float32, bitcast=True)
+    power = tl.where(exponent == 255, float("nan"), power)
+    values = interleave_eight(
+        decode_e2m1(packed, power), decode_e2m1(packed >> 4, power), decode_e2m1(packed >> 8, power),
+        decode_e2m1(packed >> 12, power), decode_e2m1(packed >> 16, power), decode_e2m1(packed >> 20, power),
+        decode_e2m1(packed >> 24, power), decode_e2m1(packed >> 28, power),
+    )  # fmt: skip
+    target = word[:, None] * 8 + tl.arange(0, 8)[None, :]
+    tl.store(out + target, values.to(out.dtype.element_ty), mask[:, None])
 
 
 def compile_examples(float_dtype: str) -> list[tuple]:
     """Kernels with the argument types and options they are launched with, for compilation without a GPU."""
     signature = {"words": "*i32", "scales": "*u8", "out": f"*{float_dtype}", "row_words": "i32", "stride_out": "i32"}
-    tile, steps, warps = launch_shape()
-    return [(mxfp4_dequantize_kernel, signature, {"WORDS": tile, "STEPS": steps}, {"num_warps": warps})]
+    tile, warps = launch_shape(4096)
+    return [(mxfp4_dequantize_kernel, signature, {"WORDS": tile}, {"num_warps": warps})]

@@ -135,12 +135,12 @@ def dequantize_nf4(
     if not (fast and words is not None and (flat or k % 8 == 0) and can_launch(out)):
         return out.copy_(dequantize_nf4_reference(weight, out.dtype))
     if out.numel():
-        tile, steps, warps = launch_shape()
+        tile, warps = launch_shape()
         with launch_on(out):
-            nf4_dequantize_kernel[(triton.cdiv(words.numel(), tile * steps),)](
+            nf4_dequantize_kernel[(triton.cdiv(words.numel(), tile),)](
                 words, *scale_arguments(weight), out, words.numel(), k, out.stride(0), BLOCKSIZE=weight.blocksize,
                 NESTED=weight.nested, NESTED_BLOCKSIZE=weight.nested_blocksize, FLAT=flat, SHUFFLE=shuffles(),
-                WORDS=tile, STEPS=steps, num_warps=warps, enable_fp_fusion=False,
+                WORDS=tile, num_warps=warps, enable_fp_fusion=False,
             )  # fmt: skip
     return out
 
@@ -178,9 +178,9 @@ def shuffles() -> bool:
     return not interpreting()
 
 
-def launch_shape() -> tuple[int, int, int]:
-    """Words of a tile (eight values each), tiles of a program, and warps."""
-    return 1024, 1, 4
+def launch_shape() -> tuple[int, int]:
+    """Words of a tile (eight values each), and warps."""
+    return 2048, 8
 
 
 # Eight look-ups in a table that lies across the lanes of a warp, entry i in lanes i and i + 16. A shuffle reads five
@@ -265,35 +265,30 @@ def block_scales(
 def nf4_dequantize_kernel(
     words, code, absmax, nested_code, nested_absmax, offset, out, count, columns, stride_out,
     BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, FLAT: tl.constexpr,
-    SHUFFLE: tl.constexpr, WORDS: tl.constexpr, STEPS: tl.constexpr,
+    SHUFFLE: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """One program writes 8 * WORDS * STEPS consecutive values; with WORDS equal to the threads, a word a thread."""
+    """One program writes 8 * WORDS consecutive values."""
     table = lane_table(code, SHUFFLE)
-    base = tl.program_id(0) * (WORDS * STEPS)
+    base = tl.program_id(0) * WORDS
+    local = tl.arange(0, WORDS)
+    mask = base + local < count
+    packed = tl.load(words + base + local, mask, other=0)
+    scale = block_scales(
+        (base + local) // (BLOCKSIZE // 8), mask, absmax, nested_code, nested_absmax, offset, NESTED, NESTED_BLOCKSIZE
+    )
+    v0, v1, v2, v3, v4, v5, v6, v7 = decode_words(packed, code, table, SHUFFLE)
+    values = interleave_eight(
+        v0 * scale, v1 * scale, v2 * scale, v3 * scale, v4 * scale, v5 * scale, v6 * scale, v7 * scale
+    )
     first = base.to(tl.int64) * 8
-    column = 0
+    target = local * 8
     if not FLAT:
         row = first // columns
-        column = (first - row * columns).to(tl.int32)
+        target += (first - row * columns).to(tl.int32)
+        target = (target // columns).to(tl.int64) * (stride_out - columns) + target
         first = row * stride_out
-    for step in tl.static_range(STEPS):
-        local = step * WORDS + tl.arange(0, WORDS)
-        mask = base + local < count
-        packed = tl.load(words + base + local, mask, other=0)
-        scale = block_scales(
-            (base + local) // (BLOCKSIZE // 8), mask, absmax, nested_code, nested_absmax, offset, NESTED,
-            NESTED_BLOCKSIZE,
-        )  # fmt: skip
-        v0, v1, v2, v3, v4, v5, v6, v7 = decode_words(packed, code, table, SHUFFLE)
-        values = interleave_eight(
-            v0 * scale, v1 * scale, v2 * scale, v3 * scale, v4 * scale, v5 * scale, v6 * scale, v7 * scale
-        )
-        target = local * 8
-        if not FLAT:
-            target = column + local * 8
-            target = (target // columns).to(tl.int64) * (stride_out - columns) + target
-        target = target[:, None] + tl.arange(0, 8)[None, :]
-        tl.store(out + first + target, values.to(out.dtype.element_ty), mask[:, None])
+    target = target[:, None] + tl.arange(0, 8)[None, :]
+    tl.store(out + first + target, values.to(out.dtype.element_ty), mask[:, None])
 
 
 def scale_signature() -> dict[str, str]:
@@ -309,6 +304,6 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     signature = scale_signature() | {"out": f"*{float_dtype}"}
     signature |= dict.fromkeys(("count", "columns", "stride_out"), "i32")
     constants = {"BLOCKSIZE": 64, "NESTED": True, "NESTED_BLOCKSIZE": 256, "SHUFFLE": True}
-    constants |= dict(zip(("WORDS", "STEPS"), launch_shape(), strict=False))
-    options = {"num_warps": 4, "enable_fp_fusion": False}
+    constants["WORDS"], warps = launch_shape()
+    options = {"num_warps": warps, "enable_fp_fusion": False}
     return [(nf4_dequantize_kernel, signature, {**constants, "FLAT": flat}, options) for flat in (True, False)]
