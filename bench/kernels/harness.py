@@ -1,7 +1,7 @@
 """Timing of one operation and its peers in one process, against ceilings measured in the same process.
 
 A bench builds :class:`Case` objects and hands them to :func:`run`. Times are medians over CUDA events. Before every
-repetition the GPU is kept busy for about 0.2 ms, so that Python's launch overhead stays outside the interval, and L2
+repetition the GPU is kept busy for about 2 ms, so that Python's launch overhead stays outside the interval, and L2
 is overwritten, so that inputs come from device memory. The overwriting leaves L2 full of lines still to be written
 back. An operation that writes as much as that leaves as many behind, so the account is even; one that hardly writes
 would pay for lines that are not its own, so such a case (``reads_only``) has L2 filled by reading instead.
@@ -21,7 +21,7 @@ import torch
 import triton
 
 RESULTS = Path(__file__).parents[1] / "results"
-_SLEEP_CYCLES = 400_000  # about 0.2 ms at 1.9 GHz
+_SLEEP_CYCLES = 4_000_000  # about 2 ms at 1.9 GHz
 _FLUSH_BYTES = 256 * 2**20
 
 

@@ -181,7 +181,7 @@ def launch_shape(n: int) -> tuple[int, int, int]:
 
 def looped_shape(n: int, warps: int) -> tuple[int, int, int]:
     """Where programs loop over tiles to sum weight gradients: programs a multiprocessor, warps, stages of loads."""
-    return 2, warps, 3 if n <= 8192 else 1
+    return (1, max(1, warps // 2), 4) if n <= 4096 else (2, warps, 3 if n <= 8192 else 1)
 
 
 def _check(

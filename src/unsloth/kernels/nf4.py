@@ -24,6 +24,13 @@ import triton.language as tl
 from unsloth.core.errors import ConfigError
 from unsloth.kernels.dispatch import FLOAT_DTYPES, can_launch, interpreting, launch_on
 
+# The 16 values of the data type, from the appendix of the QLoRA paper.
+NF4_CODE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class NF4Weight:
@@ -40,6 +47,7 @@ class NF4Weight:
         nested_absmax: float32, or None.
         offset: float32 of one element, or None.
         nested_blocksize: Scales to a nested scale.
+        quant_type: "nf4" promises that ``code`` is :data:`NF4_CODE`, which lets products take a faster look-up.
     """
 
     packed: torch.Tensor
@@ -52,6 +60,7 @@ class NF4Weight:
     nested_absmax: torch.Tensor | None = None
     offset: torch.Tensor | None = None
     nested_blocksize: int = 256
+    quant_type: str = ""
 
     def __post_init__(self) -> None:
         n, k = self.shape
@@ -101,7 +110,7 @@ class NF4Weight:
         absmax = state.absmax if state.absmax.dtype == torch.uint8 else state.absmax.float()
         return cls(
             packed.detach().view(torch.uint8).reshape(-1), absmax, state.code.float(), tuple(state.shape), state.dtype,
-            state.blocksize, **nested,
+            state.blocksize, quant_type=state.quant_type, **nested,
         )  # fmt: skip
 
     def words(self) -> torch.Tensor | None:
@@ -139,7 +148,7 @@ def dequantize_nf4(
         with launch_on(out):
             nf4_dequantize_kernel[(triton.cdiv(words.numel(), tile),)](
                 words, *scale_arguments(weight), out, words.numel(), k, out.stride(0), BLOCKSIZE=weight.blocksize,
-                NESTED=weight.nested, NESTED_BLOCKSIZE=weight.nested_blocksize, FLAT=flat, SHUFFLE=shuffles(),
+                NESTED=weight.nested, NESTED_BLOCKSIZE=weight.nested_blocksize, FLAT=flat, LOOK_UP=exact_look_up(),
                 WORDS=tile, num_warps=warps, enable_fp_fusion=False,
             )  # fmt: skip
     return out
@@ -173,34 +182,77 @@ def scale_arguments(weight: NF4Weight) -> tuple:
     return weight.code, weight.absmax, weight.nested_code, weight.nested_absmax, weight.offset
 
 
-def shuffles() -> bool:
-    """Whether to look values up across the lanes of a warp (GPU) rather than in memory (interpreter)."""
-    return not interpreting()
+def exact_look_up() -> str:
+    """How kernels look up values where the result must be exact, see :func:`decode_words`."""
+    return "memory" if interpreting() else "shuffle"
 
 
 def launch_shape() -> tuple[int, int]:
     """Words of a tile (eight values each), and warps."""
-    return 2048, 8
+    return 512, 4
 
 
-# Eight look-ups in a table that lies across the lanes of a warp, entry i in lanes i and i + 16. A shuffle reads five
-# bits of its lane operand, so the nibble needs no mask: the bit above it only picks between the two copies.
-_SHUFFLE_DECODE = "\n".join(
-    ["{", ".reg .b32 t;"]
-    + [
+def _assembly(*lines: str) -> tl.constexpr:
+    return tl.constexpr("\n".join(["{", ".reg .b32 a, b, c, d, x;", *lines, "}"]))
+
+
+def _shuffled(*places: tuple[int, int]) -> list[str]:
+    """Look up outputs by shuffles, given (output, bit position) pairs; $8 is the word, $9 the lane's table entry.
+
+    The table lies across the lanes of a warp, entry i in lanes i and i + 16. A shuffle reads five bits of its lane
+    operand, so a nibble needs no mask: the bit above it only picks between the two copies.
+    """
+    return [
         line
-        for i, shift in enumerate((4, 0, 12, 8, 20, 16, 28, 24))
-        for line in (f"shr.u32 t, $8, {shift};", f"shfl.sync.idx.b32 ${i}, $9, t, 31, 0xffffffff;")
+        for output, shift in places
+        for line in (f"shr.u32 a, $8, {shift};", f"shfl.sync.idx.b32 ${output}, $9, a, 31, 0xffffffff;")
     ]
-    + ["}"]
-)
-SHUFFLE_DECODE = tl.constexpr(_SHUFFLE_DECODE)
+
+
+def _permuted() -> list[str]:
+    """Look up outputs 0 to 3 by byte permutations: they come out as NF4 value + 3, to within 2^-14 (2^-13 at 1.0).
+
+    value + 3 lies in [2, 4), so its float32 bits are 0x40 and then a fraction of which 14 bits are kept, as two tables
+    of seven bits each. ``prmt`` picks four bytes out of eight by four nibbles. Where a nibble's top bit is set it
+    replicates the byte's sign instead, which seven bits leave 0; so the look-ups in the lower and the upper half of a
+    table (with the top bits inverted) can simply be or-ed.
+    """
+    fractions = [min(round((value + 1) * 2**13), 2**14 - 1) for value in NF4_CODE]
+    high, low = [f >> 7 for f in fractions], [f & 127 for f in fractions]
+
+    def registers(table: list[int]) -> list[int]:
+        return [int.from_bytes(bytes(table[i : i + 4]), "little") for i in range(0, 16, 4)]
+
+    (h0, h1, h2, h3), (l0, l1, l2, l3) = registers(high), registers(low)
+    return [
+        "xor.b32 x, $8, 0x8888;",
+        f"prmt.b32 a, {h0}, {h1}, $8;",
+        f"prmt.b32 b, {h2}, {h3}, x;",
+        "or.b32 a, a, b;",
+        f"prmt.b32 c, {l0}, {l1}, $8;",
+        f"prmt.b32 d, {l2}, {l3}, x;",
+        "or.b32 c, c, d;",
+        "shl.b32 c, c, 1;",
+        "prmt.b32 b, c, a, 0x5140;",
+        "prmt.b32 d, c, a, 0x7362;",
+        "prmt.b32 $0, b, 0x40, 0x4325;",
+        "prmt.b32 $1, b, 0x40, 0x4105;",
+        "prmt.b32 $2, d, 0x40, 0x4325;",
+        "prmt.b32 $3, d, 0x40, 0x4105;",
+    ]
+
+
+_UPPER = ((4, 20), (5, 16), (6, 28), (7, 24))
+SHUFFLE_ASSEMBLY = _assembly(*_shuffled((0, 4), (1, 0), (2, 12), (3, 8), *_UPPER))
+MIXED_ASSEMBLY = _assembly(*_permuted(), *_shuffled(*_UPPER))
 
 
 @triton.jit
-def lane_table(code, SHUFFLE: tl.constexpr):
+def lane_table(code, LOOK_UP: tl.constexpr):
     """The value of ``code`` that this thread's lane holds for the others (a scalar that differs between lanes)."""
-    if SHUFFLE:
+    if LOOK_UP == "memory":
+        return 0.0
+    else:
         lane = tl.inline_asm_elementwise(
             "{ .reg .b32 t; mov.u32 t, %laneid; and.b32 $0, t, 15; }",
             "=r,r",
@@ -210,23 +262,20 @@ def lane_table(code, SHUFFLE: tl.constexpr):
             pack=1,
         )
         return tl.load(code + lane)
-    else:
-        return 0.0
 
 
 @triton.jit
-def decode_words(words, code, table, SHUFFLE: tl.constexpr):
+def decode_words(words, code, table, LOOK_UP: tl.constexpr):
     """The eight values of each word, in order, as eight float32 tensors of the words' shape.
 
-    A word holds four bytes, lowest first; of each byte the high nibble comes first.
+    A word holds four bytes, lowest first; of each byte the high nibble comes first. LOOK_UP says how:
+
+    - "memory": loads from ``code``; for the interpreter.
+    - "shuffle": all eight from the lanes' table. Exact. Shuffles have a pipe of their own, which this fills.
+    - "mixed": values 0 to 3 by arithmetic instead, which halves the shuffles. They come out with 3 added
+      (:func:`look_up_bias`) and rounded to 14 bits, so this is for products with 16-bit activations and NF4 only.
     """
-    if SHUFFLE:
-        return tl.inline_asm_elementwise(
-            SHUFFLE_DECODE, "=f,=f,=f,=f,=f,=f,=f,=f,r,f", [words, table],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
-            is_pure=False, pack=1,
-        )  # fmt: skip
-    else:
+    if LOOK_UP == "memory":
         return (
             tl.load(code + ((words >> 4) & 15)),
             tl.load(code + (words & 15)),
@@ -237,6 +286,19 @@ def decode_words(words, code, table, SHUFFLE: tl.constexpr):
             tl.load(code + ((words >> 28) & 15)),
             tl.load(code + ((words >> 24) & 15)),
         )
+    else:
+        return tl.inline_asm_elementwise(
+            MIXED_ASSEMBLY if LOOK_UP == "mixed" else SHUFFLE_ASSEMBLY,
+            "=f,=f,=f,=f,=f,=f,=f,=f,r,f", [words, table],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def look_up_bias(LOOK_UP: tl.constexpr):
+    """What :func:`decode_words` adds to its first four values."""
+    return 3.0 if LOOK_UP == "mixed" else 0.0
 
 
 @triton.jit
@@ -265,10 +327,10 @@ def block_scales(
 def nf4_dequantize_kernel(
     words, code, absmax, nested_code, nested_absmax, offset, out, count, columns, stride_out,
     BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, FLAT: tl.constexpr,
-    SHUFFLE: tl.constexpr, WORDS: tl.constexpr,
+    LOOK_UP: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """One program writes 8 * WORDS consecutive values."""
-    table = lane_table(code, SHUFFLE)
+    table = lane_table(code, LOOK_UP)
     base = tl.program_id(0) * WORDS
     local = tl.arange(0, WORDS)
     mask = base + local < count
@@ -276,7 +338,7 @@ def nf4_dequantize_kernel(
     scale = block_scales(
         (base + local) // (BLOCKSIZE // 8), mask, absmax, nested_code, nested_absmax, offset, NESTED, NESTED_BLOCKSIZE
     )
-    v0, v1, v2, v3, v4, v5, v6, v7 = decode_words(packed, code, table, SHUFFLE)
+    v0, v1, v2, v3, v4, v5, v6, v7 = decode_words(packed, code, table, LOOK_UP)
     values = interleave_eight(
         v0 * scale, v1 * scale, v2 * scale, v3 * scale, v4 * scale, v5 * scale, v6 * scale, v7 * scale
     )
@@ -303,7 +365,7 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     """Kernels with the argument types and options they are launched with, for compilation without a GPU."""
     signature = scale_signature() | {"out": f"*{float_dtype}"}
     signature |= dict.fromkeys(("count", "columns", "stride_out"), "i32")
-    constants = {"BLOCKSIZE": 64, "NESTED": True, "NESTED_BLOCKSIZE": 256, "SHUFFLE": True}
+    constants = {"BLOCKSIZE": 64, "NESTED": True, "NESTED_BLOCKSIZE": 256, "LOOK_UP": "shuffle"}
     constants["WORDS"], warps = launch_shape()
     options = {"num_warps": warps, "enable_fp_fusion": False}
     return [(nf4_dequantize_kernel, signature, {**constants, "FLAT": flat}, options) for flat in (True, False)]

@@ -3,7 +3,8 @@
     y[m, n] = sum over k of x[m, k] * code[nibble[n, k]] * scale[n, k // blocksize]
 
 Up to :data:`MATVEC_ROWS` rows of x go through a matrix-vector kernel: values are decoded to float32 and multiplied
-there, so nothing is rounded before the output, and time is that of reading the packed weight. Up to :data:`FUSED_ROWS`
+there (with 16-bit activations, to within 2^-13 of a block's largest value), so nothing else is rounded before the
+output. Up to :data:`FUSED_ROWS`
 rows go through a kernel that decodes tiles of W to x's dtype and multiplies them on the matrix units, splitting K over
 programs where N alone gives too few. Beyond that, and wherever a gradient is needed, W is dequantized first.
 
@@ -31,11 +32,12 @@ from unsloth.kernels.nf4 import (
     block_scales,
     decode_words,
     dequantize_nf4,
+    exact_look_up,
     interleave_eight,
     lane_table,
+    look_up_bias,
     scale_arguments,
     scale_signature,
-    shuffles,
 )
 
 MATVEC_ROWS = 4
@@ -81,19 +83,30 @@ def nf4_linear_reference(x: torch.Tensor, weight: NF4Weight) -> torch.Tensor:
     return x @ dequantize_nf4(weight, dtype=x.dtype, fast=False).T
 
 
+def look_up(weight: NF4Weight, dtype: torch.dtype) -> str:
+    """How values are looked up, see :func:`unsloth.kernels.nf4.decode_words`."""
+    mixed = weight.quant_type == "nf4" and dtype in (torch.float16, torch.bfloat16) and not interpreting()
+    return "mixed" if mixed else exact_look_up()
+
+
 def matvec_shape(rows: int, n: int, k: int) -> tuple[int, int, int]:
     """Rows of W in a tile, blocks of 64 columns in a tile, warps."""
-    return 8, min(64, triton.next_power_of_2(k // 64)), 4
+    columns = triton.next_power_of_2(k // 64)
+    if n <= 2048:
+        return 4, min(64 if rows == 1 else 32, columns), 4
+    return (4, min(32, columns), 2) if rows == 1 else (16, min(16, columns), 4)
 
 
 def matmul_shape(rows: int, n: int, k: int, device: torch.device) -> tuple[int, int, int, int, int, int]:
     """Rows of x in a tile, rows of W in a tile, blocks of 64 columns, parts that K is split into, warps, stages."""
     large = interpreting() or capability(device) in ((8, 0), (9, 0), (10, 0))  # shared memory of 164 KiB and more
     batch = min(128 if large else 32, max(16, triton.next_power_of_2(rows)))
-    tile, blocks = 64, 2
-    tiles = triton.cdiv(n, tile) * triton.cdiv(rows, batch)
-    split = 1
-    while split < 8 and tiles * split < 2 * processor_count(device) and k // 64 >= 4 * blocks * split:
+    tile, blocks = 64, 1 if batch <= 32 else 2
+    tiles, processors = triton.cdiv(n, tile) * triton.cdiv(rows, batch), processor_count(device)
+    split, enough = 1, 1.5 * processors
+    if tiles < enough and batch <= 32:
+        enough = 3 * processors
+    while split < 8 and tiles * split < enough and k // 64 >= 4 * blocks * split:
         split *= 2
     return batch, tile, blocks, split, 4, 3 if large else 2
 
@@ -106,7 +119,7 @@ def _matvec(x: torch.Tensor, weight: NF4Weight, words: torch.Tensor) -> torch.Te
         nf4_matvec_kernel[(triton.cdiv(n, tile),)](
             x, words, *scale_arguments(weight), y, n, k // 64, x.stride(0), y.stride(0), BATCH=rows,
             BLOCKSIZE=weight.blocksize, NESTED=weight.nested, NESTED_BLOCKSIZE=weight.nested_blocksize,
-            SHUFFLE=shuffles(), ROWS=tile, BLOCKS=blocks, num_warps=warps,
+            LOOK_UP=look_up(weight, x.dtype), ROWS=tile, BLOCKS=blocks, num_warps=warps,
         )  # fmt: skip
     return y
 
@@ -119,8 +132,8 @@ def _matmul(x: torch.Tensor, weight: NF4Weight, words: torch.Tensor) -> torch.Te
     with launch_on(x):
         nf4_matmul_kernel[(triton.cdiv(n, tile), triton.cdiv(rows, batch), split)](
             x, words, *scale_arguments(weight), y, rows, n, k // 64, part, x.stride(0), BLOCKSIZE=weight.blocksize,
-            NESTED=weight.nested, NESTED_BLOCKSIZE=weight.nested_blocksize, SHUFFLE=shuffles(), UPCAST=interpreting(),
-            BATCH=batch, ROWS=tile, BLOCKS=blocks, num_warps=warps, num_stages=stages,
+            NESTED=weight.nested, NESTED_BLOCKSIZE=weight.nested_blocksize, LOOK_UP=look_up(weight, x.dtype),
+            UPCAST=interpreting(), BATCH=batch, ROWS=tile, BLOCKS=blocks, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return y[0] if split == 1 else y.sum(0).to(x.dtype)
 
@@ -141,9 +154,20 @@ def load_eight(x, row, stride_x, first, end, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def dot_eight(w, v):
-    """Sum over a word's eight values of weight times activation."""
-    return w[0] * v[0] + w[1] * v[1] + w[2] * v[2] + w[3] * v[3] + w[4] * v[4] + w[5] * v[5] + w[6] * v[6] + w[7] * v[7]
+def dot_eight(w, v, BIAS: tl.constexpr):
+    """Sum over a word's eight values of weight times activation; the first four weights have BIAS added to them."""
+    total = -BIAS * (v[0] + v[1] + v[2] + v[3])
+    return (
+        total
+        + w[0] * v[0]
+        + w[1] * v[1]
+        + w[2] * v[2]
+        + w[3] * v[3]
+        + w[4] * v[4]
+        + w[5] * v[5]
+        + w[6] * v[6]
+        + w[7] * v[7]
+    )
 
 
 @triton.jit
@@ -157,14 +181,15 @@ def store_sums(y, total, n, ROWS: tl.constexpr):
 def nf4_matvec_kernel(  # noqa: C901  one branch a row of x
     x, words, code, absmax, nested_code, nested_absmax, offset, y, n, k_blocks, stride_x, stride_y,
     BATCH: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
-    SHUFFLE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    LOOK_UP: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One program computes ROWS outputs for each of BATCH (at most 4) rows of x.
 
     The words are loaded last: the compiler then keeps their layout (four words a thread) for the products, and moves
     the few values of x between threads instead of the many of W.
     """
-    table = lane_table(code, SHUFFLE)
+    table = lane_table(code, LOOK_UP)
+    bias: tl.constexpr = look_up_bias(LOOK_UP)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None, None]
     part = tl.arange(0, BLOCKS)[None, :, None]
     inner = tl.arange(0, 8)[None, None, :]
@@ -186,14 +211,14 @@ def nf4_matvec_kernel(  # noqa: C901  one branch a row of x
             block // (BLOCKSIZE // 64), mask, absmax, nested_code, nested_absmax, offset, NESTED, NESTED_BLOCKSIZE
         )
         packed = tl.load(words + block * 8 + inner, mask, other=0)
-        w = decode_words(packed, code, table, SHUFFLE)
-        total0 += scale * dot_eight(w, x0)
+        w = decode_words(packed, code, table, LOOK_UP)
+        total0 += scale * dot_eight(w, x0, bias)
         if BATCH > 1:
-            total1 += scale * dot_eight(w, x1)
+            total1 += scale * dot_eight(w, x1, bias)
         if BATCH > 2:
-            total2 += scale * dot_eight(w, x2)
+            total2 += scale * dot_eight(w, x2, bias)
         if BATCH > 3:
-            total3 += scale * dot_eight(w, x3)
+            total3 += scale * dot_eight(w, x3, bias)
     store_sums(y, total0, n, ROWS)
     if BATCH > 1:
         store_sums(y + stride_y, total1, n, ROWS)
@@ -206,11 +231,11 @@ def nf4_matvec_kernel(  # noqa: C901  one branch a row of x
 @triton.jit
 def nf4_matmul_kernel(
     x, words, code, absmax, nested_code, nested_absmax, offset, y, m, n, k_blocks, part_blocks, stride_x,
-    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, SHUFFLE: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, LOOK_UP: tl.constexpr,
     UPCAST: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One program computes a tile [BATCH, ROWS] of one part of the sum over K; y is [parts, m, n]."""
-    table = lane_table(code, SHUFFLE)
+    table = lane_table(code, LOOK_UP)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     batch = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
     start = tl.program_id(2) * part_blocks
@@ -230,10 +255,11 @@ def nf4_matmul_kernel(
         place = first * 64 + column
         inside = (place[:, None] < stop * 64) & (batch[None, :] < m)
         activation = tl.load(x + batch[None, :].to(tl.int64) * stride_x + place[:, None], inside, other=0.0)
-        w0, w1, w2, w3, w4, w5, w6, w7 = decode_words(packed, code, table, SHUFFLE)
+        w0, w1, w2, w3, w4, w5, w6, w7 = decode_words(packed, code, table, LOOK_UP)
+        shift = -look_up_bias(LOOK_UP) * scale
         tile = interleave_eight(
-            (w0 * scale).to(x.dtype.element_ty), (w1 * scale).to(x.dtype.element_ty),
-            (w2 * scale).to(x.dtype.element_ty), (w3 * scale).to(x.dtype.element_ty),
+            (w0 * scale + shift).to(x.dtype.element_ty), (w1 * scale + shift).to(x.dtype.element_ty),
+            (w2 * scale + shift).to(x.dtype.element_ty), (w3 * scale + shift).to(x.dtype.element_ty),
             (w4 * scale).to(x.dtype.element_ty), (w5 * scale).to(x.dtype.element_ty),
             (w6 * scale).to(x.dtype.element_ty), (w7 * scale).to(x.dtype.element_ty),
         )  # fmt: skip
@@ -252,7 +278,7 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     vector = scale_signature() | {"x": ptr, "y": ptr} | dict.fromkeys(("n", "k_blocks", "stride_x", "stride_y"), "i32")
     matrix = scale_signature() | {"x": ptr, "y": "*fp32"}
     matrix |= dict.fromkeys(("m", "n", "k_blocks", "part_blocks", "stride_x"), "i32")
-    constants = {"BLOCKSIZE": 64, "NESTED": True, "NESTED_BLOCKSIZE": 256, "SHUFFLE": True}
+    constants = {"BLOCKSIZE": 64, "NESTED": True, "NESTED_BLOCKSIZE": 256, "LOOK_UP": "mixed"}
     examples = []
     for batch in (1, 4):
         rows, blocks, warps = matvec_shape(batch, 14336, 4096)
