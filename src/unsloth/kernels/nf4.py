@@ -273,7 +273,7 @@ def decode_words(words, code, table, LOOK_UP: tl.constexpr):
     - "memory": loads from ``code``; for the interpreter.
     - "shuffle": all eight from the lanes' table. Exact. Shuffles have a pipe of their own, which this fills.
     - "mixed": values 0 to 3 by arithmetic instead, which halves the shuffles. They come out with 3 added
-      (:func:`look_up_bias`) and rounded to 14 bits, so this is for products with 16-bit activations and NF4 only.
+      and rounded to 14 bits, so this is for products with 16-bit activations and NF4 only.
     """
     if LOOK_UP == "memory":
         return (
@@ -293,12 +293,6 @@ def decode_words(words, code, table, LOOK_UP: tl.constexpr):
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
             is_pure=False, pack=1,
         )  # fmt: skip
-
-
-@triton.jit
-def look_up_bias(LOOK_UP: tl.constexpr):
-    """What :func:`decode_words` adds to its first four values."""
-    return 3.0 if LOOK_UP == "mixed" else 0.0
 
 
 @triton.jit

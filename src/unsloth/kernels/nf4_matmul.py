@@ -4,9 +4,8 @@
 
 Up to :data:`MATVEC_ROWS` rows of x go through a matrix-vector kernel: values are decoded to float32 and multiplied
 there (with 16-bit activations, to within 2^-13 of a block's largest value), so nothing else is rounded before the
-output. Up to :data:`FUSED_ROWS`
-rows go through a kernel that decodes tiles of W to x's dtype and multiplies them on the matrix units, splitting K over
-programs where N alone gives too few. Beyond that, and wherever a gradient is needed, W is dequantized first.
+output. Up to :data:`FUSED_ROWS` rows go through a kernel that decodes tiles of W to x's dtype and multiplies them on
+the matrix units, splitting K over programs where N alone gives too few. Beyond that, and wherever a gradient is needed, W is dequantized first.
 
 The layout of W is described in :mod:`unsloth.kernels.nf4`.
 """
@@ -35,7 +34,6 @@ from unsloth.kernels.nf4 import (
     exact_look_up,
     interleave_eight,
     lane_table,
-    look_up_bias,
     scale_arguments,
     scale_signature,
 )
@@ -154,20 +152,14 @@ def load_eight(x, row, stride_x, first, end, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def dot_eight(w, v, BIAS: tl.constexpr):
-    """Sum over a word's eight values of weight times activation; the first four weights have BIAS added to them."""
-    total = -BIAS * (v[0] + v[1] + v[2] + v[3])
-    return (
-        total
-        + w[0] * v[0]
-        + w[1] * v[1]
-        + w[2] * v[2]
-        + w[3] * v[3]
-        + w[4] * v[4]
-        + w[5] * v[5]
-        + w[6] * v[6]
-        + w[7] * v[7]
+def dot_eight(w, v, LOOK_UP: tl.constexpr):
+    """Sum over a word's eight values of weight times activation, without what decode_words added to the first four."""
+    total = (
+        w[0] * v[0] + w[1] * v[1] + w[2] * v[2] + w[3] * v[3] + w[4] * v[4] + w[5] * v[5] + w[6] * v[6] + w[7] * v[7]
     )
+    if LOOK_UP == "mixed":
+        total = total - 3.0 * (v[0] + v[1] + v[2] + v[3])
+    return total
 
 
 @triton.jit
@@ -189,7 +181,6 @@ def nf4_matvec_kernel(  # noqa: C901  one branch a row of x
     the few values of x between threads instead of the many of W.
     """
     table = lane_table(code, LOOK_UP)
-    bias: tl.constexpr = look_up_bias(LOOK_UP)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None, None]
     part = tl.arange(0, BLOCKS)[None, :, None]
     inner = tl.arange(0, 8)[None, None, :]
@@ -212,13 +203,13 @@ def nf4_matvec_kernel(  # noqa: C901  one branch a row of x
         )
         packed = tl.load(words + block * 8 + inner, mask, other=0)
         w = decode_words(packed, code, table, LOOK_UP)
-        total0 += scale * dot_eight(w, x0, bias)
+        total0 += scale * dot_eight(w, x0, LOOK_UP)
         if BATCH > 1:
-            total1 += scale * dot_eight(w, x1, bias)
+            total1 += scale * dot_eight(w, x1, LOOK_UP)
         if BATCH > 2:
-            total2 += scale * dot_eight(w, x2, bias)
+            total2 += scale * dot_eight(w, x2, LOOK_UP)
         if BATCH > 3:
-            total3 += scale * dot_eight(w, x3, bias)
+            total3 += scale * dot_eight(w, x3, LOOK_UP)
     store_sums(y, total0, n, ROWS)
     if BATCH > 1:
         store_sums(y + stride_y, total1, n, ROWS)
@@ -256,7 +247,9 @@ def nf4_matmul_kernel(
         inside = (place[:, None] < stop * 64) & (batch[None, :] < m)
         activation = tl.load(x + batch[None, :].to(tl.int64) * stride_x + place[:, None], inside, other=0.0)
         w0, w1, w2, w3, w4, w5, w6, w7 = decode_words(packed, code, table, LOOK_UP)
-        shift = -look_up_bias(LOOK_UP) * scale
+        shift = scale * 0.0
+        if LOOK_UP == "mixed":
+            shift = scale * -3.0  # decode_words added 3 to the first four
         tile = interleave_eight(
             (w0 * scale + shift).to(x.dtype.element_ty), (w1 * scale + shift).to(x.dtype.element_ty),
             (w2 * scale + shift).to(x.dtype.element_ty), (w3 * scale + shift).to(x.dtype.element_ty),

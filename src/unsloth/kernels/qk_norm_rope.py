@@ -38,7 +38,7 @@ from unsloth.kernels.rope import (
 )
 
 HEADS = 8  # heads that a program of the backward goes through with one tile of angles
-PROGRAMS = 8  # programs a multiprocessor where programs loop, to sum the weights' gradients
+PROGRAMS = 4  # programs a multiprocessor where programs loop, to sum the weights' gradients
 
 
 def qk_norm_rope(
@@ -153,7 +153,7 @@ class _NormRope(torch.autograd.Function):
         q, k, q_weight, k_weight = ctx.saved_tensors
         tables = ctx.tables
         wanted = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-        constants, rows = _shape(q, tables, backward_shape)
+        constants, rows = _shape(q, tables, launch_shape if wanted else backward_shape)
         tiles = triton.cdiv(q.shape[0] * q.shape[2], rows)
         q_programs, k_programs = (tiles * triton.cdiv(x.shape[1], HEADS) for x in (q, k))
         dq, dk, partial = torch.empty_like(q), torch.empty_like(k), None
