@@ -5,7 +5,8 @@
 Up to :data:`MATVEC_ROWS` rows of x go through a matrix-vector kernel: values are decoded to float32 and multiplied
 there (with 16-bit activations, to within 2^-13 of a block's largest value), so nothing else is rounded before the
 output. Up to :data:`FUSED_ROWS` rows go through a kernel that decodes tiles of W to x's dtype and multiplies them on
-the matrix units, splitting K over programs where N alone gives too few. Beyond that, and wherever a gradient is needed, W is dequantized first.
+the matrix units, splitting K over programs where N alone gives too few. Beyond that, and wherever a gradient is
+needed, W is dequantized first.
 
 The layout of W is described in :mod:`unsloth.kernels.nf4`.
 """
