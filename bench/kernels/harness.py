@@ -179,7 +179,9 @@ def compiled(reference: Callable) -> Callable:
     """``torch.compile`` of a reference, the peer that every bench has; on the CPU the reference itself."""
     if not torch.cuda.is_available():
         return reference
-    torch._functorch.config.donated_buffer = False  # the same graph is differentiated again and again
+    import torch._functorch.config as functorch_config
+
+    functorch_config.donated_buffer = False  # the same graph is differentiated again and again
     return torch.compile(reference)
 
 

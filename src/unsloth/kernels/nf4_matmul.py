@@ -40,7 +40,7 @@ from unsloth.kernels.nf4 import (
 )
 
 MATVEC_ROWS = 4
-FUSED_ROWS = 256
+FUSED_ROWS = 128
 
 
 def nf4_linear(x: torch.Tensor, weight: NF4Weight, *, fast: bool = True) -> torch.Tensor:
@@ -93,7 +93,7 @@ def matvec_shape(rows: int, n: int, k: int) -> tuple[int, int, int]:
     columns = triton.next_power_of_2(k // 64)
     if n <= 2048:
         return 4, min(64 if rows == 1 else 32, columns), 4
-    return (4, min(32, columns), 2) if rows == 1 else (16, min(16, columns), 4)
+    return (8, min(32, columns), 4) if rows == 1 and n < 8192 else (16, min(16, columns), 4)
 
 
 def matmul_shape(rows: int, n: int, k: int, device: torch.device) -> tuple[int, int, int, int, int, int]:
