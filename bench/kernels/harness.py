@@ -1,8 +1,10 @@
 """Timing of one operation and its peers in one process, against ceilings measured in the same process.
 
 A bench builds :class:`Case` objects and hands them to :func:`run`. Times are medians over CUDA events. Before every
-repetition the GPU is kept busy for about 0.2 ms, so that Python's launch overhead stays outside the interval, and L2
-is overwritten, so that inputs come from device memory.
+repetition the GPU is kept busy for about 2 ms, so that Python's launch overhead stays outside the interval, and L2
+is overwritten, so that inputs come from device memory. The overwriting leaves L2 full of lines still to be written
+back. An operation that writes as much as that leaves as many behind, so the account is even; one that hardly writes
+would pay for lines that are not its own, so such a case (``reads_only``) has L2 filled by reading instead.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import csv
 import datetime
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +21,7 @@ import torch
 import triton
 
 RESULTS = Path(__file__).parents[1] / "results"
-_SLEEP_CYCLES = 400_000  # about 0.2 ms at 1.9 GHz
+_SLEEP_CYCLES = 4_000_000  # about 2 ms at 1.9 GHz
 _FLUSH_BYTES = 256 * 2**20
 
 
@@ -41,6 +44,7 @@ class Case:
         bytes: Fewest bytes through device memory: each input read once, each output written once.
         flops: Floating-point operations of matrix products, 0 for memory-bound operations.
         bar: Least share of the ceiling that counts as passing, 0 for none.
+        reads_only: Whether next to nothing is written, see the top of this file.
     """
 
     op: str
@@ -49,6 +53,7 @@ class Case:
     bytes: int = 0
     flops: int = 0
     bar: float = 0.0
+    reads_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,9 @@ class Row:
     date: str = field(default_factory=lambda: datetime.date.today().isoformat())
 
 
-def median_ms(fn: Callable[[], object], repetitions: int = 40, warmup: int = 5) -> float:
+def median_ms(fn: Callable[[], object], repetitions: int = 40, warmup: int = 5, reads_only: bool = False) -> float:
     """Median GPU time of ``fn`` in milliseconds, with a cold L2 and launches queued ahead."""
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    flush = torch.zeros(_FLUSH_BYTES // 4, device="cuda")
     for _ in range(warmup):
         fn()
     torch.cuda.synchronize()
@@ -81,7 +86,7 @@ def median_ms(fn: Callable[[], object], repetitions: int = 40, warmup: int = 5) 
     for _ in range(repetitions):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(_SLEEP_CYCLES)
-        flush.zero_()
+        flush.max() if reads_only else flush.zero_()
         start.record()
         fn()
         end.record()
@@ -123,7 +128,7 @@ def _measure(case: Case, provider: str, fn: Callable[[], object], ceilings: Ceil
         fn()
         torch.cuda.synchronize()
         peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-        ms = median_ms(fn)
+        ms = median_ms(fn, reads_only=case.reads_only)
     except Exception as error:  # noqa: BLE001  a peer that cannot run is a result, not a crash
         return Row(case.op, case.name, provider, *(float("nan"),) * 4, case.bar, float("nan"), f"failed: {error}"[:200])
     gbps, tflops = case.bytes / ms / 1e6, case.flops / ms / 1e9
@@ -146,10 +151,55 @@ def write(rows: Sequence[Row], ceilings: Ceilings, name: str, folder: Path = RES
     return path
 
 
-def main(op: str, build: Callable[[], Sequence[Case]]) -> None:
-    """Entry point of a bench file: measure the ceilings, run the cases, write bench/results/kernels_<op>.csv."""
+def main(op: str, build: Callable[[bool], Sequence[Case]]) -> None:
+    """Entry point of a bench file: measure the ceilings, run the cases, write bench/results/kernels_<op>.csv.
+
+    ``build(small)`` makes the cases, of test size where ``small``: with ``--dry-run`` each callable is only called
+    once, on whatever device there is (on a CPU, set TRITON_INTERPRET=1 to run the kernels).
+    """
+    if "--dry-run" in sys.argv[1:]:
+        for case in build(True):
+            for provider, fn in case.providers.items():
+                fn()
+                print(f"{case.op}: {case.name}: {provider} ran")
+        return
     if not torch.cuda.is_available():
-        raise SystemExit(f"bench {op}: no CUDA device here; run this on a GPU machine")
+        raise SystemExit(f"bench {op}: no CUDA device here; run this on a GPU machine, or pass --dry-run")
     ceilings = measure_ceilings()
     print(f"ceilings: copy {ceilings.copy_gbps:.0f} GB/s, matmul {ceilings.matmul_tflops:.0f} TFLOP/s")
-    print(f"wrote {write(run(build(), ceilings), ceilings, f'kernels_{op}')}")
+    print(f"wrote {write(run(build(False), ceilings), ceilings, f'kernels_{op}')}")
+
+
+def device() -> torch.device:
+    """Where benches put their tensors."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compiled(reference: Callable) -> Callable:
+    """``torch.compile`` of a reference, the peer that every bench has; on the CPU the reference itself."""
+    if not torch.cuda.is_available():
+        return reference
+    import torch._functorch.config as functorch_config
+
+    functorch_config.donated_buffer = False  # the same graph is differentiated again and again
+    return torch.compile(reference)
+
+
+def backward(fn: Callable, inputs: Sequence[torch.Tensor], *extra: object) -> Callable[[], object]:
+    """A callable that runs only the backward of ``fn(*inputs, *extra)``, for those inputs that require gradients."""
+    outputs = fn(*inputs, *extra)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else [x for x in outputs if x is not None]
+    grads = [torch.randn_like(x) for x in outputs]
+    leaves = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+
+
+def peer(build: Callable[[], dict[str, Callable[[], object]]]) -> dict[str, Callable[[], object]]:
+    """The providers that ``build`` makes, or none where their package is not installed or needs a GPU."""
+    if not torch.cuda.is_available():
+        return {}
+    try:
+        return build()
+    except ImportError as error:
+        print(f"peer left out: {error}")
+        return {}

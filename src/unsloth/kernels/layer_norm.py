@@ -3,8 +3,9 @@
     h = x + residual                              (add_layer_norm; otherwise h = x)
     y = (h - mean(h)) * rsqrt(var(h) + eps) * weight + bias
 
-var is the biased variance. All arithmetic is float32, rounded once to x's dtype. With z = (h - mean) * r, where r is
-the reciprocal standard deviation, and g = dy * weight::
+var is the biased variance. All arithmetic is float32, rounded once to x's dtype, and
+without fused multiply-add, so that equal terms cancel exactly. With z = (h - mean) * r, where r is the reciprocal
+standard deviation, and g = dy * weight::
 
     dh = r * (g - mean(g) - z * mean(g * z))      dweight = sum over rows of dy * z      dbias = sum over rows of dy
 
@@ -18,6 +19,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from unsloth.kernels.column_sum import column_sum
 from unsloth.kernels.dispatch import (
     as_rows,
     can_launch,
@@ -123,7 +125,7 @@ def layer_norm_forward(
         layer_norm_forward_kernel[(triton.cdiv(rows, tile),)](
             x, residual, weight, bias, y, h, rows, n, x.stride(0), 0 if residual is None else residual.stride(0),
             y.stride(0), eps, ADD=residual is not None, WEIGHT=weight is not None, BIAS=bias is not None, ROWS=tile,
-            BLOCK=block, num_warps=warps,
+            BLOCK=block, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
     return y, h
 
@@ -134,7 +136,7 @@ def layer_norm_backward(
     weight: torch.Tensor | None,
     eps: float,
     dh: torch.Tensor | None = None,
-    parameter_grads: bool = False,
+    grad_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Launch the backward kernel on matrices [M, N] with adjacent columns.
 
@@ -144,27 +146,30 @@ def layer_norm_backward(
         weight: [N] or None.
         eps: Added to the variance.
         dh: Gradient that reaches h by other ways (the residual stream), or None.
-        parameter_grads: Whether to compute the gradients of weight and bias.
+        grad_dtype: Dtype of the gradients of weight and bias; None leaves them out.
 
     Returns:
-        ``(dx, dweight, dbias)``, the last two float32 of shape [N], or None.
+        ``(dx, dweight, dbias)``, the last two of shape [N], or None.
     """
     rows, n = h.shape
     dx = torch.empty((rows, n), dtype=h.dtype, device=h.device)
     if dx.numel() == 0:
-        zeros = torch.zeros(n, dtype=torch.float32, device=h.device) if parameter_grads else None
+        zeros = None if grad_dtype is None else torch.zeros(n, dtype=grad_dtype, device=h.device)
         return dx, zeros, zeros
     block, tile, warps = launch_shape(n)
     tiles = triton.cdiv(rows, tile)
-    programs = min(tiles, 4 * processor_count(h.device)) if parameter_grads else tiles
-    partial = torch.empty((2, programs, n), dtype=torch.float32, device=h.device) if parameter_grads else None
+    programs, stages, partial = tiles, 1, None
+    if grad_dtype is not None:
+        per_processor, warps, stages = looped_shape(n, warps)
+        programs = min(tiles, per_processor * processor_count(h.device))
+        partial = torch.empty((programs, 2 * n), dtype=torch.float32, device=h.device)
     with launch_on(h):
         layer_norm_backward_kernel[(programs,)](
             dy, h, weight, dh, dx, partial, rows, n, dy.stride(0), h.stride(0), 0 if dh is None else dh.stride(0), eps,
-            WEIGHT=weight is not None, ADD=dh is not None, PARAMETER_GRADS=parameter_grads, ROWS=tile, BLOCK=block,
-            num_warps=warps,
+            WEIGHT=weight is not None, ADD=dh is not None, PARAMETER_GRADS=partial is not None, STAGES=stages,
+            ROWS=tile, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
-    return dx, *((None, None) if partial is None else partial.sum(1).unbind(0))
+    return dx, *((None, None) if partial is None else column_sum(partial, grad_dtype).split(n))
 
 
 def launch_shape(n: int) -> tuple[int, int, int]:
@@ -172,6 +177,11 @@ def launch_shape(n: int) -> tuple[int, int, int]:
     block = triton.next_power_of_2(n)
     tile = max(1, 1024 // block)
     return block, tile, min(16, max(1, block * tile // 512))
+
+
+def looped_shape(n: int, warps: int) -> tuple[int, int, int]:
+    """Where programs loop over tiles to sum weight gradients: programs a multiprocessor, warps, stages of loads."""
+    return (1, max(1, warps // 2), 4) if n <= 4096 else (2, warps, 3 if n <= 8192 else 1)
 
 
 def _check(
@@ -200,7 +210,9 @@ class _LayerNorm(torch.autograd.Function):
             return dh, dh, None, None, None
         wanted = ctx.needs_input_grad[2], ctx.needs_input_grad[3]
         rows = None if dh is None else as_rows(dh)
-        dx, dweight, dbias = layer_norm_backward(as_rows(dy), h, weight, ctx.eps, rows, any(wanted))
+        dtypes = {x.dtype for x, grad in zip((weight, bias), wanted, strict=True) if grad}
+        dtype = None if not dtypes else torch.float32 if len(dtypes) > 1 else dtypes.pop()
+        dx, dweight, dbias = layer_norm_backward(as_rows(dy), h, weight, ctx.eps, rows, dtype)
         dx = dx.view(dy.shape)
         dweight = dweight.to(weight.dtype) if wanted[0] else None
         dbias = dbias.to(bias.dtype) if wanted[1] else None
@@ -234,9 +246,10 @@ def layer_norm_forward_kernel(
 @triton.jit
 def layer_norm_backward_kernel(
     dy, h, weight, dh, dx, partial, rows, n, stride_dy, stride_h, stride_dh, eps,
-    WEIGHT: tl.constexpr, ADD: tl.constexpr, PARAMETER_GRADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    WEIGHT: tl.constexpr, ADD: tl.constexpr, PARAMETER_GRADS: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of ROWS rows, strided over the grid; dx is contiguous, partial is [2, programs, n] float32."""
+    """Tiles of ROWS rows, strided over the grid; dx is contiguous, partial is [programs, 2 * n] float32."""
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0)
     col = tl.arange(0, BLOCK)[None, :]
@@ -245,7 +258,7 @@ def layer_norm_backward_kernel(
         gain = tl.load(weight + col, col < n, other=0.0).to(tl.float32)
     total_weight = tl.zeros((1, BLOCK), tl.float32)
     total_bias = tl.zeros((1, BLOCK), tl.float32)
-    for start in tl.range(program * ROWS, rows, programs * ROWS):
+    for start in tl.range(program * ROWS, rows, programs * ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)[:, None]
         mask = (row < rows) & (col < n)
         value = tl.load(h + row * stride_h + col, mask, other=0.0).to(tl.float32)
@@ -262,8 +275,8 @@ def layer_norm_backward_kernel(
             total_weight += tl.sum(grad * value, 0)[None, :]
             total_bias += tl.sum(grad, 0)[None, :]
     if PARAMETER_GRADS:
-        tl.store(partial + program * n + col, total_weight, col < n)
-        tl.store(partial + (programs + program) * n + col, total_bias, col < n)
+        tl.store(partial + program * 2 * n + col, total_weight, col < n)
+        tl.store(partial + (program * 2 + 1) * n + col, total_bias, col < n)
 
 
 def compile_examples(float_dtype: str) -> list[tuple]:
@@ -277,5 +290,5 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     shape = {"ROWS": tile, "BLOCK": block, "WEIGHT": True, "ADD": True}
     return [
         (layer_norm_forward_kernel, forward, {**shape, "BIAS": True}, {"num_warps": warps}),
-        (layer_norm_backward_kernel, backward, {**shape, "PARAMETER_GRADS": True}, {"num_warps": warps}),
+        (layer_norm_backward_kernel, backward, {**shape, "PARAMETER_GRADS": True, "STAGES": 3}, {"num_warps": warps}),
     ]

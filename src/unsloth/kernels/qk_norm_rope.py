@@ -15,15 +15,30 @@ r is recomputed, so q and k as they came from the projections are all that is ke
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from unsloth.core.errors import ConfigError
-from unsloth.kernels.dispatch import can_launch, check_shape, check_tensors, launch_on
+from unsloth.kernels.column_sum import column_sum
+from unsloth.kernels.dispatch import can_launch, check_shape, check_tensors, launch_on, processor_count
 from unsloth.kernels.rms_norm import rms_norm_reference
-from unsloth.kernels.rope import RopeTables, check_writable, launch_shape, rope_reference
+from unsloth.kernels.rope import (
+    RopeTables,
+    check_writable,
+    launch_shape,
+    load_angles,
+    load_pairs,
+    rope_reference,
+    row_places,
+    store_pairs,
+)
+
+HEADS = 8  # heads that a program of the backward goes through with one tile of angles
+PROGRAMS = 4  # programs a multiprocessor where programs loop, to sum the weights' gradients
 
 
 def qk_norm_rope(
@@ -99,8 +114,8 @@ def _grid(q: torch.Tensor, k: torch.Tensor, rows: int) -> tuple[int, int, int, i
     return q_rows, k_rows, triton.cdiv(q_rows, rows), triton.cdiv(k_rows, rows)
 
 
-def _shape(q: torch.Tensor, tables: RopeTables) -> tuple[dict, int]:
-    block, rows, warps = launch_shape(tables.rotary_dim // 2)
+def _shape(q: torch.Tensor, tables: RopeTables, choose: Callable[[int], tuple[int, int, int]]) -> tuple[dict, int]:
+    block, rows, warps = choose(tables.rotary_dim // 2)
     rest = q.shape[-1] - tables.rotary_dim
     constants = {
         "HALF": tables.rotary_dim // 2, "PAIR_STEP": tables.pair_step(), "INTERLEAVED": tables.interleaved,
@@ -111,7 +126,7 @@ def _shape(q: torch.Tensor, tables: RopeTables) -> tuple[dict, int]:
 
 
 def _forward(q, k, q_weight, k_weight, tables: RopeTables, eps, offset, q_out, k_out) -> None:
-    constants, rows = _shape(q, tables)
+    constants, rows = _shape(q, tables, launch_shape)
     q_rows, k_rows, q_tiles, k_tiles = _grid(q, k, rows)
     if not q_tiles + k_tiles:
         return
@@ -137,50 +152,45 @@ class _NormRope(torch.autograd.Function):
     def backward(ctx, dq_out, dk_out):
         q, k, q_weight, k_weight = ctx.saved_tensors
         tables = ctx.tables
-        constants, rows = _shape(q, tables)
-        q_rows, k_rows, q_tiles, k_tiles = _grid(q, k, rows)
-        dq, dk = torch.empty_like(q), torch.empty_like(k)
-        wanted, partial = ctx.needs_input_grad[2] or ctx.needs_input_grad[3], None
+        wanted = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+        constants, rows = _shape(q, tables, launch_shape if wanted else backward_shape)
+        tiles = triton.cdiv(q.shape[0] * q.shape[2], rows)
+        q_programs, k_programs = (tiles * triton.cdiv(x.shape[1], HEADS) for x in (q, k))
+        dq, dk, partial = torch.empty_like(q), torch.empty_like(k), None
         if wanted:
-            partial = torch.empty((q_tiles + k_tiles, q.shape[-1]), dtype=torch.float32, device=q.device)
-        if q_tiles + k_tiles:
+            q_programs, k_programs = _share_programs(q_programs, k_programs, q.device)
+            partial = torch.empty((q_programs + k_programs, q.shape[-1]), dtype=torch.float32, device=q.device)
+        if q_programs + k_programs:
             with launch_on(q):
-                qk_norm_rope_backward_kernel[(q_tiles + k_tiles,)](
+                qk_norm_rope_backward_kernel[(q_programs + k_programs,)](
                     dq_out, dk_out, q, k, q_weight, k_weight, dq, dk, partial, tables.cos, tables.sin,
-                    tables.positions, q_rows, k_rows, q_tiles, q.shape[2], q.shape[1], k.shape[1], *dq_out.stride(),
-                    *dk_out.stride(), *q.stride(), *k.stride(), *dq.stride(), *dk.stride(), *tables.strides(),
-                    tables.cos.shape[0], ctx.eps, ctx.offset, WEIGHT_GRAD=wanted, **constants,
+                    tables.positions, q.shape[0] * q.shape[2], q_programs, k_programs, q.shape[2], q.shape[1],
+                    k.shape[1],
+                    *dq_out.stride(), *dk_out.stride(), *q.stride(), *k.stride(), *dq.stride(), *dk.stride(),
+                    *tables.strides(), tables.cos.shape[0], ctx.eps, ctx.offset, WEIGHT_GRAD=wanted, HEADS=HEADS,
+                    **constants,
                 )  # fmt: skip
         if not wanted:
             return dq, dk, None, None, None, None, None
-        dweights = partial[:q_tiles].sum(0).to(q_weight.dtype), partial[q_tiles:].sum(0).to(k_weight.dtype)
-        return dq, dk, *dweights, None, None, None
+        dq_weight = column_sum(partial[:q_programs], q_weight.dtype)
+        dk_weight = column_sum(partial[q_programs:], k_weight.dtype)
+        return dq, dk, dq_weight, dk_weight, None, None, None
 
 
-@triton.jit
-def row_places(tile, rows, tokens, heads, ROWS: tl.constexpr):
-    """Batch, head and token of the rows of a tile, counted head by head, then token by token; and which exist."""
-    row = tile * ROWS + tl.arange(0, ROWS)[:, None]
-    head = row % heads
-    token = ((row // heads) % tokens).to(tl.int64)
-    return (row // (heads * tokens)).to(tl.int64), head, token, row < rows
+def backward_shape(half: int) -> tuple[int, int, int]:
+    """Pairs of a tile, tokens of a tile, warps: 8 pairs a thread."""
+    block = triton.next_power_of_2(half)
+    return block, max(1, 512 // block), 2
 
 
-@triton.jit
-def load_angles(
-    cos, sin, positions, batch, token, live, pair, table_sb, table_st, position_sb, position_st, table_rows,
-    HALF: tl.constexpr, PAIR_STEP: tl.constexpr, POSITIONS: tl.constexpr,
-):  # fmt: skip
-    """Cosines and sines of a tile's pairs; NaN where a position is outside the table."""
-    entry = batch * table_sb + token * table_st
-    found = live & (pair < HALF)
-    if POSITIONS:
-        position = tl.load(positions + batch * position_sb + token * position_st, live, other=0).to(tl.int64)
-        entry = position * table_st
-        found = found & (position >= 0) & (position < table_rows)
-    c = tl.load(cos + entry + pair * PAIR_STEP, found, other=float("nan")).to(tl.float32)
-    s = tl.load(sin + entry + pair * PAIR_STEP, found, other=float("nan")).to(tl.float32)
-    return c, s
+def _share_programs(q_tiles: int, k_tiles: int, device: torch.device) -> tuple[int, int]:
+    """Programs for queries and for keys, in proportion to their tiles, that fill the device once."""
+    budget = PROGRAMS * processor_count(device)
+    total = q_tiles + k_tiles
+    if total <= budget:
+        return q_tiles, k_tiles
+    k_programs = max(1, k_tiles * budget // total)
+    return budget - k_programs, k_programs
 
 
 @triton.jit
@@ -192,15 +202,9 @@ def norm_rotate_rows(
 ):  # fmt: skip
     """Normalize and rotate the rows of one tile."""
     batch, head, token, live = row_places(tile, rows, tokens, heads, ROWS)
-    pair = tl.arange(0, BLOCK)[None, :]
-    mask = live & (pair < HALF)
     x_row = x + batch * x_sb + head * x_sh + token * x_st
     y_row = y + batch * y_sb + head * y_sh + token * y_st
-    first, second = pair, pair + HALF
-    if INTERLEAVED:
-        first, second = 2 * pair, 2 * pair + 1
-    x1 = tl.load(x_row + first * x_sd, mask, other=0.0).to(tl.float32)
-    x2 = tl.load(x_row + second * x_sd, mask, other=0.0).to(tl.float32)
+    x1, x2 = load_pairs(x_row, x_sd, live, HALF, BLOCK, INTERLEAVED)
     square = tl.sum(x1 * x1 + x2 * x2, 1)[:, None]
     extra = 2 * HALF + tl.arange(0, REST_BLOCK)[None, :]
     kept = live & (extra < 2 * HALF + REST)
@@ -208,72 +212,80 @@ def norm_rotate_rows(
         x3 = tl.load(x_row + extra * x_sd, kept, other=0.0).to(tl.float32)
         square += tl.sum(x3 * x3, 1)[:, None]
     scale = tl.rsqrt(square / (2 * HALF + REST) + eps)
-    x1 = x1 * scale * (tl.load(weight + first, pair < HALF, other=0.0).to(tl.float32) + offset)
-    x2 = x2 * scale * (tl.load(weight + second, pair < HALF, other=0.0).to(tl.float32) + offset)
+    w1, w2 = load_pairs(weight + tl.zeros((1, 1), tl.int32), 1, True, HALF, BLOCK, INTERLEAVED)
+    x1 = x1 * scale * (w1 + offset)
+    x2 = x2 * scale * (w2 + offset)
     c, s = load_angles(
-        cos, sin, positions, batch, token, live, pair, table_sb, table_st, position_sb, position_st, table_rows, HALF,
-        PAIR_STEP, POSITIONS,
+        cos, sin, positions, batch, token, live, table_sb, table_st, position_sb, position_st, table_rows, HALF,
+        PAIR_STEP, POSITIONS, BLOCK,
     )  # fmt: skip
-    tl.store(y_row + first * y_sd, (x1 * c - x2 * s).to(y.dtype.element_ty), mask)
-    tl.store(y_row + second * y_sd, (x2 * c + x1 * s).to(y.dtype.element_ty), mask)
+    store_pairs(y_row, y_sd, x1 * c - x2 * s, x2 * c + x1 * s, live, HALF, BLOCK, INTERLEAVED)
     if REST:
         gain = tl.load(weight + extra, extra < 2 * HALF + REST, other=0.0).to(tl.float32) + offset
         tl.store(y_row + extra * y_sd, (x3 * scale * gain).to(y.dtype.element_ty), kept)
 
 
 @triton.jit
-def norm_rotate_rows_backward(
-    dy, x, weight, dx, partial, cos, sin, positions, tile, rows, tokens, heads,
+def norm_rotate_backward(
+    dy, x, weight, dx, partial, cos, sin, positions, first, step, rows, tokens, heads,
     dy_sb, dy_sh, dy_st, dy_sd, x_sb, x_sh, x_st, x_sd, dx_sb, dx_sh, dx_st, dx_sd,
     table_sb, table_st, position_sb, position_st, table_rows, eps, offset, WEIGHT_GRAD: tl.constexpr,
-    HALF: tl.constexpr, PAIR_STEP: tl.constexpr, INTERLEAVED: tl.constexpr, REST: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, PAIR_STEP: tl.constexpr, INTERLEAVED: tl.constexpr, REST: tl.constexpr,
     POSITIONS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the rows of one tile, and the tile's share of the weight's gradient."""
-    batch, head, token, live = row_places(tile, rows, tokens, heads, ROWS)
-    pair = tl.arange(0, BLOCK)[None, :]
-    inside = pair < HALF
-    mask = live & inside
-    dy_row = dy + batch * dy_sb + head * dy_sh + token * dy_st
-    x_row = x + batch * x_sb + head * x_sh + token * x_st
-    dx_row = dx + batch * dx_sb + head * dx_sh + token * dx_st
-    first, second = pair, pair + HALF
-    if INTERLEAVED:
-        first, second = 2 * pair, 2 * pair + 1
-    x1 = tl.load(x_row + first * x_sd, mask, other=0.0).to(tl.float32)
-    x2 = tl.load(x_row + second * x_sd, mask, other=0.0).to(tl.float32)
-    d1 = tl.load(dy_row + first * dy_sd, mask, other=0.0).to(tl.float32)
-    d2 = tl.load(dy_row + second * dy_sd, mask, other=0.0).to(tl.float32)
-    c, s = load_angles(
-        cos, sin, positions, batch, token, live, pair, table_sb, table_st, position_sb, position_st, table_rows, HALF,
-        PAIR_STEP, POSITIONS,
-    )  # fmt: skip
-    # NaN tables mark positions outside them; lanes past the tile must not bring NaN into the sums over the row
-    n1 = tl.where(mask, d1 * c + d2 * s, 0.0)
-    n2 = tl.where(mask, d2 * c - d1 * s, 0.0)
-    g1 = n1 * (tl.load(weight + first, inside, other=0.0).to(tl.float32) + offset)
-    g2 = n2 * (tl.load(weight + second, inside, other=0.0).to(tl.float32) + offset)
-    square = tl.sum(x1 * x1 + x2 * x2, 1)[:, None]
-    dot = tl.sum(g1 * x1 + g2 * x2, 1)[:, None]
+    """Gradient of every step-th tile of ROWS tokens and HEADS heads, and those tiles' share of the weight's."""
+    w1, w2 = load_pairs(weight + tl.zeros((1, 1), tl.int32), 1, True, HALF, BLOCK, INTERLEAVED)
+    w1 += offset
+    w2 += offset
     extra = 2 * HALF + tl.arange(0, REST_BLOCK)[None, :]
     beyond = extra < 2 * HALF + REST
-    if REST:
-        x3 = tl.load(x_row + extra * x_sd, live & beyond, other=0.0).to(tl.float32)
-        n3 = tl.load(dy_row + extra * dy_sd, live & beyond, other=0.0).to(tl.float32)
-        g3 = n3 * (tl.load(weight + extra, beyond, other=0.0).to(tl.float32) + offset)
-        square += tl.sum(x3 * x3, 1)[:, None]
-        dot += tl.sum(g3 * x3, 1)[:, None]
-    scale = tl.rsqrt(square / (2 * HALF + REST) + eps)
-    shrink = scale * scale * scale * dot / (2 * HALF + REST)
-    tl.store(dx_row + first * dx_sd, (scale * g1 - x1 * shrink).to(dx.dtype.element_ty), mask)
-    tl.store(dx_row + second * dx_sd, (scale * g2 - x2 * shrink).to(dx.dtype.element_ty), mask)
-    if REST:
-        tl.store(dx_row + extra * dx_sd, (scale * g3 - x3 * shrink).to(dx.dtype.element_ty), live & beyond)
+    sum1 = tl.zeros((ROWS, BLOCK), tl.float32)
+    sum2 = tl.zeros((ROWS, BLOCK), tl.float32)
+    sum3 = tl.zeros((ROWS, REST_BLOCK), tl.float32)
+    groups = tl.cdiv(heads, HEADS)
+    for item in range(first, tl.cdiv(rows, ROWS) * groups, step):
+        row = (item // groups) * ROWS + tl.arange(0, ROWS)[:, None]
+        live = row < rows
+        batch, token = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64)
+        first_head = (item % groups) * HEADS
+        dy_row = dy + batch * dy_sb + token * dy_st
+        x_row = x + batch * x_sb + token * x_st
+        dx_row = dx + batch * dx_sb + token * dx_st
+        c, s = load_angles(
+            cos, sin, positions, batch, token, live, table_sb, table_st, position_sb, position_st, table_rows, HALF,
+            PAIR_STEP, POSITIONS, BLOCK,
+        )  # fmt: skip
+        for head in range(first_head, tl.minimum(first_head + HEADS, heads)):
+            x1, x2 = load_pairs(x_row + head * x_sh, x_sd, live, HALF, BLOCK, INTERLEAVED)
+            d1, d2 = load_pairs(dy_row + head * dy_sh, dy_sd, live, HALF, BLOCK, INTERLEAVED)
+            n1 = d1 * c + d2 * s
+            n2 = d2 * c - d1 * s
+            g1, g2 = n1 * w1, n2 * w2
+            square = tl.sum(x1 * x1 + x2 * x2, 1)[:, None]
+            dot = tl.sum(g1 * x1 + g2 * x2, 1)[:, None]
+            if REST:
+                w3 = tl.load(weight + extra, beyond, other=0.0).to(tl.float32) + offset
+                x3 = tl.load(x_row + head * x_sh + extra * x_sd, live & beyond, other=0.0).to(tl.float32)
+                n3 = tl.load(dy_row + head * dy_sh + extra * dy_sd, live & beyond, other=0.0).to(tl.float32)
+                square += tl.sum(x3 * x3, 1)[:, None]
+                dot += tl.sum(n3 * w3 * x3, 1)[:, None]
+            scale = tl.rsqrt(square / (2 * HALF + REST) + eps)
+            shrink = scale * scale * scale * dot / (2 * HALF + REST)
+            y1, y2 = scale * g1 - x1 * shrink, scale * g2 - x2 * shrink
+            store_pairs(dx_row + head * dx_sh, dx_sd, y1, y2, live, HALF, BLOCK, INTERLEAVED)
+            if REST:
+                y3 = (scale * n3 * w3 - x3 * shrink).to(dx.dtype.element_ty)
+                tl.store(dx_row + head * dx_sh + extra * dx_sd, y3, live & beyond)
+            if WEIGHT_GRAD:
+                sum1 += n1 * (x1 * scale)
+                sum2 += n2 * (x2 * scale)
+                if REST:
+                    sum3 += n3 * (x3 * scale)
     if WEIGHT_GRAD:
-        tl.store(partial + first, tl.sum(n1 * x1 * scale, 0)[None, :], inside)
-        tl.store(partial + second, tl.sum(n2 * x2 * scale, 0)[None, :], inside)
+        place = partial + tl.zeros((1, 1), tl.int32)
+        store_pairs(place, 1, tl.sum(sum1, 0)[None, :], tl.sum(sum2, 0)[None, :], True, HALF, BLOCK, INTERLEAVED)
         if REST:
-            tl.store(partial + extra, tl.sum(n3 * x3 * scale, 0)[None, :], beyond)
+            tl.store(partial + extra, tl.sum(sum3, 0)[None, :], beyond)
 
 
 @triton.jit
@@ -302,30 +314,30 @@ def qk_norm_rope_forward_kernel(
 
 @triton.jit
 def qk_norm_rope_backward_kernel(
-    dq_out, dk_out, q, k, q_weight, k_weight, dq, dk, partial, cos, sin, positions, q_rows, k_rows, q_tiles, tokens,
-    q_heads, k_heads, dqo_sb, dqo_sh, dqo_st, dqo_sd, dko_sb, dko_sh, dko_st, dko_sd,
+    dq_out, dk_out, q, k, q_weight, k_weight, dq, dk, partial, cos, sin, positions, rows, q_programs, k_programs,
+    tokens, q_heads, k_heads, dqo_sb, dqo_sh, dqo_st, dqo_sd, dko_sb, dko_sh, dko_st, dko_sd,
     q_sb, q_sh, q_st, q_sd, k_sb, k_sh, k_st, k_sd, dq_sb, dq_sh, dq_st, dq_sd, dk_sb, dk_sh, dk_st, dk_sd,
     table_sb, table_st, position_sb, position_st, table_rows, eps, offset, WEIGHT_GRAD: tl.constexpr,
-    HALF: tl.constexpr, PAIR_STEP: tl.constexpr, INTERLEAVED: tl.constexpr, REST: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, PAIR_STEP: tl.constexpr, INTERLEAVED: tl.constexpr, REST: tl.constexpr,
     POSITIONS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """As the forward kernel; partial is [tiles, D] float32, one row a program."""
-    tile = tl.program_id(0)
+    """Query rows in the first q_programs programs, key rows in the others; partial is [programs, D] float32."""
+    program = tl.program_id(0)
     if WEIGHT_GRAD:
-        partial += tile.to(tl.int64) * (2 * HALF + REST)
-    if tile < q_tiles:
-        norm_rotate_rows_backward(
-            dq_out, q, q_weight, dq, partial, cos, sin, positions, tile, q_rows, tokens, q_heads, dqo_sb, dqo_sh,
-            dqo_st, dqo_sd, q_sb, q_sh, q_st, q_sd, dq_sb, dq_sh, dq_st, dq_sd, table_sb, table_st, position_sb,
-            position_st, table_rows, eps, offset, WEIGHT_GRAD, HALF, PAIR_STEP, INTERLEAVED, REST, POSITIONS, ROWS,
-            BLOCK, REST_BLOCK,
+        partial += program.to(tl.int64) * (2 * HALF + REST)
+    if program < q_programs:
+        norm_rotate_backward(
+            dq_out, q, q_weight, dq, partial, cos, sin, positions, program, q_programs, rows, tokens, q_heads,
+            dqo_sb, dqo_sh, dqo_st, dqo_sd, q_sb, q_sh, q_st, q_sd, dq_sb, dq_sh, dq_st, dq_sd, table_sb, table_st,
+            position_sb, position_st, table_rows, eps, offset, WEIGHT_GRAD, HEADS, HALF, PAIR_STEP, INTERLEAVED, REST,
+            POSITIONS, ROWS, BLOCK, REST_BLOCK,
         )  # fmt: skip
     else:
-        norm_rotate_rows_backward(
-            dk_out, k, k_weight, dk, partial, cos, sin, positions, tile - q_tiles, k_rows, tokens, k_heads, dko_sb,
-            dko_sh, dko_st, dko_sd, k_sb, k_sh, k_st, k_sd, dk_sb, dk_sh, dk_st, dk_sd, table_sb, table_st,
-            position_sb, position_st, table_rows, eps, offset, WEIGHT_GRAD, HALF, PAIR_STEP, INTERLEAVED, REST,
-            POSITIONS, ROWS, BLOCK, REST_BLOCK,
+        norm_rotate_backward(
+            dk_out, k, k_weight, dk, partial, cos, sin, positions, program - q_programs, k_programs, rows, tokens,
+            k_heads, dko_sb, dko_sh, dko_st, dko_sd, k_sb, k_sh, k_st, k_sd, dk_sb, dk_sh, dk_st, dk_sd, table_sb,
+            table_st, position_sb, position_st, table_rows, eps, offset, WEIGHT_GRAD, HEADS, HALF, PAIR_STEP,
+            INTERLEAVED, REST, POSITIONS, ROWS, BLOCK, REST_BLOCK,
         )  # fmt: skip
 
 
@@ -337,7 +349,7 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     examples = []
     for kernel, constants in (
         (qk_norm_rope_forward_kernel, shape),
-        (qk_norm_rope_backward_kernel, {**shape, "WEIGHT_GRAD": True}),
+        (qk_norm_rope_backward_kernel, {**shape, "WEIGHT_GRAD": True, "HEADS": HEADS}),
     ):
         names = [name for name in kernel.arg_names if name not in constants]
         signature = dict.fromkeys(names, "i32") | dict.fromkeys(("eps", "offset"), "fp32")

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from unsloth.kernels.column_sum import column_sum
 from unsloth.kernels.dispatch import (
     as_rows,
     can_launch,
@@ -154,30 +155,32 @@ def rms_norm_backward(
     weight_grad = weight_grad and weight is not None
     if dx.numel() == 0:
         return dx, torch.zeros_like(weight) if weight_grad else None
-    block, tile, warps = launch_shape(n, backward=True)
+    block, tile, warps = launch_shape(n)
     tiles = triton.cdiv(rows, tile)
-    programs = min(tiles, backward_programs(h.device)) if weight_grad else tiles
+    programs, stages = tiles, 1
+    if weight_grad:
+        per_processor, warps, stages = looped_shape(n, warps)
+        programs = min(tiles, per_processor * processor_count(h.device))
     partial = torch.empty((programs, n), dtype=torch.float32, device=h.device) if weight_grad else None
     with launch_on(h):
         rms_norm_backward_kernel[(programs,)](
             dy, h, weight, dh, dx, partial, rows, n, dy.stride(0), h.stride(0), 0 if dh is None else dh.stride(0),
-            eps, offset, WEIGHT=weight is not None, ADD=dh is not None, WEIGHT_GRAD=weight_grad, ROWS=tile,
-            BLOCK=block, num_warps=warps,
+            eps, offset, WEIGHT=weight is not None, ADD=dh is not None, WEIGHT_GRAD=weight_grad, STAGES=stages,
+            ROWS=tile, BLOCK=block, num_warps=warps,
         )  # fmt: skip
-    return dx, None if partial is None else partial.sum(0).to(weight.dtype)
+    return dx, None if partial is None else column_sum(partial, weight.dtype)
 
 
-def launch_shape(n: int, backward: bool = False) -> tuple[int, int, int]:
+def launch_shape(n: int) -> tuple[int, int, int]:
     """Columns of a tile, rows of a tile, warps: 16 elements a thread, several short rows to a program."""
     block = triton.next_power_of_2(n)
     tile = max(1, 1024 // block)
-    warps = min(16, max(1, block * tile // 512))
-    return block, tile, warps
+    return block, tile, min(16, max(1, block * tile // 512))
 
 
-def backward_programs(device: torch.device) -> int:
-    """Programs of the backward that also sums the weight's gradient; each writes one row of partial sums."""
-    return 4 * processor_count(device)
+def looped_shape(n: int, warps: int) -> tuple[int, int, int]:
+    """Where programs loop over tiles to sum a weight's gradient: programs a multiprocessor, warps, stages of loads."""
+    return (1, warps, 4) if n <= 4096 else (2, warps, 3 if n <= 8192 else 1)
 
 
 def _check(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None) -> None:
@@ -235,7 +238,8 @@ def rms_norm_forward_kernel(
 @triton.jit
 def rms_norm_backward_kernel(
     dy, h, weight, dh, dx, partial, rows, n, stride_dy, stride_h, stride_dh, eps, offset,
-    WEIGHT: tl.constexpr, ADD: tl.constexpr, WEIGHT_GRAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    WEIGHT: tl.constexpr, ADD: tl.constexpr, WEIGHT_GRAD: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Tiles of ROWS rows, strided over the grid; dx is contiguous, partial is [programs, n] float32."""
     program = tl.program_id(0).to(tl.int64)
@@ -244,7 +248,7 @@ def rms_norm_backward_kernel(
     if WEIGHT:
         gain = tl.load(weight + col, col < n, other=0.0).to(tl.float32) + offset
     total = tl.zeros((1, BLOCK), tl.float32)
-    for start in tl.range(program * ROWS, rows, tl.num_programs(0) * ROWS):
+    for start in tl.range(program * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)[:, None]
         mask = (row < rows) & (col < n)
         value = tl.load(h + row * stride_h + col, mask, other=0.0).to(tl.float32)
@@ -273,5 +277,5 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     shape = {"ROWS": tile, "BLOCK": block, "WEIGHT": True, "ADD": True}
     return [
         (rms_norm_forward_kernel, forward, shape, {"num_warps": warps}),
-        (rms_norm_backward_kernel, backward, {**shape, "WEIGHT_GRAD": True}, {"num_warps": warps}),
+        (rms_norm_backward_kernel, backward, {**shape, "WEIGHT_GRAD": True, "STAGES": 3}, {"num_warps": warps}),
     ]

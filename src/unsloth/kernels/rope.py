@@ -197,7 +197,7 @@ def check_writable(op: str, *tensors: torch.Tensor | None) -> None:
 def launch_shape(half: int) -> tuple[int, int, int]:
     """Pairs of a tile, (token, head) rows of a tile, warps: 8 pairs a thread."""
     block = triton.next_power_of_2(half)
-    return block, max(1, 2048 // block), 8
+    return block, max(1, 1024 // block), 4
 
 
 def _check_heads(q: torch.Tensor, k: torch.Tensor | None) -> None:
@@ -297,6 +297,65 @@ def rope_kernel(
 
 
 @triton.jit
+def row_places(tile, rows, tokens, heads, ROWS: tl.constexpr):
+    """Batch, head and token of the rows of a tile, counted head by head, then token by token; and which exist."""
+    row = tile * ROWS + tl.arange(0, ROWS)[:, None]
+    head = row % heads
+    token = ((row // heads) % tokens).to(tl.int64)
+    return (row // (heads * tokens)).to(tl.int64), head, token, row < rows
+
+
+@triton.jit
+def load_pairs(x_row, stride, live, HALF: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """First and second members of the pairs of a tile's rows in float32, zero past the end, each [ROWS, BLOCK]."""
+    if INTERLEAVED:
+        column = tl.arange(0, 2 * BLOCK)[None, :]
+        both = tl.load(x_row + column * stride, live & (column < 2 * HALF), other=0.0).to(tl.float32)
+        x1, x2 = tl.split(tl.reshape(both, [both.shape[0], BLOCK, 2]))
+    else:
+        pair = tl.arange(0, BLOCK)[None, :]
+        mask = live & (pair < HALF)
+        x1 = tl.load(x_row + pair * stride, mask, other=0.0).to(tl.float32)
+        x2 = tl.load(x_row + (pair + HALF) * stride, mask, other=0.0).to(tl.float32)
+    return x1, x2
+
+
+@triton.jit
+def store_pairs(y_row, stride, y1, y2, live, HALF: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The counterpart of load_pairs."""
+    if INTERLEAVED:
+        column = tl.arange(0, 2 * BLOCK)[None, :]
+        both = tl.interleave(y1, y2).to(y_row.dtype.element_ty)
+        tl.store(y_row + column * stride, both, live & (column < 2 * HALF))
+    else:
+        pair = tl.arange(0, BLOCK)[None, :]
+        mask = live & (pair < HALF)
+        tl.store(y_row + pair * stride, y1.to(y_row.dtype.element_ty), mask)
+        tl.store(y_row + (pair + HALF) * stride, y2.to(y_row.dtype.element_ty), mask)
+
+
+@triton.jit
+def load_angles(
+    cos, sin, positions, batch, token, live, table_sb, table_st, position_sb, position_st, table_rows,
+    HALF: tl.constexpr, PAIR_STEP: tl.constexpr, POSITIONS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Cosines and sines of a tile's pairs, zero past its end; cosines are NaN at a position outside the table."""
+    pair = tl.arange(0, BLOCK)[None, :]
+    entry = batch * table_sb + token * table_st
+    found = live & (pair < HALF)
+    missing = 0.0
+    if POSITIONS:
+        position = tl.load(positions + batch * position_sb + token * position_st, live, other=0).to(tl.int64)
+        entry = position * table_st
+        known = (position >= 0) & (position < table_rows)
+        found = found & known
+        missing = tl.where(known, 0.0, float("nan"))
+    c = tl.load(cos + entry + pair * PAIR_STEP, found, other=0.0).to(tl.float32) + missing
+    s = tl.load(sin + entry + pair * PAIR_STEP, found, other=0.0).to(tl.float32)
+    return c, s
+
+
+@triton.jit
 def rotate_rows(
     x, y, cos, sin, positions, tile, rows, tokens, heads, x_sb, x_sh, x_st, x_sd, y_sb, y_sh, y_st, y_sd,
     table_sb, table_st, position_sb, position_st, table_rows,
@@ -304,33 +363,15 @@ def rotate_rows(
     POSITIONS: tl.constexpr, BACKWARD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     REST_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rotate rows tile * ROWS onwards, counted head by head, then token by token, then by batch."""
-    row = tile * ROWS + tl.arange(0, ROWS)[:, None]
-    live = row < rows
-    head = row % heads
-    token = (row // heads) % tokens
-    batch = (row // (heads * tokens)).to(tl.int64)
-    token = token.to(tl.int64)
-    pair = tl.arange(0, BLOCK)[None, :]
-    mask = live & (pair < HALF)
+    """Rotate the rows of one tile."""
+    batch, head, token, live = row_places(tile, rows, tokens, heads, ROWS)
     x_row = x + batch * x_sb + head * x_sh + token * x_st
     y_row = y + batch * y_sb + head * y_sh + token * y_st
-    if INTERLEAVED:
-        first = 2 * pair
-        second = 2 * pair + 1
-    else:
-        first = pair
-        second = pair + HALF
-    x1 = tl.load(x_row + first * x_sd, mask, other=0.0).to(tl.float32)
-    x2 = tl.load(x_row + second * x_sd, mask, other=0.0).to(tl.float32)
-    entry = batch * table_sb + token * table_st
-    found = mask
-    if POSITIONS:
-        position = tl.load(positions + batch * position_sb + token * position_st, live, other=0).to(tl.int64)
-        entry = position * table_st
-        found = mask & (position >= 0) & (position < table_rows)
-    c = tl.load(cos + entry + pair * PAIR_STEP, found, other=float("nan")).to(tl.float32)
-    s = tl.load(sin + entry + pair * PAIR_STEP, found, other=float("nan")).to(tl.float32)
+    x1, x2 = load_pairs(x_row, x_sd, live, HALF, BLOCK, INTERLEAVED)
+    c, s = load_angles(
+        cos, sin, positions, batch, token, live, table_sb, table_st, position_sb, position_st, table_rows, HALF,
+        PAIR_STEP, POSITIONS, BLOCK,
+    )  # fmt: skip
     if BACKWARD:
         s = -s
     if REST:
@@ -338,8 +379,7 @@ def rotate_rows(
         kept = live & (extra < REST)
         value = tl.load(x_row + (2 * HALF + extra) * x_sd, kept)
         tl.store(y_row + (2 * HALF + extra) * y_sd, value, kept)
-    tl.store(y_row + first * y_sd, (x1 * c - x2 * s).to(y.dtype.element_ty), mask)
-    tl.store(y_row + second * y_sd, (x2 * c + x1 * s).to(y.dtype.element_ty), mask)
+    store_pairs(y_row, y_sd, x1 * c - x2 * s, x2 * c + x1 * s, live, HALF, BLOCK, INTERLEAVED)
 
 
 def compile_examples(float_dtype: str) -> list[tuple]:
