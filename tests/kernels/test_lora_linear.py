@@ -160,6 +160,21 @@ def test_changed_adapters_are_seen(device):
     assert group.columns == 16 and torch.equal(padded.buffer[40:55, :40], torch.cat(pairs[::2]))
 
 
+def test_one_weight_under_two_sets_of_adapters(device):
+    x, weights, pairs = make(device)
+    others = [t.detach().flip(0).requires_grad_() for t in pairs]
+    shared = PaddedWeight.from_dense(weights, 15)
+
+    def run(first_weights, second_weights):
+        first = lora_linears(x, first_weights, [Adapter(*pairs[i : i + 2], 2.0) for i in (0, 2, 4)])
+        lora_linears(x, second_weights, [Adapter(*others[i : i + 2], 0.5) for i in (0, 2, 4)])
+        return torch.autograd.grad(sum(y.square().sum() for y in first), [x, *pairs])
+
+    expected = run(PaddedWeight.from_dense(weights, 15), PaddedWeight.from_dense(weights, 15))
+    for ours, apart in zip(run(shared, shared), expected, strict=True):
+        torch.testing.assert_close(ours, apart)
+
+
 def test_trained_base_weights_use_the_reference(device):
     x, weights, pairs = make(device)
     weights[0].requires_grad_()

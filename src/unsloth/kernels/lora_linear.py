@@ -57,6 +57,7 @@ class _LoraLinears(torch.autograd.Function):
             wide, projected = project_input(flat, group, buffer)
             y = group.forward(wide, projected, biases)
         ctx.save_for_backward(unshared(flat, buffer), projected.clone() if group.room else projected, *pairs)
+        ctx.group = None if any(callable(weight) for weight in weights) else group
         ctx.weights, ctx.scales, ctx.dtype, ctx.shape, ctx.x_dtype = weights, scales, dtype, x.shape, x.dtype
         return tuple(alias(y[:, columns], x.shape[:-1]) for columns in group.out_slices())
 
@@ -67,7 +68,10 @@ class _LoraLinears(torch.autograd.Function):
         x, projected, *pairs = ctx.saved_tensors
         needs_x, needs_pairs = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
         with torch.autocast(x.device.type, enabled=False):
-            group = LoraGroup(ctx.weights, gather_adapters(pairs, ctx.scales), ctx.dtype, again=False)
+            if ctx.group is None:
+                group = LoraGroup(ctx.weights, gather_adapters(pairs, ctx.scales), ctx.dtype, again=False)
+            else:
+                group = ctx.group.refreshed()
             flat = [g.to(ctx.dtype).reshape(x.shape[0], g.shape[-1]) for g in grads]
             g, g_projected = project_gradients(flat, group)
             dx = group.input_gradient(g, g_projected) if needs_x else None

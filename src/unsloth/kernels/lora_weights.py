@@ -262,7 +262,7 @@ class LoraGroup:
                 )
         self.padded = got[0] if isinstance(got[0], PaddedWeight) else None
         if self.padded is not None:
-            self._use_padded(self.padded, again)
+            self._use_padded(self.padded)
         else:
             self._use_plain([weight for weight in got if isinstance(weight, torch.Tensor)], dtype)
         if len(self.outs) != len(self.adapters):
@@ -270,13 +270,19 @@ class LoraGroup:
                 "Every linear needs an adapter or None", got=(self.outs, len(self.adapters)), do="Pass one a linear."
             )
         self._check_adapters()
+        self._out_slices, self._rank_slices = _slices(self.outs), _slices(self.ranks)
+        if self.padded is not None:
+            self.padded.place(self.adapters, self.room, again=again)
 
-    def _use_padded(self, padded: PaddedWeight, again: bool) -> None:
+    def refreshed(self) -> LoraGroup:
+        """This group, with its adapters in the padded weight again should another group's be there by now."""
+        if self.padded is not None:
+            self.padded.place(self.adapters, self.room, again=False)
+        return self
+
+    def _use_padded(self, padded: PaddedWeight) -> None:
         self.outs, self.in_features = padded.outs, padded.in_features
         self.room = self.columns = padded_rank(sum(self.ranks))
-        if len(self.outs) == len(self.adapters):
-            self._check_adapters()
-            padded.place(self.adapters, self.room, again=again)
         total = padded.out_features
         self.a = padded.buffer[total : total + self.columns, : self.in_features]
 
@@ -301,11 +307,11 @@ class LoraGroup:
 
     def out_slices(self) -> list[slice]:
         """Columns of each linear in the stacked output."""
-        return _slices(self.outs)
+        return self._out_slices
 
     def rank_slices(self) -> list[slice]:
         """Columns of each adapter in the projections."""
-        return _slices(self.ranks)
+        return self._rank_slices
 
     def sb(self, i: int, dtype: torch.dtype) -> torch.Tensor:
         """(out_i, r_i) scaled ``B`` of linear ``i``."""
