@@ -137,19 +137,22 @@ def padded_rank(rank: int) -> int:
     return -(-rank // _RANK_STEP) * _RANK_STEP
 
 
-def _identity(adapter: Adapter) -> tuple:
+def _identity(adapter: Adapter) -> tuple[tuple, tuple]:
+    """(weak references to A and B, what else must be equal for their values to be the same)."""
     pair = (adapter.a, adapter.b)
-    versions = [-1 if t.is_inference() else t._version for t in pair]
-    return (*(weakref.ref(t) for t in pair), *(t.data_ptr() for t in pair), *versions, adapter.scale)
+    versions = tuple(-1 if t.is_inference() else t._version for t in pair)
+    return tuple(weakref.ref(t) for t in pair), (*(t.data_ptr() for t in pair), *versions, adapter.scale)
 
 
 def _same(placed: tuple, adapters: Sequence[Adapter | None]) -> bool:
-    if len(placed) != len(adapters):
-        return False
-    return all(
-        old is None if new is None else old is not None and -1 not in old[4:6] and old == _identity(new)
-        for old, new in zip(placed, adapters, strict=True)
-    )
+    return len(placed) == len(adapters) and all(map(_same_adapter, placed, adapters))
+
+
+def _same_adapter(old: tuple[tuple, tuple] | None, new: Adapter | None) -> bool:
+    if old is None or new is None:
+        return old is None and new is None
+    (old_a, old_b), values = old  # references are compared by identity: == would compare the tensors' elements
+    return old_a() is new.a and old_b() is new.b and -1 not in values[2:4] and values == _identity(new)[1]
 
 
 @triton.jit
