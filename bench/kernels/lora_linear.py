@@ -1,0 +1,157 @@
+"""LoRA on the linears of one 8B layer: q/k/v, one 4,096-square linear and the MLP; 4,096 tokens, rank 32, bfloat16.
+
+"bare products" are the base weights' products alone (forward; forward and input gradient), the floor that the bar of
+15% refers to. "graph" providers replay captured graphs, so that launches from Python do not count. Peers: the reference
+as PEFT writes it, and torch.compile of it.
+"""
+
+import torch
+from harness import Case, main
+
+from unsloth.kernels.lora_linear import lora_linears, lora_linears_reference
+from unsloth.kernels.lora_mlp import lora_mlp, lora_mlp_reference
+from unsloth.kernels.lora_weights import Adapter, PaddedWeight, padded_rank
+
+TOKENS, HIDDEN, INNER, KEYS, RANK, SCALE = 4096, 4096, 14336, 1024, 32, 0.5
+
+
+def inputs(shapes):
+    """A buffer, x in its first columns, (out, in) weights, float32 adapters."""
+    columns = shapes[0][1]
+    room = padded_rank(RANK * sum(k == columns for _, k in shapes))
+    buffer = torch.randn(TOKENS, columns + room, device="cuda", dtype=torch.bfloat16)
+    x = buffer[:, :columns].detach().requires_grad_()
+    weights = [torch.randn(*s, device="cuda", dtype=torch.bfloat16) / s[1] ** 0.5 for s in shapes]
+    pairs = [
+        (torch.randn(RANK, k, device="cuda") / k**0.5, torch.randn(out, RANK, device="cuda") / RANK**0.5)
+        for out, k in shapes
+    ]
+    return buffer, x, weights, [Adapter(a.requires_grad_(), b.requires_grad_(), SCALE) for a, b in pairs]
+
+
+def forward_only(op):
+    """The op without autograd."""
+
+    def step():
+        with torch.no_grad():
+            return op()
+
+    return step
+
+
+def both_ways(op, x, adapters):
+    """The op and the gradients of x and of all adapters."""
+    leaves = [x, *(t for adapter in adapters for t in (adapter.a, adapter.b))]
+    with torch.no_grad():
+        shapes = op()
+    outputs = shapes if isinstance(shapes, tuple) else (shapes,)
+    upstream = [torch.randn_like(y).contiguous() for y in outputs]
+
+    def step():
+        got = op()
+        return torch.autograd.grad(got if isinstance(got, tuple) else (got,), leaves, upstream)
+
+    return step
+
+
+def bare_linears(x, weights, backward):
+    """x W^T for every weight; with ``backward`` the sum of g W as well."""
+    x = x.detach()
+    grads = [torch.randn(TOKENS, w.shape[0], device="cuda", dtype=torch.bfloat16) for w in weights]
+
+    def step():
+        for w in weights:
+            x @ w.t()
+        if backward:
+            dx = grads[0] @ weights[0]
+            for g, w in zip(grads[1:], weights[1:], strict=True):
+                dx.addmm_(g, w)
+
+    return step
+
+
+def bare_mlp(x, weights, backward):
+    """The three products, on whatever data; with ``backward`` their input gradients."""
+    first = bare_linears(x, weights[:2], backward)
+    h = torch.randn(TOKENS, INNER, device="cuda", dtype=torch.bfloat16)
+    second = bare_linears(h, weights[2:], backward)
+    return lambda: (first(), second())
+
+
+def captured(step):
+    """``step`` as a CUDA graph: the kernels without what Python and autograd cost to launch them."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    kept = [graph, step]  # the graph reads tensors that only the step's closure holds
+
+    def replay():
+        kept[0].replay()
+
+    return replay
+
+
+def providers(ours, buffered, plain, reference, bare, x, adapters, backward):
+    """By name; ``ours`` with padded weights, ``ours plain`` with plain ones, ``in buffer`` without the copy of x."""
+    compiled = torch.compile(reference)
+    wrap = (lambda op: both_ways(op, x, adapters)) if backward else forward_only
+    return {
+        "ours": wrap(ours),
+        "ours graph": captured(wrap(ours)),
+        "in buffer graph": captured(wrap(buffered)),
+        "ours plain": wrap(plain),
+        "compiled": wrap(compiled),
+        "reference": wrap(reference),
+        "bare products": bare,
+        "bare graph": captured(bare),
+    }
+
+
+def build() -> list[Case]:
+    """q/k/v, o, MLP; forward, forward and backward."""
+    cases = []
+    groups = {"qkv": [(HIDDEN, HIDDEN), (KEYS, HIDDEN), (KEYS, HIDDEN)], "o": [(HIDDEN, HIDDEN)]}
+    for name, shapes in groups.items():
+        buffer, x, weights, adapters = inputs(shapes)
+        padded = PaddedWeight.from_dense(weights, RANK * len(shapes))
+        flops = sum(2 * TOKENS * out * k for out, k in shapes)
+        for backward in (False, True):
+            found = providers(
+                lambda x=x, p=padded, a=adapters: lora_linears(x, p, a),
+                lambda x=x, p=padded, a=adapters, b=buffer: lora_linears(x, p, a, buffer=b),
+                lambda x=x, w=weights, a=adapters: lora_linears(x, w, a),
+                lambda x=x, w=weights, a=adapters: lora_linears_reference(x, w, a),
+                bare_linears(x, weights, backward),
+                x,
+                adapters,
+                backward,
+            )
+            case = f"{name} {'forward+backward' if backward else 'forward'}"
+            cases.append(Case("lora_linear", case, found, flops=flops * (1 + backward)))
+    shapes = [(INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER)]
+    buffer, x, weights, adapters = inputs(shapes)
+    gate_up, down = PaddedWeight.from_dense(weights[:2], 2 * RANK), PaddedWeight.from_dense(weights[2:], RANK)
+    for backward in (False, True):
+        found = providers(
+            lambda: lora_mlp(x, gate_up, down, adapters),
+            lambda: lora_mlp(x, gate_up, down, adapters, buffer=buffer),
+            lambda: lora_mlp(x, weights[:2], weights[2], adapters),
+            lambda: lora_mlp_reference(x, weights[:2], weights[2], adapters),
+            bare_mlp(x, weights, backward),
+            x,
+            adapters,
+            backward,
+        )
+        case = f"mlp {'forward+backward' if backward else 'forward'}"
+        cases.append(Case("lora_mlp", case, found, flops=6 * TOKENS * HIDDEN * INNER * (1 + backward)))
+    return cases
+
+
+if __name__ == "__main__":
+    main("lora_linear", build)

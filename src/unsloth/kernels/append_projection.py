@@ -1,0 +1,138 @@
+"""Copy a matrix into a wider buffer and append its product with a thin one, in one pass: ``[x | x P]``.
+
+Shapes: x (M, K), P (K, R) with R small (the ranks of a few adapters). The LoRA ops feed the result to one matrix
+product over K + R columns, in place of a product, a thin product and an accumulation into the output. Reading x once
+for both the copy and the thin product costs what the copy alone costs.
+
+Bytes: 2 M K elements, against 3 M K for a copy and a product.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from unsloth.kernels import dispatch
+from unsloth.kernels.rounding import must_round, nearest
+
+_MOST_COLUMNS = 128
+
+
+def append_projection_reference(x: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+    """``[x | x @ projection]`` in plain torch."""
+    return torch.cat([x, x @ projection], dim=1)
+
+
+@triton.jit
+def append_projection_kernel(
+    x_ptr,
+    p_ptr,
+    copy_ptr,
+    tail_ptr,
+    M,
+    K,
+    R,
+    x_stride,
+    p_stride_k,
+    p_stride_r,
+    copy_stride,
+    tail_stride,
+    UPCAST: tl.constexpr,
+    ROUND: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One program a block of rows: all of K in steps, copied while it is multiplied."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = rows[:, None].to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    r = tl.arange(0, BLOCK_R)
+    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        columns = start + k
+        inside = (rows[:, None] < M) & (columns[None, :] < K)
+        x = tl.load(x_ptr + m * x_stride + columns[None, :], mask=inside, other=0.0)
+        p = tl.load(
+            p_ptr + columns[:, None] * p_stride_k + r[None, :] * p_stride_r,
+            mask=(columns[:, None] < K) & (r[None, :] < R),
+            other=0.0,
+        )
+        tl.store(copy_ptr + m * copy_stride + columns[None, :], x, mask=inside)
+        if UPCAST:
+            x, p = x.to(tl.float32), p.to(tl.float32)
+        acc = tl.dot(x, p, acc, input_precision="ieee")
+    tl.store(tail_ptr + m * tail_stride + r[None, :], nearest(acc, ROUND), mask=(rows[:, None] < M) & (r[None, :] < R))
+
+
+def append_projection(
+    x: torch.Tensor, projection: torch.Tensor, tail: torch.Tensor, copy: torch.Tensor | None = None
+) -> None:
+    """Write ``x @ projection`` into ``tail``, and x into ``copy``.
+
+    Args:
+        x: (M, K), any strides (a copy is made unless that along K is 1).
+        projection: (K, R) of the same dtype, any strides.
+        tail: (M, R), unit stride along R.
+        copy: (M, K), unit stride along K; None to leave the copy out, which makes it torch's product.
+    """
+    rows, features = x.shape
+    rank = projection.shape[1]
+    kernel_takes_it = copy is not None and 0 < rank <= _MOST_COLUMNS and rows > 0 and features > 0
+    if not kernel_takes_it or not dispatch.can_launch(x, projection, tail):
+        if copy is not None:
+            copy.copy_(x)
+        torch.mm(x, projection, out=tail)
+        return
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    shape = _tile(x, rank)
+    with dispatch.launch_on(x):
+        append_projection_kernel[(triton.cdiv(rows, shape["BLOCK_M"]),)](
+            x,
+            projection,
+            copy,
+            tail,
+            rows,
+            features,
+            rank,
+            x.stride(0),
+            projection.stride(0),
+            projection.stride(1),
+            copy.stride(0),
+            tail.stride(0),
+            UPCAST=dispatch.interpreting(),
+            ROUND=must_round(tail.dtype),
+            **shape,
+        )
+
+
+def matmul_wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a @ b`` out of a float32 accumulator (float64 for float64)."""
+    if a.dtype in (torch.float32, torch.float64):
+        return torch.mm(a, b)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())
+
+
+def _tile(x: torch.Tensor, rank: int) -> dict[str, int]:
+    """Tile and launch options; three stages of a tile stay under 64 KiB of shared memory before Hopper."""
+    block_r = max(16, triton.next_power_of_2(rank))
+    narrow = x.dtype.itemsize > 2 or block_r > 64
+    if x.is_cuda and dispatch.capability(x.device) >= (9, 0) and x.dtype.itemsize == 2:
+        return {"BLOCK_M": 64, "BLOCK_K": 128, "BLOCK_R": block_r, "num_warps": 8, "num_stages": 4}
+    return {"BLOCK_M": 32, "BLOCK_K": 32 if narrow else 64, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 3}
+
+
+def compile_examples(float_dtype: str) -> list[tuple]:
+    """Signatures for the cross-compilation test: A's layout for activations, B's for gradients."""
+    integers = dict.fromkeys(("M", "K", "R", "x_stride", "copy_stride", "tail_stride"), "i32")
+    pointers = dict.fromkeys(("x_ptr", "p_ptr", "copy_ptr", "tail_ptr"), f"*{float_dtype}")
+    shape = {"UPCAST": False, "ROUND": False, "BLOCK_M": 32, "BLOCK_R": 32, "BLOCK_K": 64}
+    strides = dict.fromkeys(("p_stride_k", "p_stride_r"), "i32")
+    return [
+        (append_projection_kernel, integers | pointers | strides, {**shape, "p_stride_k": 1}),
+        (append_projection_kernel, integers | pointers | strides, {**shape, "p_stride_r": 1, "BLOCK_R": 128}),
+    ]

@@ -1,0 +1,294 @@
+"""Layer normalization of the last dimension, with an optional residual addition in the same pass.
+
+    h = x + residual                              (add_layer_norm; otherwise h = x)
+    y = (h - mean(h)) * rsqrt(var(h) + eps) * weight + bias
+
+var is the biased variance. All arithmetic is float32, rounded once to x's dtype, and
+without fused multiply-add, so that equal terms cancel exactly. With z = (h - mean) * r, where r is the reciprocal
+standard deviation, and g = dy * weight::
+
+    dh = r * (g - mean(g) - z * mean(g * z))      dweight = sum over rows of dy * z      dbias = sum over rows of dy
+
+The backward recomputes mean and r, so h is all that is kept. Ba, Kiros and Hinton, "Layer Normalization", 2016.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from unsloth.kernels.column_sum import column_sum
+from unsloth.kernels.dispatch import (
+    as_rows,
+    can_launch,
+    check_shape,
+    check_tensors,
+    compute_dtype,
+    launch_on,
+    processor_count,
+)
+
+MAX_COLUMNS = 32768  # one row is held in registers
+
+
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    fast: bool = True,
+) -> torch.Tensor:
+    """Normalize the last dimension of ``x`` to zero mean and unit variance.
+
+    Args:
+        x: Floating-point tensor of shape [..., N].
+        weight: Shape [N], any floating dtype; None for no weight.
+        bias: Shape [N], any floating dtype; None for no bias.
+        eps: Added to the variance.
+        fast: False takes the plain-torch reference.
+
+    Returns:
+        Tensor of x's shape and dtype.
+    """
+    _check(x, None, weight, bias)
+    if not (fast and x.shape[-1] <= MAX_COLUMNS and can_launch(x, weight, bias)):
+        return layer_norm_reference(x, weight, bias, eps)
+    return _LayerNorm.apply(x, None, weight, bias, eps)
+
+
+def add_layer_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    fast: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add, then normalize the sum, in one pass over memory.
+
+    Args:
+        x: Floating-point tensor of shape [..., N], a block's output.
+        residual: Tensor of x's shape and dtype, the residual stream.
+        weight: As in :func:`layer_norm`.
+        bias: As in :func:`layer_norm`.
+        eps: As in :func:`layer_norm`.
+        fast: False takes the plain-torch reference.
+
+    Returns:
+        ``(y, h)``: the normalized sum, and the sum ``h = x + residual``, both of x's shape and dtype.
+    """
+    _check(x, residual, weight, bias)
+    same = x.dtype == residual.dtype
+    if not (fast and same and x.shape[-1] <= MAX_COLUMNS and can_launch(x, residual, weight, bias)):
+        h = x + residual
+        return layer_norm_reference(h, weight, bias, eps), h
+    return _LayerNorm.apply(x, residual, weight, bias, eps)
+
+
+def layer_norm_reference(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    """The formula in plain torch, computed in float32 (float64 for float64 inputs)."""
+    wide = x.to(compute_dtype(x.dtype))
+    centred = wide - wide.mean(-1, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * weight.to(y.dtype)
+    if bias is not None:
+        y = y + bias.to(y.dtype)
+    return y.to(x.dtype)
+
+
+def layer_norm_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the forward kernel on matrices [M, N] with adjacent columns, without autograd.
+
+    ``out`` may be columns of a wider buffer; None allocates. Returns ``(y, h)``, h being x where there is no residual.
+    """
+    rows, n = x.shape
+    y = torch.empty((rows, n), dtype=x.dtype, device=x.device) if out is None else out
+    h = x if residual is None else torch.empty((rows, n), dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y, h
+    block, tile, warps = launch_shape(n)
+    with launch_on(x):
+        layer_norm_forward_kernel[(triton.cdiv(rows, tile),)](
+            x, residual, weight, bias, y, h, rows, n, x.stride(0), 0 if residual is None else residual.stride(0),
+            y.stride(0), eps, ADD=residual is not None, WEIGHT=weight is not None, BIAS=bias is not None, ROWS=tile,
+            BLOCK=block, num_warps=warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    return y, h
+
+
+def layer_norm_backward(
+    dy: torch.Tensor,
+    h: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    dh: torch.Tensor | None = None,
+    grad_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Launch the backward kernel on matrices [M, N] with adjacent columns.
+
+    Args:
+        dy: Gradient of y.
+        h: What was normalized.
+        weight: [N] or None.
+        eps: Added to the variance.
+        dh: Gradient that reaches h by other ways (the residual stream), or None.
+        grad_dtype: Dtype of the gradients of weight and bias; None leaves them out.
+
+    Returns:
+        ``(dx, dweight, dbias)``, the last two of shape [N], or None.
+    """
+    rows, n = h.shape
+    dx = torch.empty((rows, n), dtype=h.dtype, device=h.device)
+    if dx.numel() == 0:
+        zeros = None if grad_dtype is None else torch.zeros(n, dtype=grad_dtype, device=h.device)
+        return dx, zeros, zeros
+    block, tile, warps = launch_shape(n)
+    tiles = triton.cdiv(rows, tile)
+    programs, stages, partial = tiles, 1, None
+    if grad_dtype is not None:
+        per_processor, warps, stages = looped_shape(n, warps)
+        programs = min(tiles, per_processor * processor_count(h.device))
+        partial = torch.empty((programs, 2 * n), dtype=torch.float32, device=h.device)
+    with launch_on(h):
+        layer_norm_backward_kernel[(programs,)](
+            dy, h, weight, dh, dx, partial, rows, n, dy.stride(0), h.stride(0), 0 if dh is None else dh.stride(0), eps,
+            WEIGHT=weight is not None, ADD=dh is not None, PARAMETER_GRADS=partial is not None, STAGES=stages,
+            ROWS=tile, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    return dx, *((None, None) if partial is None else column_sum(partial, grad_dtype).split(n))
+
+
+def launch_shape(n: int) -> tuple[int, int, int]:
+    """Columns of a tile, rows of a tile, warps: 16 elements a thread, several short rows to a program."""
+    block = triton.next_power_of_2(n)
+    tile = max(1, 1024 // block)
+    return block, tile, min(16, max(1, block * tile // 512))
+
+
+def looped_shape(n: int, warps: int) -> tuple[int, int, int]:
+    """Where programs loop over tiles to sum weight gradients: programs a multiprocessor, warps, stages of loads."""
+    return (1, max(1, warps // 2), 4) if n <= 4096 else (2, warps, 3 if n <= 8192 else 1)
+
+
+def _check(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None
+) -> None:
+    check_tensors("layer_norm", x=x, residual=residual, weight=weight, bias=bias)
+    check_shape("layer_norm", "weight", weight, tuple(x.shape[-1:]))
+    check_shape("layer_norm", "bias", bias, tuple(x.shape[-1:]))
+    check_shape("layer_norm", "residual", residual, tuple(x.shape))
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, eps):
+        y, h = layer_norm_forward(as_rows(x), weight, bias, eps, None if residual is None else as_rows(residual))
+        ctx.save_for_backward(h, weight, bias)
+        ctx.eps, ctx.added = eps, residual is not None
+        ctx.set_materialize_grads(False)
+        return (y.view(x.shape), h.view(x.shape)) if ctx.added else y.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dh=None):
+        h, weight, bias = ctx.saved_tensors
+        if dy is None:
+            return dh, dh, None, None, None
+        wanted = ctx.needs_input_grad[2], ctx.needs_input_grad[3]
+        rows = None if dh is None else as_rows(dh)
+        dtypes = {x.dtype for x, grad in zip((weight, bias), wanted, strict=True) if grad}
+        dtype = None if not dtypes else torch.float32 if len(dtypes) > 1 else dtypes.pop()
+        dx, dweight, dbias = layer_norm_backward(as_rows(dy), h, weight, ctx.eps, rows, dtype)
+        dx = dx.view(dy.shape)
+        dweight = dweight.to(weight.dtype) if wanted[0] else None
+        dbias = dbias.to(bias.dtype) if wanted[1] else None
+        return dx, dx if ctx.added else None, dweight, dbias, None
+
+
+@triton.jit
+def layer_norm_forward_kernel(
+    x, residual, weight, bias, y, h, rows, n, stride_x, stride_r, stride_y, eps,
+    ADD: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program normalizes ROWS rows, each held whole in registers; h is contiguous."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, BLOCK)[None, :]
+    mask = (row < rows) & (col < n)
+    value = tl.load(x + row * stride_x + col, mask, other=0.0).to(tl.float32)
+    if ADD:
+        value += tl.load(residual + row * stride_r + col, mask, other=0.0).to(tl.float32)
+        rounded = value.to(h.dtype.element_ty)
+        tl.store(h + row * n + col, rounded, mask)
+        value = rounded.to(tl.float32)
+    value = tl.where(mask, value - (tl.sum(value, 1) / n)[:, None], 0.0)
+    value = value * tl.rsqrt(tl.sum(value * value, 1) / n + eps)[:, None]
+    if WEIGHT:
+        value = value * tl.load(weight + col, col < n, other=0.0).to(tl.float32)
+    if BIAS:
+        value = value + tl.load(bias + col, col < n, other=0.0).to(tl.float32)
+    tl.store(y + row * stride_y + col, value.to(y.dtype.element_ty), mask)
+
+
+@triton.jit
+def layer_norm_backward_kernel(
+    dy, h, weight, dh, dx, partial, rows, n, stride_dy, stride_h, stride_dh, eps,
+    WEIGHT: tl.constexpr, ADD: tl.constexpr, PARAMETER_GRADS: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Tiles of ROWS rows, strided over the grid; dx is contiguous, partial is [programs, 2 * n] float32."""
+    program = tl.program_id(0).to(tl.int64)
+    programs = tl.num_programs(0)
+    col = tl.arange(0, BLOCK)[None, :]
+    gain = tl.full((1, BLOCK), 1.0, tl.float32)
+    if WEIGHT:
+        gain = tl.load(weight + col, col < n, other=0.0).to(tl.float32)
+    total_weight = tl.zeros((1, BLOCK), tl.float32)
+    total_bias = tl.zeros((1, BLOCK), tl.float32)
+    for start in tl.range(program * ROWS, rows, programs * ROWS, num_stages=STAGES):
+        row = start + tl.arange(0, ROWS)[:, None]
+        mask = (row < rows) & (col < n)
+        value = tl.load(h + row * stride_h + col, mask, other=0.0).to(tl.float32)
+        grad = tl.load(dy + row * stride_dy + col, mask, other=0.0).to(tl.float32)
+        value = tl.where(mask, value - (tl.sum(value, 1) / n)[:, None], 0.0)
+        scale = tl.rsqrt(tl.sum(value * value, 1) / n + eps)[:, None]
+        value = value * scale
+        scaled = grad * gain
+        result = scale * (scaled - (tl.sum(scaled, 1) / n)[:, None] - value * (tl.sum(scaled * value, 1) / n)[:, None])
+        if ADD:
+            result += tl.load(dh + row * stride_dh + col, mask, other=0.0).to(tl.float32)
+        tl.store(dx + row * n + col, result.to(dx.dtype.element_ty), mask)
+        if PARAMETER_GRADS:
+            total_weight += tl.sum(grad * value, 0)[None, :]
+            total_bias += tl.sum(grad, 0)[None, :]
+    if PARAMETER_GRADS:
+        tl.store(partial + program * 2 * n + col, total_weight, col < n)
+        tl.store(partial + (program * 2 + 1) * n + col, total_bias, col < n)
+
+
+def compile_examples(float_dtype: str) -> list[tuple]:
+    """Kernels with the argument types and options they are launched with, for compilation without a GPU."""
+    block, tile, warps = launch_shape(4096)
+    ptr, i32 = f"*{float_dtype}", "i32"
+    forward = dict.fromkeys(("x", "residual", "weight", "bias", "y", "h"), ptr) | {"eps": "fp32"}
+    forward |= dict.fromkeys(("rows", "n", "stride_x", "stride_r", "stride_y"), i32)
+    backward = dict.fromkeys(("dy", "h", "weight", "dh", "dx"), ptr) | {"partial": "*fp32", "eps": "fp32"}
+    backward |= dict.fromkeys(("rows", "n", "stride_dy", "stride_h", "stride_dh"), i32)
+    shape = {"ROWS": tile, "BLOCK": block, "WEIGHT": True, "ADD": True}
+    return [
+        (layer_norm_forward_kernel, forward, {**shape, "BIAS": True}, {"num_warps": warps}),
+        (layer_norm_backward_kernel, backward, {**shape, "PARAMETER_GRADS": True, "STAGES": 3}, {"num_warps": warps}),
+    ]

@@ -1,0 +1,167 @@
+"""Cross-entropy of a language model's head without its logits: product, loss and gradient, a chunk of tokens at a time.
+
+Shapes: hidden states (N, H), head weight (V, H), bias (V,), labels (N,) already shifted. With the row loss of
+:mod:`unsloth.kernels.softmax_rows`::
+
+    logits = hidden @ weight.T + bias
+    loss   = sum over tokens of row_loss(logits, label) / num_items        (num_items: by default the labels that count)
+
+    dhidden = G @ weight / num_items      dweight = G.T @ hidden / num_items      dbias = sum_N G / num_items
+
+where G is the gradient of the row losses. G does not depend on the incoming gradient, which is one number, so all of
+it is computed in the forward: two products (three with a trained head) instead of three (four) with recomputation, and
+only R rows of logits exist at any time. Computing gradients in the forward is described by Hsu et al. 2024
+(arXiv:2410.10989), chunking over the vocabulary by Wijmans et al. 2024 (arXiv:2411.09009).
+
+FLOPs: 4 N H V for the hidden gradient, 6 N H V with a trained head. Bytes beside the products: 12 N V or so.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from unsloth.kernels.head_chunks import (
+    CHUNK_BYTES,
+    TRAINED_CHUNK_BYTES,
+    HeadChunks,
+    flatten_head_inputs,
+    matmul_into,
+    product_dtype,
+    statistics_dtype,
+)
+from unsloth.kernels.softmax_rows import HeadOptions, softmax_rows, softmax_rows_reference
+
+
+def linear_cross_entropy_reference(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    options: HeadOptions | None = None,
+    num_items: int | float | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The loss with whole logits, at the inputs' dtype, in plain torch."""
+    options = options or HeadOptions()
+    flat, flat_labels = flatten_head_inputs(hidden, weight, labels, bias)
+    dtype = product_dtype(hidden, weight)
+    logits = torch.nn.functional.linear(flat.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    losses = softmax_rows_reference(logits, flat_labels, options).loss
+    return losses.sum() / _items(flat_labels, options, num_items, losses.dtype)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Sum of the row losses; gradients of everything that needs one are computed in the forward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, options, dtype, needs, chunk_bytes):
+        """See the module; ``needs`` says which of hidden, weight, bias want a gradient."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            total, grads = _loss_and_gradients(hidden, weight, bias, labels, options, dtype, needs, chunk_bytes)
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_total):
+        """The stored gradients times the incoming number."""
+        grads: list[torch.Tensor | None] = []
+        for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
+            scaled = None if grad is None else torch.empty_like(grad, dtype=dtype)
+            if scaled is not None:  # rounded once, without a float32 copy of the weight's gradient
+                torch.mul(grad, grad_total.to(grad.dtype), out=scaled)
+            grads.append(scaled)
+        return *grads, None, None, None, None, None
+
+
+def _loss_and_gradients(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    options: HeadOptions,
+    dtype: torch.dtype,
+    needs: tuple[bool, bool, bool],
+    chunk_bytes: int,
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """The summed loss, and the gradients of hidden (dtype of the product), weight and bias (float32)."""
+    x, w = hidden.to(dtype), weight.to(dtype)
+    chunks = HeadChunks(x, w, bias, chunk_bytes)
+    wide = statistics_dtype(x)
+    total = torch.zeros((), dtype=wide, device=x.device)
+    grad_hidden = torch.empty_like(x) if needs[0] else None
+    grad_weight = torch.empty(w.shape, dtype=wide, device=x.device) if needs[1] else None
+    grad_bias = torch.zeros(bias.shape, dtype=wide, device=x.device) if bias is not None and needs[2] else None
+    if grad_weight is not None and not x.shape[0]:
+        grad_weight.zero_()
+    for rows in chunks.slices():
+        logits = chunks.logits(rows)
+        grad = chunks.gradient(logits) if any(needs) else None
+        total += softmax_rows(logits, labels[rows], options, grad=grad).loss.sum()
+        if grad is None:
+            continue
+        if grad_hidden is not None:
+            matmul_into(grad_hidden[rows], grad, w)
+        if grad_weight is not None:
+            matmul_into(grad_weight, grad.t(), x[rows], accumulate=rows.start > 0)
+        if grad_bias is not None:
+            grad_bias += grad.sum(dim=0, dtype=wide)
+    return total, [grad_hidden, grad_weight, grad_bias]
+
+
+def _items(
+    labels: torch.Tensor, options: HeadOptions, num_items: int | float | torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor | int | float:
+    """The divisor; counting labels stays on the device, and no label that counts gives a loss of 0."""
+    if num_items is None:
+        return (labels != options.ignore_index).sum().clamp(min=1).to(dtype)
+    return num_items.to(labels.device, dtype) if isinstance(num_items, torch.Tensor) else num_items
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    options: HeadOptions | None = None,
+    num_items: int | float | torch.Tensor | None = None,
+    drop_ignored: bool = False,
+    chunk_bytes: int | None = None,
+    fast: bool = True,
+) -> torch.Tensor:
+    """Cross-entropy of ``hidden @ weight.T + bias`` against ``labels``.
+
+    Args:
+        hidden: (..., H) hidden states.
+        weight: (V, H) head weight; its gradient is computed only if it requires one, summed in float32.
+        labels: (...) integer labels, already shifted; ``options.ignore_index`` marks those that do not count, any
+            other label outside the vocabulary makes the loss NaN.
+        bias: (V,) or None.
+        options: Scale, soft cap, temperature, label smoothing, z-loss and the ignored label.
+        num_items: Divides the sum; None for the number of labels that count (1 if there are none).
+        drop_ignored: Leave ignored rows out of the products, for the price of waiting for the device once.
+        chunk_bytes: Bound on the buffer of logits; None for the default.
+        fast: False for the plain computation with whole logits.
+
+    Returns:
+        The loss, a float32 number (float64 for float64 inputs).
+    """
+    options = options or HeadOptions()
+    if not fast:
+        return linear_cross_entropy_reference(hidden, weight, labels, bias, options=options, num_items=num_items)
+    flat, flat_labels = flatten_head_inputs(hidden, weight, labels, bias)
+    if drop_ignored:
+        kept = (flat_labels != options.ignore_index).nonzero()[:, 0]
+        flat, flat_labels = flat.index_select(0, kept), flat_labels.index_select(0, kept)
+    if flat.stride(-1) != 1:
+        flat = flat.contiguous()
+    enabled = torch.is_grad_enabled()
+    needs = tuple(enabled and t is not None and t.requires_grad for t in (flat, weight, bias))
+    if chunk_bytes is None:
+        chunk_bytes = TRAINED_CHUNK_BYTES if needs[1] else CHUNK_BYTES
+    total = _LinearCrossEntropy.apply(
+        flat, weight, bias, flat_labels, options, product_dtype(hidden, weight), needs, chunk_bytes
+    )
+    return total / _items(flat_labels, options, num_items, total.dtype)

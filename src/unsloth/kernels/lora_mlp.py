@@ -1,0 +1,190 @@
+"""A gated MLP with low-rank adapters on its three linears, as one operation.
+
+Shapes: x (M, K), gate and up weights (I, K), down weight (H, I), frozen; adapters as in
+:mod:`unsloth.kernels.lora_linear`; a an activation::
+
+    [e | u] = [x | t_gu] [W_gu | sB_gu]^T             t_gu = x A_gu^T          gate and up are one group
+    h = a(e) u            y = [h | t_d] [W_d | sB_d]^T     t_d = h A_d^T
+    dh = [g | p_d] [W_d ; A_d]                         p_d = g sB_d
+    dx = [de | du | p_gu] [W_gu ; A_gu]                p_gu = [de sB_g | du sB_u]
+
+The activation's kernels make t_d and the adapter gradients that need h, de or du on the way
+(:mod:`unsloth.kernels.glu_adapters`). Saved for the backward: x, e, u, t_gu, t_d; h is computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from unsloth.core.errors import ConfigError
+from unsloth.kernels.append_projection import matmul_wide
+from unsloth.kernels.glu_adapters import gated_activation_reference, glu_backward, glu_forward
+from unsloth.kernels.lora_linear import (
+    check_input,
+    dense_weights,
+    flatten_adapters,
+    gather_adapters,
+    lora_linears_reference,
+    must_use_reference,
+    product_dtype,
+    project_gradients,
+    project_input,
+    unshared,
+)
+from unsloth.kernels.lora_weights import Adapter, LoraGroup, PaddedWeight, Weight
+
+
+def lora_mlp_reference(
+    x: torch.Tensor,
+    gate_up: Sequence[Weight],
+    down: Weight,
+    adapters: Sequence[Adapter | None],
+    activation: str = "silu",
+) -> torch.Tensor:
+    """The formula in plain torch; adapters of gate, up and down."""
+    gate, up = lora_linears_reference(x, gate_up, adapters[:2])
+    return lora_linears_reference(gated_activation_reference(gate, up, activation), [down], adapters[2:])[0]
+
+
+class _LoraMlp(torch.autograd.Function):
+    """(x, buffer, gate_up, down, activation, scales, dtype, a_gate, b_gate, a_up, b_up, a_down, b_down) to y."""
+
+    @staticmethod
+    def forward(ctx, x, buffer, gate_up, down, activation, scales, dtype, *pairs):
+        """See the module; each group's weights are fetched when they are used, since they may share a buffer."""
+        adapters = gather_adapters(pairs, scales)
+        with torch.autocast(x.device.type, enabled=False):
+            group = LoraGroup(gate_up, adapters[:2], dtype)
+            check_input(x, group.in_features)
+            flat = x.to(dtype).reshape(-1, x.shape[-1])
+            wide, projected = project_input(flat, group, buffer)
+            gated = group.forward(wide, projected, [None, None])
+            projected = projected.clone() if group.room else projected
+            del wide
+            group = _down_group(down, adapters, dtype, gated.shape[1] // 2)
+            wide = torch.empty(flat.shape[0], group.in_features + group.room, dtype=dtype, device=x.device)
+            h = wide[:, : group.in_features]
+            tail = wide[:, group.in_features :] if group.room else wide.new_empty(flat.shape[0], group.columns)
+            glu_forward(gated, activation, group.a, h, tail)
+            y = group.forward(wide, tail, [None])
+        ctx.save_for_backward(unshared(flat, buffer), projected, gated, tail.clone() if group.room else tail, *pairs)
+        ctx.gate_up, ctx.down, ctx.activation, ctx.scales = gate_up, down, activation, scales
+        ctx.dtype, ctx.shape, ctx.x_dtype = dtype, x.shape, x.dtype
+        return y.view(*x.shape[:-1], y.shape[1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        """Gradients of x and of every A and B."""
+        x, t_gu, gated, t_d, *pairs = ctx.saved_tensors
+        adapters, needs = gather_adapters(pairs, ctx.scales), ctx.needs_input_grad
+        with torch.autocast(x.device.type, enabled=False):
+            group = _down_group(ctx.down, adapters, ctx.dtype, gated.shape[1] // 2, again=False)
+            flat = grad.to(ctx.dtype).reshape(x.shape[0], grad.shape[-1])
+            wide, p = project_gradients([flat], group)
+            dh = group.input_gradient(wide, p)
+            db_d = matmul_wide(flat.t(), t_d) if needs[12] else None
+            p = p.clone() if group.room else p
+            del wide
+
+            group = LoraGroup(ctx.gate_up, adapters[:2], ctx.dtype, again=False)
+            ranks = group.rank_slices()
+            width = gated.shape[1]
+            wide = torch.empty(x.shape[0], width + group.room, dtype=ctx.dtype, device=x.device)
+            thin = (t_gu[:, ranks[0]], t_gu[:, ranks[1]])
+            da_d, db_g, db_u = glu_backward(dh, gated, ctx.activation, p, thin, wide[:, :width])
+            del dh
+            p_gu = _project_gated(wide, width, group)
+            grads = [wide] if group.room else [wide[:, part] for part in group.out_slices()]
+            dx = group.input_gradient(grads, p_gu).view(ctx.shape).to(ctx.x_dtype) if needs[0] else None
+            da_gu = matmul_wide(p_gu.t(), x) if needs[7] or needs[9] else None
+        found = [
+            None if da_gu is None else da_gu[ranks[0]],
+            db_g.t(),
+            None if da_gu is None else da_gu[ranks[1]],
+            db_u.t(),
+            da_d,
+            db_d,
+        ]
+        return dx, *[None] * 6, *_finish(found, pairs, ctx.scales, needs[7:])
+
+
+def _down_group(
+    down: Weight, adapters: Sequence[Adapter | None], dtype: torch.dtype, features: int, *, again: bool = True
+) -> LoraGroup:
+    group = LoraGroup([down], adapters[2:], dtype, again=again)
+    if group.in_features != features:
+        raise ConfigError(
+            "The down projection does not fit gate and up",
+            got=(group.in_features, features),
+            do="Its input features must be their output features.",
+        )
+    return group
+
+
+def _project_gated(wide: torch.Tensor, width: int, group: LoraGroup) -> torch.Tensor:
+    """p_gu: [de | du] times the block-diagonal sB, into the room of ``wide`` where there is any."""
+    if group.padded is not None:
+        tail = wide[:, width:]
+        if group.room:
+            torch.mm(wide[:, :width], group.stacked_sb(), out=tail)
+        return tail
+    tail = wide.new_empty(wide.shape[0], group.columns)
+    for i, (part, ranks) in enumerate(zip(group.out_slices(), group.rank_slices(), strict=True)):
+        if group.ranks[i]:
+            torch.mm(wide[:, part], group.sb(i, wide.dtype), out=tail[:, ranks])
+    return tail
+
+
+def _finish(
+    found: Sequence[torch.Tensor | None],
+    pairs: Sequence[torch.Tensor | None],
+    scales: Sequence[float],
+    needs: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """Gradients cut to their adapter's rank, B's scaled, at the adapters' dtypes; None where not needed."""
+    grads: list[torch.Tensor | None] = []
+    for i, (grad, master, needed) in enumerate(zip(found, pairs, needs, strict=True)):
+        if grad is None or master is None or not needed:
+            grads.append(None)
+        elif i % 2:
+            grads.append((grad[:, : master.shape[1]] * scales[i // 2]).to(master.dtype))
+        else:
+            grads.append(grad[: master.shape[0]].to(master.dtype))
+    return grads
+
+
+def lora_mlp(
+    x: torch.Tensor,
+    gate_up: Sequence[Weight] | PaddedWeight,
+    down: Weight,
+    adapters: Sequence[Adapter | None],
+    activation: str = "silu",
+    *,
+    buffer: torch.Tensor | None = None,
+    fast: bool = True,
+) -> torch.Tensor:
+    """``down(a(gate(x)) * up(x))`` with an adapter, or None, on each of the three.
+
+    Args:
+        x: (..., K).
+        gate_up: Two (I, K) weights, or one :class:`PaddedWeight` of both (or a function that yields it).
+        down: (H, I).
+        adapters: Of gate, up and down.
+        activation: "silu", "gelu" or "gelu_tanh".
+        buffer: Holds x, as in :func:`unsloth.kernels.lora_linear.lora_linears`.
+        fast: False for the plain computation.
+
+    Returns:
+        (..., H).
+    """
+    if len(adapters) != 3:
+        raise ConfigError("An MLP has three linears", got=len(adapters), do="Pass an adapter or None for each.")
+    weights = [gate_up] if isinstance(gate_up, PaddedWeight) or callable(gate_up) else list(gate_up)
+    if not fast or must_use_reference([*weights, down], []):
+        return lora_mlp_reference(x, dense_weights(weights), dense_weights([down])[0], adapters, activation)
+    pairs, scales = flatten_adapters(adapters)
+    buffer = None if buffer is None else buffer.detach()
+    return _LoraMlp.apply(x, buffer, weights, down, activation, scales, product_dtype(x), *pairs)

@@ -1,0 +1,73 @@
+"""Compile every kernel of the package for one GPU architecture, without a GPU: compile_kernels.py SM DTYPE [MODULE].
+
+Each kernel module offers ``compile_examples(float_dtype)``, where float_dtype is "fp16" or "bf16", returning a list
+of ``(kernel, signature, constexprs)`` or ``(kernel, signature, constexprs, options)``: signature maps the names of
+the run-time arguments to Triton types ("*bf16", "i32", "fp32"), constexprs the names of the constexpr arguments to
+values, options are launch options such as num_warps. Prints one JSON line a compilation, and fails if a
+``*_kernel`` of a module has no example. Runs as a process of its own, since TRITON_INTERPRET=1 breaks compilation.
+"""
+
+import importlib
+import json
+import pkgutil
+import sys
+import time
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import unsloth.kernels
+
+
+def compile_example(target: GPUTarget, kernel, signature: dict, constexprs: dict, options: dict | None = None) -> dict:
+    """One compilation; pointers are declared 16-byte aligned, as torch's allocations are."""
+    types = {name: "constexpr" if name in constexprs else signature[name] for name in kernel.arg_names}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if types[name].startswith("*")}
+    start = time.perf_counter()
+    compiled = triton.compile(ASTSource(kernel, types, constexprs, attrs), target=target, options=options or {})
+    return {
+        "kernel": kernel.__name__,
+        "seconds": round(time.perf_counter() - start, 2),
+        "shared": compiled.metadata.shared,
+        "cubin": len(compiled.asm["cubin"]),
+    }
+
+
+def report(row: dict) -> None:
+    """One JSON line."""
+    sys.stdout.write(json.dumps(row) + "\n")
+    sys.stdout.flush()
+
+
+def main(sm: int, float_dtype: str, only: str = "") -> int:
+    """Compile all examples of all modules; returns the number of problems."""
+    target, problems = GPUTarget("cuda", sm, 32), 0
+    for info in pkgutil.iter_modules(unsloth.kernels.__path__):
+        if only and info.name != only:
+            continue
+        module = importlib.import_module(f"unsloth.kernels.{info.name}")
+        own = {
+            name
+            for name, value in vars(module).items()
+            if isinstance(value, triton.JITFunction) and value.fn.__module__ == module.__name__
+        }
+        examples = module.compile_examples(float_dtype) if hasattr(module, "compile_examples") else []
+        for example in examples:
+            try:
+                row = compile_example(target, *example)
+            except (triton.TritonError, RuntimeError, ValueError, TypeError, KeyError) as error:
+                row, problems = (
+                    {"kernel": example[0].__name__, "error": f"{type(error).__name__}: {error}"},
+                    problems + 1,
+                )
+            report({"module": info.name, "sm": sm, "dtype": float_dtype, **row})
+        missing = {n for n in own if n.endswith("_kernel")} - {example[0].__name__ for example in examples}
+        if missing:
+            report({"module": info.name, "error": f"no compile example for {sorted(missing)}"})
+            problems += 1
+    return problems
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), sys.argv[2], *sys.argv[3:4]) != 0)

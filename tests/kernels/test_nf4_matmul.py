@@ -1,0 +1,73 @@
+import pytest
+import torch
+from check_op import assert_close
+
+from unsloth.core.errors import ConfigError
+from unsloth.kernels.nf4 import NF4Weight, dequantize_nf4_reference
+from unsloth.kernels.nf4_matmul import nf4_linear, nf4_linear_reference
+
+functional = pytest.importorskip("bitsandbytes.functional")
+
+
+def quantize(n, k, device, blocksize=64, nested=True):
+    packed, state = functional.quantize_4bit(
+        torch.randn(n, k, device=device, dtype=torch.bfloat16), blocksize=blocksize, compress_statistics=nested,
+        quant_type="nf4",
+    )  # fmt: skip
+    return NF4Weight.from_quant_state(packed, state)
+
+
+def check(x, weight):
+    truth = x.double() @ dequantize_nf4_reference(weight, torch.float64).T
+    assert_close(nf4_linear(x, weight), nf4_linear_reference(x, weight), truth, "y")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize(("n", "k"), [(1, 64), (21, 320)])
+def test_matrix_vector(device, rows, n, k, dtype):
+    check(torch.randn(rows, k, device=device).to(dtype), quantize(n, k, device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "n", "k"), [(5, 1, 64), (9, 70, 320), (33, 20, 128), (130, 65, 192), (8, 16, 1088)])
+def test_small_batch(device, rows, n, k, dtype):
+    check(torch.randn(rows, k, device=device).to(dtype), quantize(n, k, device))
+
+
+@pytest.mark.parametrize(("blocksize", "nested"), [(64, False), (128, True), (32, True)])
+@pytest.mark.parametrize("rows", [2, 6])
+def test_other_blocks(device, rows, blocksize, nested):
+    check(torch.randn(rows, 256, device=device).half(), quantize(24, 256, device, blocksize, nested))
+
+
+def test_many_rows_float32_and_odd_columns(device):
+    check(torch.randn(300, 64, device=device).half(), quantize(8, 64, device))
+    check(torch.randn(6, 64, device=device), quantize(8, 64, device))
+    check(torch.randn(2, 40, device=device), quantize(8, 40, device))
+
+
+def test_shapes_and_strides(device):
+    weight = quantize(24, 128, device)
+    x = torch.randn(2, 3, 140, device=device, dtype=torch.float16)[..., :128]
+    check(x, weight)
+    check(torch.randn(128, 3, device=device, dtype=torch.float16).T, weight)
+    check(torch.randn(128, device=device, dtype=torch.float16), weight)
+    assert nf4_linear(x[:0], weight).shape == (0, 3, 24)
+
+
+def test_gradient(device):
+    weight = quantize(24, 128, device)
+    x = torch.randn(3, 128, device=device, requires_grad=True)
+    nf4_linear(x, weight).sum().backward()
+    torch.testing.assert_close(x.grad, dequantize_nf4_reference(weight, torch.float32).sum(0).expand(3, 128))
+
+
+def test_bad_input(device):
+    weight = quantize(24, 128, device)
+    with pytest.raises(ConfigError, match="does not fit the weight"):
+        nf4_linear(torch.randn(3, 64, device=device), weight)
+    with pytest.raises(ConfigError, match="does not fit the weight"):
+        nf4_linear(torch.randn(3, 128, device="meta"), weight)
+    with pytest.raises(ConfigError, match="not floating point"):
+        nf4_linear(torch.ones(3, 128, device=device, dtype=torch.int64), weight)
