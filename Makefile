@@ -55,7 +55,7 @@ soak: $(VENV)/.installed
 	OMP_NUM_THREADS=1 UNSLOTH_SOAK=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 bench: $(VENV)/.installed
-	$(BIN)/python bench/load_memory.py
+	for script in $(filter-out bench/kernels/harness.py,$(wildcard bench/kernels/[a-z]*.py)); do $(BIN)/python $$script || exit 1; done
 
 clean:
 	rm -rf $(VENV) $(OVERLAY) demo_output outputs
