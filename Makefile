@@ -13,6 +13,9 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/
 TORCH := $(if $(HAS_GPU),"torch>=2.11,<2.15","torch==2.13.0")
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
+# Kernel tests are a run of their own: Triton's interpreter must be chosen before anything imports Triton.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
 # Idle OpenMP threads sleep instead of spin: several times faster when anything else runs on the machine.
 export OMP_WAIT_POLICY = passive
 
@@ -41,8 +44,9 @@ demo: $(VENV)/.installed
 	$(BIN)/unsloth demo
 
 test: $(VENV)/.installed $(OVERLAY)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
-	OMP_NUM_THREADS=1 PYTHONPATH=$(OVERLAY) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not model" \
+	$(PYTEST) --ignore tests/kernels
+	$(PYTEST) tests/kernels
+	PYTHONPATH=$(OVERLAY) $(PYTEST) -m "not model" \
 	  tests/models tests/train tests/export tests/parity
 
 check: $(VENV)/.installed
@@ -52,7 +56,8 @@ check: $(VENV)/.installed
 	$(BIN)/lint-imports
 
 soak: $(VENV)/.installed
-	OMP_NUM_THREADS=1 UNSLOTH_SOAK=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	UNSLOTH_SOAK=1 $(PYTEST) --ignore tests/kernels
+	UNSLOTH_SOAK=1 $(PYTEST) tests/kernels
 
 bench: $(VENV)/.installed
 	for script in $(filter-out bench/kernels/harness.py,$(wildcard bench/kernels/[a-z]*.py)); do $(BIN)/python $$script || exit 1; done

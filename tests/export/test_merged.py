@@ -1,0 +1,62 @@
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from unsloth import FastLanguageModel
+from unsloth.core.errors import ConfigError
+from unsloth.export.merge import merged_tensors
+
+
+def model_with_adapter(folder, precision="load_in_4bit", **options):
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=128, dtype=torch.float32, **{precision: True}
+    )
+    model = FastLanguageModel.get_peft_model(model, r=4, **options)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model.eval(), tokenizer
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize("precision", ["load_in_4bit", "load_in_16bit"])
+def test_merged_weights_are_the_model(tiny, precision, options):
+    folder = tiny("llama", tied=False)
+    model, _ = model_with_adapter(folder, precision, **options)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    plain.load_state_dict(dict(merged_tensors(model, torch.float32)))
+    ids = torch.arange(4, 60)[None]
+    with torch.no_grad():
+        assert (model(input_ids=ids).logits - plain(input_ids=ids).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("llama", False), ("qwen2", True), ("qwen3", False)])
+def test_the_saved_folder_loads_in_plain_transformers(tiny, tmp_path, family, tied):
+    model, tokenizer = model_with_adapter(tiny(family, tied))
+    comparison = model.save_pretrained_merged(tmp_path / "merged", tokenizer)
+    assert comparison.top1_agreement > 0.9
+    plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert plain.dtype == torch.bfloat16
+    assert plain.config.tie_word_embeddings == tied
+
+
+def test_the_adapter_loads_in_plain_peft(tiny, tmp_path):
+    folder = tiny()
+    model, tokenizer = model_with_adapter(folder, "load_in_16bit")
+    model.save_pretrained_merged(tmp_path / "adapter", tokenizer, save_method="lora")
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter").eval()
+    ids = torch.arange(4, 60)[None]
+    with torch.no_grad():
+        assert torch.allclose(model(input_ids=ids).logits, plain(input_ids=ids).logits, atol=1e-5)
+
+
+def test_unknown_methods_and_pickle_are_refused(tiny, tmp_path):
+    model, tokenizer = model_with_adapter(tiny())
+    with pytest.raises(ConfigError, match="merged_16bit"):
+        model.save_pretrained_merged(tmp_path / "x", tokenizer, save_method="merged_2bit")
+    with pytest.raises(ConfigError, match="pickle"):
+        model.save_pretrained(tmp_path / "x", safe_serialization=False)
+    assert not (tmp_path / "x").exists()

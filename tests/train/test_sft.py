@@ -1,0 +1,96 @@
+import pytest
+import torch
+
+from unsloth import FastLanguageModel, SFTConfig, SFTTrainer, train_on_responses_only
+from unsloth.core.errors import ConfigError, DataError, TrainingError
+from unsloth.data.masking import IGNORED
+
+
+def adapted(folder, **options):
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=256, dtype=torch.float32, load_in_16bit=True
+    )
+    return FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=False, **options), tokenizer
+
+
+def config(tmp_path, **changes):
+    return SFTConfig(
+        output_dir=str(tmp_path),
+        **{
+            "max_steps": 4,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "learning_rate": 1e-3,
+            "disable_tqdm": True,
+            **changes,
+        },
+    )
+
+
+def train(folder, rows, tmp_path, **changes):
+    model, tokenizer = adapted(folder)
+    trainer = SFTTrainer(model=model, tokenizer=tokenizer, train_dataset=rows, args=config(tmp_path, **changes))
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], model
+
+
+def test_accumulation_is_exact(tiny, conversations, tmp_path):
+    runs = [
+        train(tiny(), conversations[:16], tmp_path, per_device_train_batch_size=b, gradient_accumulation_steps=16 // b)
+        for b in (1, 4, 16)
+    ]
+    for losses, _ in runs[1:]:
+        assert torch.allclose(torch.tensor(losses), torch.tensor(runs[0][0]), atol=1e-5)
+
+
+def test_packed_rows_do_not_see_each_other(tiny, conversations, tmp_path):
+    model, tokenizer = adapted(tiny())
+    plain = SFTTrainer(model=model, tokenizer=tokenizer, train_dataset=conversations, args=config(tmp_path))
+    packed = SFTTrainer(
+        model=model, tokenizer=tokenizer, train_dataset=conversations, args=config(tmp_path, packing=True)
+    )
+    assert len(packed.train_dataset) < len(plain.train_dataset)
+    losses = []
+    for trainer in (plain, packed):
+        batch = trainer.data_collator(list(trainer.train_dataset))
+        with torch.no_grad():
+            losses.append(trainer.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(1.0)).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_responses_only_masks_everything_else(tiny, conversations, tmp_path):
+    model, tokenizer = adapted(tiny())
+    trainer = SFTTrainer(model=model, tokenizer=tokenizer, train_dataset=conversations, args=config(tmp_path))
+    trainer = train_on_responses_only(trainer)
+    row = trainer.train_dataset[0]
+    kept = tokenizer.decode(
+        [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED]
+    )
+    assert kept == "well 0<|im_end|>\nwell, 0<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "no rows"),
+        ([{"question": "a", "answer": "b"}], "question"),
+        ([{"text": "fine"}, {"text": None}], "row 1"),
+        ([{"text": " "}], "non-empty"),
+        ([{"messages": [{"role": "user", "content": None}]}], "row 0, message 0"),
+        ([{"messages": []}], "row 0"),
+        ([{"input_ids": [5, 6], "labels": [IGNORED, IGNORED]}], "no row has a token to train"),
+    ],
+)
+def test_bad_rows_are_named(tiny, tmp_path, rows, message):
+    model, tokenizer = adapted(tiny())
+    with pytest.raises(DataError, match=message):
+        SFTTrainer(model=model, tokenizer=tokenizer, train_dataset=rows, args=config(tmp_path))
+
+
+def test_nothing_to_train_is_refused(tiny, conversations, tmp_path):
+    model, tokenizer = FastLanguageModel.from_pretrained(str(tiny()), max_seq_length=128)
+    with pytest.raises(TrainingError, match="get_peft_model"):
+        SFTTrainer(model=model, tokenizer=tokenizer, train_dataset=conversations, args=config(tmp_path))
+    model = FastLanguageModel.get_peft_model(model, r=4)
+    with pytest.raises(ConfigError, match="tokenizer"):
+        SFTTrainer(model=model, train_dataset=conversations, args=config(tmp_path))
