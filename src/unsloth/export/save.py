@@ -165,7 +165,7 @@ def _write(
     # An output head that was trained apart from the embedding it was tied to is not tied any more.
     config.tie_word_embeddings = inner.config.tie_word_embeddings and not _has_own_head(inner, tensors)
     with torch.device("meta"):
-        skeleton = type(inner)(config)
+        skeleton = type(inner)(config).to(dtype)  # its dtype goes into config.json
     skeleton.generation_config = copy.deepcopy(inner.generation_config)
     skeleton.save_pretrained(staging, state_dict=tensors, max_shard_size=max_shard_size)
 
