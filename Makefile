@@ -10,7 +10,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 OVERLAY := .overlay-5.17
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
-TORCH := $(if $(HAS_GPU),"torch>=2.11,<2.15","torch==2.13.0")
+ifeq ($(HAS_GPU),yes)
+TORCH := "torch>=2.11,<2.15"
+else
+TORCH := torch==2.13.0
+endif
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # Kernel tests are a run of their own: Triton's interpreter must be chosen before anything imports Triton.
