@@ -35,12 +35,12 @@ class DemoOptions:
 
     Attributes:
         output: Folder for everything that is made.
-        steps: Stop after this many steps; None goes over the data once.
+        steps: Training steps of 8 rows; 56 go over the data one and a quarter times.
         seed: Seed of the adapter and of the order of the rows.
     """
 
     output: str = "demo_output"
-    steps: int | None = None
+    steps: int = 56
     seed: int = 3407
 
 
@@ -73,7 +73,7 @@ def run(options: DemoOptions, console: Console | None = None) -> None:
     console.rule("1. A model in 4 bits, with an adapter")
     model, tokenizer = FastLanguageModel.from_pretrained(SMOLLM2, max_seq_length=256, load_in_4bit=True)
     model = FastLanguageModel.get_peft_model(
-        model, r=16, lora_alpha=16, use_gradient_checkpointing=False, random_state=options.seed
+        model, r=16, lora_alpha=32, use_gradient_checkpointing=False, random_state=options.seed
     )
     trained, total = model.get_nb_trainable_parameters()  # type: ignore[operator]
     console.print(f"{trained:,} of {total:,} parameters are trained")
@@ -128,12 +128,12 @@ def _trainer(
             output_dir=str(output / "checkpoints"),
             per_device_train_batch_size=8,
             per_device_eval_batch_size=16,
-            num_train_epochs=1,
-            max_steps=options.steps or -1,
-            learning_rate=1e-3,
+            max_steps=options.steps,
+            learning_rate=2e-3,
             warmup_steps=3,
             lr_scheduler_type="linear",
             weight_decay=0.0,
+            train_sampling_strategy="group_by_length",
             logging_steps=1,
             save_strategy="no",
             seed=options.seed,

@@ -39,7 +39,7 @@ def _root(
 @app.command()
 def demo(
     output: Annotated[str, typer.Option(help="Folder for everything that the demo makes.")] = "demo_output",
-    steps: Annotated[int | None, typer.Option(help="Stop after this many training steps.", min=1)] = None,
+    steps: Annotated[int, typer.Option(help="Training steps of 8 rows each.", min=1)] = 56,
     seed: Annotated[int, typer.Option(help="Seed of the adapter and of the order of the rows.")] = 3407,
 ) -> None:
     """Fine-tune a small real model on a data set that ships with this package, and show what changed."""
