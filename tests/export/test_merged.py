@@ -1,10 +1,15 @@
+import errno
+import shutil
+
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TextStreamer
 
 from unsloth import FastLanguageModel
-from unsloth.core.errors import ConfigError
+from unsloth.core import artifact
+from unsloth.core.errors import ConfigError, ExportError, StorageError
+from unsloth.export import merge, verify
 from unsloth.export.merge import merged_tensors
 
 
@@ -60,3 +65,71 @@ def test_unknown_methods_and_pickle_are_refused(tiny, tmp_path):
     with pytest.raises(ConfigError, match="pickle"):
         model.save_pretrained(tmp_path / "x", safe_serialization=False)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_full_disk_leaves_nothing_half_written(tiny, tmp_path, monkeypatch):
+    model, tokenizer = model_with_adapter(tiny())
+    for save in (
+        lambda: model.save_pretrained(tmp_path / "x"),
+        lambda: model.save_pretrained_merged(tmp_path / "x", tokenizer),
+    ):
+        with monkeypatch.context() as patch:
+            usage = shutil.disk_usage(tmp_path)
+            patch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage._replace(free=10))
+            with pytest.raises(StorageError, match="bytes needed, 10 free"):
+                save()
+        with monkeypatch.context() as patch:
+            patch.setattr(artifact, "write_manifest", raise_disk_full)
+            with pytest.raises(StorageError, match="disk became full"):
+                save()
+        assert list(tmp_path.iterdir()) == []
+
+
+def raise_disk_full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_wrong_merge_is_caught(tiny, tmp_path, monkeypatch):
+    model, tokenizer = model_with_adapter(tiny())
+    right = merge.merged_weight
+    monkeypatch.setattr(verify, "merged_weight", lambda layer: right(layer) * 1.05)
+    with pytest.raises(ExportError, match=r"layers\.0"):
+        model.save_pretrained_merged(tmp_path / "x", tokenizer)
+    monkeypatch.setattr(verify, "merged_weight", right)
+    monkeypatch.setattr(merge, "merged_weight", lambda layer: -right(layer))
+    with pytest.raises(ExportError, match="does not predict"):
+        model.save_pretrained_merged(tmp_path / "x", tokenizer)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_int8_models_are_merged_and_left_as_they_were(tiny, tmp_path):
+    model, tokenizer = model_with_adapter(tiny(), "load_in_8bit")
+    ids = torch.arange(4, 60)[None]
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        assert model.save_pretrained_merged(tmp_path / "merged", tokenizer).median_kl < 0.05
+        assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_generation_streams_and_training_goes_on_unharmed(tiny, tokenizer):
+    model, _ = model_with_adapter(tiny())
+    ids = torch.arange(4, 60)[None]
+    before = gradients(model, ids)
+    FastLanguageModel.for_inference(model)
+    pieces = []
+
+    class Collect(TextStreamer):
+        def on_finalized_text(self, text, stream_end=False):
+            pieces.append(text)
+
+    model.generate(input_ids=ids, max_new_tokens=5, do_sample=False, streamer=Collect(tokenizer))
+    assert pieces
+    FastLanguageModel.for_training(model)
+    for name, gradient in gradients(model, ids).items():
+        assert torch.allclose(gradient, before[name], atol=1e-6), name
+
+
+def gradients(model, ids):
+    model.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -87,3 +87,9 @@ def test_bad_adapter_options(tiny):
     adapted = FastLanguageModel.get_peft_model(model)
     with pytest.raises(AdapterError, match="already"):
         FastLanguageModel.get_peft_model(adapted)
+
+
+def test_dora_on_int8_is_refused_on_the_cpu(tiny):
+    model, _ = FastLanguageModel.from_pretrained(str(tiny()), max_seq_length=128, load_in_8bit=True, device_map="cpu")
+    with pytest.raises(AdapterError, match="DoRA"):
+        FastLanguageModel.get_peft_model(model, use_dora=True)

@@ -87,7 +87,8 @@ def run(options: DemoOptions, console: Console | None = None) -> None:
     console.rule("3. Training")
     trainer.train()
     after = _score(trainer, tokenizer, heldout)
-    curve = plot_loss(trainer.state.log_history, output / "loss.png")
+    untrained = {"step": 0, "eval_loss": before.loss}
+    curve = plot_loss([untrained, *trainer.state.log_history], output / "loss.png")
     _show_answers(console, heldout, before, after)
 
     console.rule("4. Saving")
@@ -135,6 +136,8 @@ def _trainer(
             weight_decay=0.0,
             train_sampling_strategy="group_by_length",
             logging_steps=1,
+            eval_strategy="steps",
+            eval_steps=14,
             save_strategy="no",
             seed=options.seed,
         ),

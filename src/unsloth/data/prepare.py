@@ -114,10 +114,8 @@ def prepare(
     if isinstance(dataset, IterableDataset):
         if options.packing:
             raise ConfigError("packing needs a data set of known length", got="a streamed data set")
-        streamed = dataset.map(
-            tokenize, with_indices=True, batched=True, batch_size=_BATCH, remove_columns=[*columns, "truncated"]
-        )
-        return streamed.filter(lambda row: masking.count_trained(row["labels"]) > 0), None
+        streamed = dataset.map(tokenize, with_indices=True, batched=True, batch_size=_BATCH, remove_columns=columns)
+        return streamed.remove_columns("truncated").filter(lambda row: masking.count_trained(row["labels"]) > 0), None
     tokenized = dataset.map(
         tokenize,
         with_indices=True,

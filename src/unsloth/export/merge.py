@@ -9,13 +9,13 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from unsloth.core.errors import ExportError
 from unsloth.models.record import transformers_model
+from unsloth.quant import int8, nf4
 
-_QUANTIZED = ("Params4bit", "Int8Params")
+_DEQUANTIZE = {"Params4bit": nf4.dequantize, "Int8Params": int8.dequantize}
 
 
 def merged_tensors(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
@@ -62,7 +62,7 @@ def merged_tensors(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple
 def merged_weight(module: LoraLayer) -> torch.Tensor:
     """The float32 weight that a LoRA layer amounts to with its active adapters, on the layer's device."""
     base = module.get_base_layer()
-    weight = dequantize_module_weight(base).detach().float().clone()
+    weight = _values(base).float().clone()
     if module.merged:
         return weight
     for adapter in module.active_adapters:
@@ -70,10 +70,16 @@ def merged_weight(module: LoraLayer) -> torch.Tensor:
             continue
         variant = module.lora_variant.get(adapter)
         if variant is not None:
-            weight = variant.merge_safe(module, adapter, weight)  # type: ignore[attr-defined]
+            weight = variant.merge_safe(module, adapter, weight)
         else:
             weight += module.get_delta_weight(adapter).float()  # type: ignore[operator]
     return weight
+
+
+def _values(module: torch.nn.Module) -> torch.Tensor:
+    """The module's weight, dequantized if it is quantized."""
+    dequantize = _DEQUANTIZE.get(type(module.weight).__name__)
+    return (dequantize(module) if dequantize else module.weight).detach()
 
 
 def _module_tensors(path: str, module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -89,8 +95,7 @@ def _module_tensors(path: str, module: torch.nn.Module) -> Iterator[tuple[str, t
         raise ExportError(f"the adapter at {path} cannot be merged", got=type(module).__name__)
     else:
         for name, parameter in module.named_parameters(recurse=False):
-            quantized = type(parameter).__name__ in _QUANTIZED
-            yield name, dequantize_module_weight(module) if quantized else parameter
+            yield name, _values(module) if type(parameter).__name__ in _DEQUANTIZE else parameter
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
                 yield name, buffer
@@ -98,7 +103,7 @@ def _module_tensors(path: str, module: torch.nn.Module) -> Iterator[tuple[str, t
 
 def _lora_tensors(path: str, module: LoraLayer) -> Iterator[tuple[str, torch.Tensor]]:
     base = module.get_base_layer()
-    quantized = type(getattr(base, "weight", None)).__name__ in _QUANTIZED
+    quantized = type(getattr(base, "weight", None)).__name__ in _DEQUANTIZE
     if module.merged and quantized:
         raise ExportError(
             f"the adapter at {path} is already merged into quantized weights, which lost precision by it",

@@ -93,6 +93,11 @@ def add(model: PreTrainedModel, options: AdapterOptions) -> PeftModel | PreTrain
         logger.info("all weights are trained (full_finetuning=True); no adapter is added")
         checkpointing.apply(model, options.use_gradient_checkpointing)
         return model
+    if options.use_dora and loaded.precision == "8bit" and model.device.type == "cpu":
+        raise AdapterError(
+            "DoRA on 8-bit weights does not work on the CPU, where PEFT's forward pass destroys their scales",
+            do="Load in 4 or 16 bits, or leave use_dora out.",
+        )
     config = LoraConfig(
         r=options.r,
         lora_alpha=options.lora_alpha,  # type: ignore[arg-type]

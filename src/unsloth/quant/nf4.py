@@ -25,6 +25,17 @@ def quantization_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
+def dequantize(module: torch.nn.Module) -> torch.Tensor:
+    """The values of a ``Linear4bit``'s weight, as its forward pass uses them; the module is not touched.
+
+    Returns:
+        Shape [out_features, in_features], in the dtype that the weight had before it was quantized.
+    """
+    from bitsandbytes import functional
+
+    return functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+
+
 def keep_layout(model: torch.nn.Module) -> None:
     """Keep every 4-bit layer of ``model`` in its storage layout for good.
 
