@@ -93,3 +93,8 @@ def test_dora_on_int8_is_refused_on_the_cpu(tiny):
     model, _ = FastLanguageModel.from_pretrained(str(tiny()), max_seq_length=128, load_in_8bit=True, device_map="cpu")
     with pytest.raises(AdapterError, match="DoRA"):
         FastLanguageModel.get_peft_model(model, use_dora=True)
+
+
+def test_a_misspelt_argument_names_the_nearest(tiny):
+    with pytest.raises(ConfigError, match="Did you mean load_in_4bit"):
+        FastLanguageModel.from_pretrained(str(tiny()), max_seq_length=128, load_in_4bits=True)

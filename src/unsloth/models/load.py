@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -28,6 +30,12 @@ _DTYPES = {
     "bf16": torch.bfloat16,
 }
 _DEFAULT_LENGTH = 2048
+_SWITCHES: dict[record.Precision, str] = {
+    "4bit": "load_in_4bit",
+    "8bit": "load_in_8bit",
+    "16bit": "load_in_16bit",
+    "full": "full_finetuning",
+}
 
 logger = get_logger(__name__)
 
@@ -92,10 +100,9 @@ def choose_precision(
     }
     chosen = [precision for precision, value in switches.items() if value]
     if len(chosen) > 1:
-        names = {"4bit": "load_in_4bit", "8bit": "load_in_8bit", "16bit": "load_in_16bit", "full": "full_finetuning"}
         raise ConfigError(
             "only one precision can be chosen",
-            got=", ".join(f"{names[c]}=True" for c in chosen),
+            got=", ".join(f"{_SWITCHES[c]}=True" for c in chosen),
             do="Leave one of them on; the others may be left out.",
         )
     if chosen:
@@ -135,8 +142,14 @@ def load(options: LoadOptions) -> tuple[PreTrainedModel | PeftModel, PreTrainedT
         )
         model = _load_base(base, config, revision, options)
         loaded_tokenizer = _load_tokenizer(found, base, model, options)
-    except CheckpointError:
-        raise
+    except TypeError as error:
+        unknown = next((name for name in options.more if f"'{name}'" in str(error)), None)
+        if unknown is None:
+            raise
+        near = difflib.get_close_matches(unknown, [f.name for f in fields(LoadOptions)] + list(_SWITCHES.values()), 1)
+        raise ConfigError(
+            "unknown argument", got=unknown, do=f"Did you mean {near[0]}?" if near else "Check its spelling."
+        ) from error
     except OSError as error:
         raise source.explain_hub_error(base.name, error) from error
     except safetensors.SafetensorError as error:
@@ -252,8 +265,6 @@ def _load_tokenizer(
     found: source.Source, base: source.Source, model: PreTrainedModel, options: LoadOptions
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of the adapter's own folder if it has one, else the base model's."""
-    from pathlib import Path
-
     location = base.location
     if found is not base and found.is_local and (Path(found.location) / "tokenizer_config.json").is_file():
         location = found.location
