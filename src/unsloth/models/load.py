@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from unsloth.core import device, settings
 from unsloth.core.errors import AdapterError, CheckpointError, ConfigError
 from unsloth.core.log import get_logger
-from unsloth.memory import checkpointing
+from unsloth.memory import allocator, checkpointing
 from unsloth.models import record, source, tokenizer
 from unsloth.quant import int8, nf4
 
@@ -167,20 +167,21 @@ def _load_base(
     dtype = options.dtype or device.default_dtype(target)
     prequantized = getattr(config, "quantization_config", None) is not None
     weights_dtype = torch.float32 if options.precision == "full" and options.float32_mixed_precision else dtype
-    model, info = AutoModelForCausalLM.from_pretrained(
-        found.location,
-        config=config,
-        revision=revision,
-        token=options.token,
-        trust_remote_code=options.trust_remote_code,
-        dtype=weights_dtype,
-        device_map=_device_map(options.device_map),
-        attn_implementation=options.attn_implementation,
-        quantization_config=None if prequantized else _quantization(options.precision, dtype),
-        use_safetensors=True,
-        output_loading_info=True,
-        **options.more,
-    )
+    with allocator.freed_at_once():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            found.location,
+            config=config,
+            revision=revision,
+            token=options.token,
+            trust_remote_code=options.trust_remote_code,
+            dtype=weights_dtype,
+            device_map=_device_map(options.device_map),
+            attn_implementation=options.attn_implementation,
+            quantization_config=None if prequantized else _quantization(options.precision, dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            **options.more,
+        )
     _check_complete(found, info)
     nf4.keep_layout(model)
     record.attach(model, _record(model, options, dtype, prequantized))
