@@ -215,4 +215,5 @@ def _show_summary(console: Console, output: Path, curve: Path, before: Score, af
 
 def _size(path: Path) -> str:
     files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    return f"{sum(file.stat().st_size for file in files) / 1e6:,.1f} MB"
+    size = sum(file.stat().st_size for file in files)
+    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.0f} kB"
