@@ -77,7 +77,9 @@ class TrainingProgress(TrainerCallback):
             self._first_loss = self._last_loss if self._first_loss is None else self._first_loss
         if "eval_loss" in logs:
             self._say(f"step {state.global_step}: evaluation loss {logs['eval_loss']:.4f}")
-        elif "loss" in logs and self._bar is None:
+        elif "loss" in logs and self._bar is not None and self._task is not None:
+            self._bar.update(self._task, figures=self._figures(state, logs))
+        elif "loss" in logs:
             self._say(f"step {state.global_step}/{state.max_steps}  {self._figures(state, logs)}")
 
     def on_train_end(
