@@ -28,8 +28,8 @@ help:
 	@echo "make demo   fine-tune a small real model, and see what changed (about 5 minutes on two cores)"
 	@echo "make test   all tests (at most 12 minutes on two cores)"
 	@echo "make check  lint, types, layers"
-	@echo "make soak   the long forms of tests"
-	@echo "make bench  measurements, written to bench/results"
+	@echo "make soak   the long forms of tests (there are none yet: the tests as they are)"
+	@echo "make bench  measurements on a GPU, written to bench/results"
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -60,8 +60,8 @@ check: $(VENV)/.installed
 	$(BIN)/lint-imports
 
 soak: $(VENV)/.installed
-	UNSLOTH_SOAK=1 $(PYTEST) --ignore tests/kernels
-	UNSLOTH_SOAK=1 $(PYTEST) tests/kernels
+	$(PYTEST) --ignore tests/kernels
+	$(PYTEST) tests/kernels
 
 bench: $(VENV)/.installed
 	for script in $(filter-out bench/kernels/harness.py,$(wildcard bench/kernels/[a-z]*.py)); do $(BIN)/python $$script || exit 1; done

@@ -1,1 +1,1 @@
-"""Names that documented snippets import from here; everything lives in :mod:`unsloth`."""
+"""The second package that documented snippets import from; re-exports of :mod:`unsloth`, none so far."""

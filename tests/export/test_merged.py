@@ -133,3 +133,19 @@ def gradients(model, ids):
     model.zero_grad()
     model(input_ids=ids, labels=ids).loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("trained", [["lm_head"], ["embed_tokens"]])
+def test_a_tied_weight_that_was_trained_apart_is_saved_apart(tiny, tmp_path, trained):
+    model, tokenizer = model_with_adapter(tiny("llama", tied=True), "load_in_16bit", modules_to_save=trained)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained_merged(tmp_path / "merged", tokenizer)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    ids = torch.arange(4, 60)[None]
+    with torch.no_grad():
+        difference = plain(input_ids=ids).logits - model(input_ids=ids).logits
+    assert difference.abs().max() < 0.1
+    assert not torch.equal(plain.lm_head.weight, plain.model.embed_tokens.weight)

@@ -1,5 +1,7 @@
 import pytest
 import torch
+import transformers
+import trl
 
 from unsloth import FastLanguageModel, SFTConfig, SFTTrainer, train_on_responses_only
 from unsloth.core.errors import ConfigError, DataError, TrainingError
@@ -94,3 +96,47 @@ def test_nothing_to_train_is_refused(tiny, conversations, tmp_path):
     model = FastLanguageModel.get_peft_model(model, r=4)
     with pytest.raises(ConfigError, match="tokenizer"):
         SFTTrainer(model=model, train_dataset=conversations, args=config(tmp_path))
+
+
+def test_the_fused_head_is_the_same_mathematics(tiny, conversations, tmp_path):
+    found = []
+    for fused in (True, False):
+        model, tokenizer = adapted(tiny())
+        trainer = SFTTrainer(
+            model=model, tokenizer=tokenizer, train_dataset=conversations, args=config(tmp_path, fused_head=fused)
+        )
+        batch = trainer.data_collator(list(trainer.train_dataset))
+        loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(100))
+        loss.backward()
+        found.append((loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (fused_loss, fused_gradients), (loss, gradients) = found
+    assert fused_loss == pytest.approx(loss, rel=1e-5)
+    assert gradients.keys() == fused_gradients.keys()
+    for name in gradients:
+        assert (gradients[name] - fused_gradients[name]).norm() <= 1e-5 * max(gradients[name].norm(), 1e-3), name
+
+
+@pytest.mark.parametrize("kind", [transformers.TrainingArguments, trl.SFTConfig])
+def test_configurations_of_other_libraries_are_accepted(tiny, conversations, tmp_path, kind):
+    model, tokenizer = adapted(tiny())
+    args = kind(output_dir=str(tmp_path), max_steps=1, learning_rate=3e-4, save_strategy="no", bf16=False, use_cpu=True)
+    trainer = SFTTrainer(model=model, tokenizer=tokenizer, train_dataset=conversations, args=args)
+    assert (trainer.args.learning_rate, trainer.args.max_steps) == (3e-4, 1)
+    assert trainer.train().global_step == 1
+
+
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tiny, conversations, tmp_path):
+    def run(folder, steps, resume=None):
+        model, tokenizer = adapted(tiny())
+        args = config(
+            tmp_path / folder, max_steps=steps, save_strategy="steps", save_steps=2, lr_scheduler_type="constant"
+        )
+        trainer = SFTTrainer(model=model, tokenizer=tokenizer, train_dataset=conversations, args=args)
+        trainer.train(resume_from_checkpoint=resume)
+        return model
+
+    whole = run("whole", 6)
+    run("parts", 4)
+    resumed = run("parts", 6, resume=True)
+    for (name, expected), actual in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(actual, expected), name

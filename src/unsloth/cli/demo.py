@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -95,13 +96,14 @@ def run(options: DemoOptions, console: Console | None = None) -> None:
     model.save_pretrained(output / "adapter")
     tokenizer.save_pretrained(str(output / "adapter"))
     comparison = model.save_pretrained_merged(output / "merged_16bit", tokenizer)
+    shutil.rmtree(output / "checkpoints", ignore_errors=True)  # holds only the trainer's bookkeeping
     _show_summary(console, output, curve, before, after)
     console.print(f"The merged model, loaded again with plain transformers: {comparison}.")
     console.print(f"Done in {(time.monotonic() - started) / 60:.1f} minutes.")
 
 
 def _prepare_output(output: Path) -> Path:
-    """Create the folder; what an earlier demo left there is replaced, anything else is refused."""
+    """Create the folder, and find out before the work whether it can be written and has room."""
     if output.exists() and not output.is_dir():
         raise StorageError("the output folder is a file", got=output, do="Choose another with --output.")
     try:
@@ -181,12 +183,8 @@ def _show_answers(console: Console, rows: list[dict], before: Score, after: Scor
         table.add_column(heading, overflow="fold", ratio=1)
     for i in chosen:
         order, answer = (message["content"] for message in rows[i]["messages"][-2:])
-        table.add_row(*(_plain(text) for text in (order, before.answers[i][:200], after.answers[i], answer)))
+        table.add_row(*(escape(text) for text in (order, before.answers[i][:200], after.answers[i], answer)))
     console.print(table)
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", "\\[")
 
 
 def _show_summary(console: Console, output: Path, curve: Path, before: Score, after: Score) -> None:
@@ -210,7 +208,6 @@ def _show_summary(console: Console, output: Path, curve: Path, before: Score, af
         "AutoModelForCausalLM.from_pretrained(folder)",
     )
     console.print(made)
-    shutil.rmtree(output / "checkpoints", ignore_errors=True)
 
 
 def _size(path: Path) -> str:

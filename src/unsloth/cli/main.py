@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 import unsloth
 from unsloth.core import settings
@@ -54,13 +55,8 @@ def main() -> None:
     try:
         app()
     except UnslothError as error:
-        Console(stderr=True).print(f"[bold red]Error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
-
-
-def _plain(text: str) -> str:
-    """Text whose brackets rich prints as they are."""
-    return text.replace("[", "\\[")
 
 
 if __name__ == "__main__":

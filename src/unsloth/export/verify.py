@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -119,7 +118,11 @@ def check_layers(model: torch.nn.Module, dtype: torch.dtype) -> int:
         ExportError: Names the layer.
     """
     inner = transformers_model(model)
-    layers = [(path, m) for path, m in inner.named_modules() if isinstance(m, LoraLayer) and _is_linear(m)]
+    layers = [
+        (path, module)
+        for path, module in inner.named_modules()
+        if isinstance(module, LoraLayer) and hasattr(module.get_base_layer(), "in_features")
+    ]
     generator = torch.Generator().manual_seed(0)
     with _evaluating(model):
         for path, layer in layers:
@@ -141,12 +144,6 @@ def check_layers(model: torch.nn.Module, dtype: torch.dtype) -> int:
                     do="Nothing was kept. Please report this with the adapter's configuration.",
                 )
     return len(layers)
-
-
-def _is_linear(layer: LoraLayer) -> bool:
-    return hasattr(layer.get_base_layer(), "in_features") and (
-        isinstance(layer, LoraLinear) or type(layer).__name__ in ("Linear4bit", "Linear8bitLt")
-    )
 
 
 def _token_batches(

@@ -122,9 +122,10 @@ class SFTTrainer(trl.SFTTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, in the mode and with the memory policy that the model was given; as in transformers."""
-        if record.find(self.model) is not None:
-            policy = self.args.gradient_checkpointing and record.require(self.model).gradient_checkpointing
-            modes.for_training(self.model, policy or self.args.gradient_checkpointing)
+        loaded = record.find(self.model)
+        if loaded is not None:
+            # The arguments say whether to checkpoint, the model says how.
+            modes.for_training(self.model, self.args.gradient_checkpointing and (loaded.gradient_checkpointing or True))
         return super().train(*args, **kwargs)
 
     def compute_loss(
