@@ -10,9 +10,13 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unsloth.core.errors import ConfigError
+from unsloth.core.log import get_logger
 from unsloth.export.save import attach_methods
+from unsloth.layers import fused_head as head_layer
 from unsloth.memory.checkpointing import Policy
-from unsloth.models import adapters, load, modes
+from unsloth.models import adapters, load, modes, record
+
+logger = get_logger(__name__)
 
 # Documented arguments that only matter once something else is switched on; that something is refused below.
 _WITHOUT_EFFECT = {
@@ -57,6 +61,7 @@ class FastLanguageModel:
         random_state: int = 3407,
         float32_mixed_precision: bool | None = None,
         attn_implementation: str | None = None,
+        fused_head: bool = True,
         **kwargs: Any,
     ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
         """Load a model and its tokenizer.
@@ -79,6 +84,8 @@ class FastLanguageModel:
             random_state: Seed of the adapters' initial values.
             float32_mixed_precision: For full fine-tuning; False holds the weights in ``dtype`` too.
             attn_implementation: As in transformers.
+            fused_head: Whether a forward with labels computes output head and loss together, without whole logits
+                (see :mod:`unsloth.layers.fused_head`). ``return_logits=True`` in that forward computes them too.
             **kwargs: Passed on to transformers' ``from_pretrained``.
 
         Returns:
@@ -106,6 +113,8 @@ class FastLanguageModel:
         )
         model, tokenizer = load.load(options)
         attach_methods(model)
+        if fused_head:
+            _fuse_head(record.transformers_model(model))
         return model, tokenizer
 
     @staticmethod
@@ -156,12 +165,25 @@ class FastLanguageModel:
             use_gradient_checkpointing=use_gradient_checkpointing,
             random_state=random_state,
         )
-        adapted = adapters.add(model, options)
+        inner = record.transformers_model(model)
+        fused = head_layer.find(inner) is not None
+        head_layer.remove(inner)  # PEFT copies a head that is to be trained
+        try:
+            adapted = adapters.add(model, options)
+        finally:
+            if fused:
+                _fuse_head(inner)
         attach_methods(adapted)
         return adapted
 
     for_inference = staticmethod(modes.for_inference)
     for_training = staticmethod(modes.for_training)
+
+
+def _fuse_head(model: PreTrainedModel) -> None:
+    found = head_layer.install(model)
+    if not found.applies:
+        logger.info("output head and loss of %s stay as they are: %s", type(model).__name__, found.text)
 
 
 def _supported(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,11 @@ def verbose_logging() -> bool:
     return flag("UNSLOTH_ENABLE_LOGGING")
 
 
+def return_logits() -> bool:
+    """``UNSLOTH_RETURN_LOGITS=1`` makes a forward with labels compute the logits beside the loss."""
+    return flag("UNSLOTH_RETURN_LOGITS")
+
+
 def cache_folder() -> Path:
     """Where converted models are kept: ``UNSLOTH_CACHE``, else the user's cache folder."""
     explicit = os.environ.get("UNSLOTH_CACHE")

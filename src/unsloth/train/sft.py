@@ -18,6 +18,7 @@ from unsloth.data import masking
 from unsloth.data.collate import Collator
 from unsloth.data.prepare import PrepareOptions, Rows, prepare
 from unsloth.data.render import FormattingFunction
+from unsloth.layers import fused_head
 from unsloth.models import modes, record
 from unsloth.train import config, masters
 from unsloth.train.progress import TrainingProgress
@@ -113,9 +114,10 @@ class SFTTrainer(trl.SFTTrainer):
                 **more,
             )
         self._fused_head = args.fused_head if args.fused_head is not None else self.model.device.type != "cpu"
+        self._lazy_head = fused_head.find(record.transformers_model(model)) is not None
         # The other losses of TRL exist on its fused head only.
-        self._fused_head |= args.loss_type != "nll" or self.label_smoother is not None or self.aux_loss_enabled
-        self._fused_head |= self.compute_loss_func is not None
+        self._trl_head = args.loss_type != "nll" or self.label_smoother is not None or self.aux_loss_enabled
+        self._trl_head |= self.compute_loss_func is not None or (self._fused_head and not self._lazy_head)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(TrainingProgress())
@@ -132,10 +134,13 @@ class SFTTrainer(trl.SFTTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The mean cross-entropy per trained token; see ``SFTConfig.fused_head`` for how it is computed."""
-        if self._fused_head:
+        if self._trl_head:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        more: dict[str, Any] = {"use_cache": False}
+        if self._lazy_head:
+            more["return_logits"] = self.args.return_logits if self._fused_head else True
         loss, outputs = Trainer.compute_loss(
-            self, model, {**inputs, "use_cache": False}, return_outputs=True, num_items_in_batch=num_items_in_batch
+            self, model, {**inputs, **more}, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
         self._count(inputs, outputs.logits)
         return (loss, outputs) if return_outputs else loss
@@ -163,8 +168,10 @@ class SFTTrainer(trl.SFTTrainer):
         mode = "train" if self.model.training else "eval"
         targets = inputs["labels"][:, 1:]
         trained = targets != masking.IGNORED
-        hits = (logits[:, :-1].argmax(-1) == targets) & trained
-        self._metrics[mode]["mean_token_accuracy"].append((hits.sum() / trained.sum().clamp(min=1)).item())
+        correct = fused_head.correct_predictions(logits)
+        if correct is None:
+            correct = ((logits[:, :-1].argmax(-1) == targets) & trained).sum()
+        self._metrics[mode]["mean_token_accuracy"].append((correct / trained.sum().clamp(min=1)).item())
         if mode == "train":
             seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
             self._total_train_tokens += int(seen)
