@@ -84,7 +84,8 @@ def measure(args):
             function()
             seconds.append(time.perf_counter() - start)
         peak = resident("VmHWM") - before
-    print(f"{args.case:5} {args.dtype:9} {args.variant:6} masked {args.masked:.0%}: {min(seconds):6.2f} s {peak / 1e6:6.0f} MB")
+    name = f"{args.case:5} {args.dtype:9} {args.variant:6} masked {args.masked:.0%}"
+    print(f"{name}: {min(seconds):6.2f} s {peak / 1e6:6.0f} MB")
 
 
 def main():

@@ -36,6 +36,7 @@ _TIMES = {torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__, torch.m
 _DIVIDED = {torch.Tensor.div, torch.Tensor.__truediv__, torch.div, torch.true_divide, torch.Tensor.true_divide}
 _TANH = {torch.Tensor.tanh, torch.tanh}
 _FLOAT = {torch.Tensor.float}
+_CONTIGUOUS = {torch.Tensor.contiguous}
 
 
 @dataclass
@@ -87,9 +88,9 @@ class Origin:
 class LazyLogits(torch.Tensor):
     """A tensor of logits (B, T, V) that holds the hidden states they are made from.
 
-    It remembers multiplications and divisions by a number, ``tanh`` and ``float()``. Any other use computes the
-    logits, once, and goes on with them, as if they had been there from the start. A loss that can do without them
-    takes :attr:`origin` and :meth:`scale_and_cap`.
+    It remembers multiplications and divisions by a number, ``tanh``, ``float()`` and ``contiguous()``. Any other use
+    computes the logits, once, and goes on with them, as if they had been there from the start. A loss that can do
+    without them takes :attr:`origin` and :meth:`scale_and_cap`.
 
     Attributes:
         origin: The hidden states and the head.
@@ -192,6 +193,8 @@ def _step(func: Any, numbers: list[float], lazy_first: bool) -> tuple[str, float
         return "tanh", 1.0, torch.tanh
     if func in _FLOAT and not numbers:
         return "float", 1.0, torch.Tensor.float
+    if func in _CONTIGUOUS and not numbers:
+        return "contiguous", 1.0, torch.Tensor.contiguous
     return None
 
 

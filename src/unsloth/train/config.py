@@ -37,21 +37,15 @@ class SFTConfig(TRLConfig):
         bf16: Compute in bfloat16 under autocast. None means: if the model was loaded in bfloat16.
         fp16: Compute in float16 under autocast.
         gradient_checkpointing: None means: as the model was told in ``get_peft_model``.
-<<<<<<< HEAD
         fused_head: Compute output head and loss together, in chunks, so that the logits never exist as a whole.
             None means: on a GPU, where it saves memory. On the CPU the model's own loss is used, so that a run
             equals one of plain transformers bit for bit.
         return_logits: Compute the logits beside the loss, for callbacks and subclasses that read ``outputs.logits``.
             None means: only where something asks for them, such as ``compute_metrics``, or with
             ``UNSLOTH_RETURN_LOGITS=1``.
-=======
-        fused_head: Compute output head and loss together, in chunks, so that the logits never exist as a whole
-            (TRL's fused head). None means: on a GPU, where it saves memory. On the CPU the model's own loss is
-            used, so that a run equals one of plain transformers bit for bit.
         embedding_learning_rate: Learning rate of the input embedding and of the output head, where they are
             trained (``embed_tokens`` and ``lm_head`` among the ``target_modules``, or full fine-tuning). None means
             ``learning_rate``. For continued pretraining, a tenth to a half of ``learning_rate`` is usual.
->>>>>>> main
         assistant_only_loss: Train on the assistant's turns only, found by the chat template's own markers.
     """
 
@@ -60,11 +54,8 @@ class SFTConfig(TRLConfig):
     gradient_checkpointing: bool | None = field(default=None, metadata={"help": "None follows the model."})
 
     fused_head: bool | None = field(default=None, metadata={"help": "Compute the loss without the whole logits."})
-<<<<<<< HEAD
     return_logits: bool | None = field(default=None, metadata={"help": "Compute the logits beside the loss."})
-=======
     embedding_learning_rate: float | None = field(default=None, metadata={"help": "Of embeddings and output head."})
->>>>>>> main
 
     def __post_init__(self) -> None:
         self._precision_follows_model = self.bf16 is None and not self.fp16  # type: ignore[has-type]
