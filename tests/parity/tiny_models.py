@@ -42,6 +42,7 @@ WIDTHS = {
     "original_max_position_embeddings",
     VOCABULARY: "vocab_size vocab_size_per_layer_input unpadded_vocab_size decoder_vocab_size",
 }
+BITING = {"logits_scaling": 4.0, "final_logit_softcapping": 2.0, "lm_head_multiplier": 0.4, "logit_scale": 0.3}
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_blocks")
 SIZES = {name: size for size, names in WIDTHS.items() for name in names.split()}
 
@@ -134,6 +135,8 @@ def shrunk_number(name: str, value: object, layers: int) -> dict:
         return {name: layers}
     if value is None and name in ("head_dim", "num_key_value_heads", "n_routed_experts", "num_experts_per_tok"):
         return {name: SIZES[name]}
+    if name in BITING and value is not None:
+        return {name: BITING[name]}
     if name == "is_decoder":
         return {name: True}
     if isinstance(value, bool) or not isinstance(value, int):

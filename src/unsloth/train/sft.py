@@ -123,7 +123,7 @@ class SFTTrainer(TRLTrainer):
                 **more,
             )
         self._fused_head = args.fused_head if args.fused_head is not None else self.model.device.type != "cpu"
-        self._lazy_head = fused_head.find(record.transformers_model(model)) is not None
+        self._lazy_head = _has_lazy_head(self.model)
         # The other losses of TRL exist on its fused head only.
         self._trl_head = args.loss_type != "nll" or self.label_smoother is not None or self.aux_loss_enabled
         self._trl_head |= self.compute_loss_func is not None or (self._fused_head and not self._lazy_head)
@@ -230,6 +230,12 @@ class SFTTrainer(TRLTrainer):
         if isinstance(rows, Mapping):
             return {name: self._prepared(part, name, self._eval_packing) for name, part in rows.items()}
         return self._prepared(rows, "evaluation", self._eval_packing)
+
+
+def _has_lazy_head(model: torch.nn.Module) -> bool:
+    """Whether the model computes head and loss together; follows a head that PEFT has wrapped while TRL set up."""
+    inner = record.transformers_model(model)
+    return fused_head.find(inner) is not None and fused_head.install(inner).applies
 
 
 @contextlib.contextmanager
