@@ -13,6 +13,7 @@ from unsloth.core.errors import ConfigError
 from unsloth.export.save import attach_methods
 from unsloth.memory.checkpointing import Policy
 from unsloth.models import adapters, load, modes, placement
+from unsloth.models.options import DEFAULT_LENGTH
 
 # Documented arguments that only matter once something else is switched on; that something is refused below.
 _WITHOUT_EFFECT = {
@@ -35,7 +36,7 @@ class FastLanguageModel:
     @staticmethod
     def from_pretrained(
         model_name: str,
-        max_seq_length: int = 2048,
+        max_seq_length: int = DEFAULT_LENGTH,
         dtype: torch.dtype | str | None = None,
         load_in_4bit: bool | None = None,
         load_in_8bit: bool | None = None,
@@ -64,8 +65,8 @@ class FastLanguageModel:
         Args:
             model_name: A local folder, a hub id, a saved adapter (folder or hub id), or
                 ``"embedded:SmolLM2-135M-Instruct"``.
-            max_seq_length: Longest training sequence, in tokens. Beyond the model's own length, its rotary position
-                embedding is scaled (``models/rope.py``).
+            max_seq_length: Longest training sequence, in tokens (2048 if left out, or the model's own if that is less).
+                Beyond the model's own length, its rotary position embedding is scaled (``models/rope.py``).
             dtype: Of computation; None chooses bfloat16 where supported.
             load_in_4bit: NF4 weights with double quantization. The default if no other is named.
             load_in_8bit: LLM.int8() weights.

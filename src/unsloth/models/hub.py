@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from unsloth.core.log import get_logger
 from unsloth.models import weight_files
 
 _ANSWER_WITHIN = 10.0  # seconds
+_AT_ONCE = 8
 _SMALL_FILES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 
 logger = get_logger(__name__)
@@ -71,7 +73,7 @@ def fetch(request: Request) -> Path:
             timeout=_ANSWER_WITHIN,
             files_metadata=True,
         )
-    except _HUB_ERRORS() as error:
+    except _hub_errors() as error:
         refused = explain(request.name, error)
         if isinstance(refused, NetworkError):
             return _cached(request, refused)
@@ -88,13 +90,15 @@ def fetch(request: Request) -> Path:
 def explain(name: str, error: BaseException) -> ModelError:
     """Say in one sentence why a repository could not be read; walks the chain of causes for the real reason."""
     causes = list(_chain(error))
-    for kind, explanation in _EXPLANATIONS:
+    for kind, explanation in _REFUSALS:
         if any(isinstance(cause, kind) for cause in causes):
             return explanation(name)
     for cause in causes:
         status = getattr(getattr(cause, "response", None), "status_code", None)
-        if isinstance(status, int):
+        if isinstance(status, int) and status >= 400:
             return _by_status(name, status)
+    if any(isinstance(cause, _NO_CONNECTION) for cause in causes):
+        return _unreachable(name)
     if settings.offline() or any(isinstance(cause, _transport_error()) for cause in causes):
         return _unreachable(name)
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -116,7 +120,7 @@ def _transport_error() -> type[Exception]:
     return importlib.import_module(library).TransportError
 
 
-def _HUB_ERRORS() -> tuple[type[Exception], ...]:  # noqa: N802
+def _hub_errors() -> tuple[type[Exception], ...]:
     return (OSError, hub_errors.HfHubHTTPError, hub_errors.HFValidationError, _transport_error())
 
 
@@ -169,22 +173,27 @@ def _all_files(request: Request, listed: Iterable[str], folder: Path) -> list[st
 
 
 def _download(request: Request, names: list[str]) -> Path:
-    try:
-        folder = huggingface_hub.snapshot_download(
+    """Fetch files into the cache, eight at a time; return the folder of the snapshot they are in."""
+
+    def one(name: str) -> Path:
+        path = huggingface_hub.hf_hub_download(
             request.name,
+            name,
             revision=request.revision,
             token=request.token,
             cache_dir=request.cache_dir,
             force_download=request.force_download,
-            allow_patterns=[_literal(name) for name in names],
         )
-    except _HUB_ERRORS() as error:
+        return Path(path).parents[name.count("/")]
+
+    try:
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            folders = set(pool.map(one, names))
+    except _hub_errors() as error:
         raise explain(request.name, error) from error
-    return Path(folder)
-
-
-def _literal(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+    if len(folders) != 1:
+        raise NetworkError(f"'{request.name}' was changed while it was downloaded", do="Run this again.")
+    return folders.pop()
 
 
 def _in_cache(request: Request, name: str, commit: str | None) -> bool:
@@ -263,13 +272,10 @@ def _no_such_revision(name: str) -> ModelError:
     return ModelNotFoundError("the model has no such revision", got=name, do="Check revision=...")
 
 
-_EXPLANATIONS: tuple[tuple[type[BaseException], Callable[[str], ModelError]], ...] = (
+_REFUSALS: tuple[tuple[type[BaseException], Callable[[str], ModelError]], ...] = (
     (hub_errors.GatedRepoError, _gated),
     (hub_errors.RevisionNotFoundError, _no_such_revision),
     (hub_errors.RepositoryNotFoundError, _not_found),
     (hub_errors.HFValidationError, _not_found),
-    (hub_errors.LocalEntryNotFoundError, _unreachable),
-    (hub_errors.OfflineModeIsEnabled, _unreachable),
-    (ConnectionError, _unreachable),
-    (TimeoutError, _unreachable),
 )
+_NO_CONNECTION = (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, ConnectionError, TimeoutError)

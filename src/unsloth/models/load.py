@@ -138,7 +138,7 @@ def _context(
     own, asked = rope.longest(config), options.max_seq_length
     if own is None or asked <= own:
         return asked, scaling
-    if asked == DEFAULT_LENGTH:
+    if asked is DEFAULT_LENGTH:
         logger.info("max_seq_length is %d, the longest that this model knows", own)
         return own, scaling
     if options.rope_scaling is not None:
@@ -148,7 +148,7 @@ def _context(
             do="Use a larger factor, or leave rope_scaling out to have it chosen.",
         )
     scaling = rope.extend(config, asked)
-    logger.info("positions beyond the model's own %d: RoPE scaling is set for %d (%s)", own, asked, scaling)
+    logger.info("the model's own length is %d; its positions are scaled for %d (%s)", own, asked, scaling.kind)
     return asked, scaling
 
 

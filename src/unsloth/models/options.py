@@ -20,7 +20,13 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
 }
-DEFAULT_LENGTH = 2048
+
+
+class _Default(int):
+    """A default that can be told from the same number given by the user, by identity."""
+
+
+DEFAULT_LENGTH = _Default(2048)
 SWITCHES: dict[record.Precision, str] = {
     "4bit": "load_in_4bit",
     "8bit": "load_in_8bit",

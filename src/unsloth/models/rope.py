@@ -52,6 +52,12 @@ class Scaling:
     rope_parameters: Mapping[str, Any]
     max_position_embeddings: int
 
+    @property
+    def kind(self) -> str:
+        """The kind of scaling, such as ``"yarn"``, of the layers that attend to the whole sequence."""
+        parameters = self.rope_parameters
+        return _kind(parameters[_FULL_ATTENTION] if _is_nested(parameters) else parameters)
+
     def apply(self, config: PretrainedConfig) -> None:
         """Put the scaling into a model's configuration."""
         text = config.get_text_config()
