@@ -67,7 +67,13 @@ def test_layers_trained_in_full_are_float32_on_a_16_bit_model(tiny, tmp_path, co
     assert weight.dtype == torch.float32
     assert logits(model).isfinite().all()  # also without autocast
     arguments = SFTConfig(
-        output_dir=str(tmp_path), max_steps=1, learning_rate=1e-5, report_to="none", bf16=True, use_cpu=True, fused_head=fused_head
+        output_dir=str(tmp_path),
+        max_steps=1,
+        learning_rate=1e-5,
+        report_to="none",
+        bf16=True,
+        use_cpu=True,
+        fused_head=fused_head,
     )
     SFTTrainer(model=model, tokenizer=tokenizer, train_dataset=conversations, args=arguments).train()
     moved = (weight.detach() - before).abs()

@@ -172,6 +172,9 @@ def _load_base(found: source.Source, config: PretrainedConfig, options: LoadOpti
     with allocator.freed_at_once():
         model, info = _from_pretrained(found, form, options, arguments)
     _check_complete(found, info)
+    _check_quantized_shapes(found, model)
+    if form.stored == "bitsandbytes":
+        weight_format.to_dtype(model, dtype)
     _check_finite(found, model)
     nf4.keep_layout(model)
     if not found.is_local:
@@ -210,10 +213,7 @@ def _from_pretrained(
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
-        raise CheckpointError(
-            f"tensors of '{found.name}' have another shape than its config.json says",
-            do="The configuration and the weights do not belong together; copy or download both again.",
-        ) from error
+        raise _other_shapes(found) from error
     except (ValueError, OSError) as error:
         raise remote_code.explain(found.name, found.location, error) from error
 
@@ -261,6 +261,21 @@ def _check_complete(found: source.Source, info: Mapping[str, Any]) -> None:
         f"{len(missing)} tensors are missing from the files of '{found.name}'",
         got=", ".join(missing[:3]),
         do="Copy or download it again. UNSLOTH_WARN_UNINITIALIZED=0 loads it with random values instead.",
+    )
+
+
+def _check_quantized_shapes(found: source.Source, model: PreTrainedModel) -> None:
+    """Compare each quantized matrix with its layer, which transformers does for the others only."""
+    for path, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and tuple(state.shape) != (module.out_features, module.in_features):
+            raise _other_shapes(found, f"{path}.weight")
+
+
+def _other_shapes(found: source.Source, name: str = "") -> CheckpointError:
+    return CheckpointError(
+        f"tensors of '{found.name}' have another shape than its config.json says{f' ({name})' if name else ''}",
+        do="The configuration and the weights do not belong together; copy or download both again.",
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from unsloth.core.errors import CheckpointError, ConfigError
@@ -83,6 +83,15 @@ def choose(found: Source, precision: record.Precision) -> WeightFormat:
     if precision != bits:
         logger.info("'%s' is a %s checkpoint, and is loaded as such", found.name, bits)
     return WeightFormat("bitsandbytes", bits)
+
+
+def to_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Convert a quantized checkpoint's 16-bit weights to ``dtype``, which transformers leaves as they are stored."""
+    for parameter in model.parameters():
+        sixteen_bit = parameter.dtype in (torch.float16, torch.bfloat16)
+        if sixteen_bit and parameter.dtype != dtype and getattr(parameter, "quant_state", None) is None:
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
 
 
 @contextmanager
