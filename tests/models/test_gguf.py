@@ -46,10 +46,10 @@ def write_gguf(folder, tokenizer, target, architecture="qwen2"):
     tokens = [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
-    tokens.append("he")  # a tokenizer without any merge cannot be read from GGUF
+    tokens += ["he", "ll"]  # a tokenizer without merges cannot be read from GGUF
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.CONTROL] * 4 + [gguf.TokenType.NORMAL] * (len(tokens) - 4))
-    writer.add_token_merges(["h e"])
+    writer.add_token_merges(["h e", "l l"])
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_chat_template(tokenizer.chat_template)

@@ -61,7 +61,7 @@ def take(model: PreTrainedModel) -> Fingerprint | None:
     layers = _sampled_layers(model)
     linear = {f"{path}.weight": _sample(_values(layer)) for path, layer in layers}
     return Fingerprint(
-        shapes={name: _shape(parameter) for name, parameter in parameters.items()},
+        shapes={name: shape_of(parameter) for name, parameter in parameters.items()},
         exact=_fetched(samples),
         linear=_fetched(linear),
         quantized=any(type(layer.weight).__name__ in _DEQUANTIZE for _, layer in layers),
@@ -88,6 +88,11 @@ def difference(recorded: Fingerprint, found: Fingerprint) -> str | None:
     return None
 
 
+def shape_of(parameter: torch.nn.Parameter) -> list[int]:
+    """The parameter's shape, as if it were not quantized."""
+    return list(getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape))
+
+
 def _embeddings(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         if layer is not None and isinstance(getattr(layer, "weight", None), torch.nn.Parameter):
@@ -112,10 +117,6 @@ def _sampled_layers(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]
 def _values(layer: torch.nn.Module) -> torch.Tensor:
     dequantize = _DEQUANTIZE.get(type(layer.weight).__name__)
     return dequantize(layer) if dequantize else layer.weight
-
-
-def _shape(parameter: torch.nn.Parameter) -> list[int]:
-    return list(getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape))
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:

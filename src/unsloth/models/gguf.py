@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from unsloth.core import artifact, settings
 from unsloth.core.errors import CheckpointError, ConfigError, ModelError, ModelNotFoundError
 from unsloth.core.log import get_logger
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _MAGIC = b"GGUF"
+_SPECIAL = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token"}
+_UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OSError, EOFError)
 
 logger = get_logger(__name__)
 
@@ -74,13 +80,28 @@ def convert(file: Path, target: Path, *, kind: str) -> None:
                 alone, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
             )
             tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=file.name)
-        except (ValueError, KeyError, IndexError, NotImplementedError, RuntimeError, OSError, EOFError) as error:
+            _take_special_tokens(tokenizer, file)
+        except _UNREADABLE as error:
             raise _explained(file, error) from error
         model.config._name_or_path = ""
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         (alone / file.name).unlink()
         alone.rmdir()
+
+
+def _take_special_tokens(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
+    """Set the special tokens and the chat template that the file names; not every version of transformers does."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    for key, attribute in _SPECIAL.items():
+        field = reader.get_field(f"tokenizer.ggml.{key}_token_id")
+        if field is not None:
+            setattr(tokenizer, attribute, tokenizer.convert_ids_to_tokens(int(field.contents())))
+    template = reader.get_field("tokenizer.chat_template")
+    if template is not None and not tokenizer.chat_template:
+        tokenizer.chat_template = template.contents()
 
 
 def _explained(file: Path, error: Exception) -> ModelError:

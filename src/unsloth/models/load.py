@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 from collections.abc import Mapping
@@ -172,7 +173,8 @@ def _load_base(found: source.Source, config: PretrainedConfig, options: LoadOpti
     with allocator.freed_at_once():
         model, info = _from_pretrained(found, form, options, arguments)
     _check_complete(found, info)
-    _check_quantized_shapes(found, model)
+    if form.precision in ("4bit", "8bit"):
+        _check_shapes(found, model)
     if form.stored == "bitsandbytes":
         weight_format.to_dtype(model, dtype)
     _check_finite(found, model)
@@ -264,12 +266,17 @@ def _check_complete(found: source.Source, info: Mapping[str, Any]) -> None:
     )
 
 
-def _check_quantized_shapes(found: source.Source, model: PreTrainedModel) -> None:
-    """Compare each quantized matrix with its layer, which transformers does for the others only."""
-    for path, module in model.named_modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if state is not None and tuple(state.shape) != (module.out_features, module.in_features):
-            raise _other_shapes(found, f"{path}.weight")
+def _check_shapes(found: source.Source, model: PreTrainedModel) -> None:
+    """Compare every parameter with an empty model's; transformers does so for weights that are not quantized."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        empty = type(model)(config)
+    loaded = dict(model.named_parameters())
+    for name, parameter in empty.named_parameters():
+        if name in loaded and fingerprint.shape_of(loaded[name]) != list(parameter.shape):
+            raise _other_shapes(found, name)
 
 
 def _other_shapes(found: source.Source, name: str = "") -> CheckpointError:
