@@ -40,7 +40,7 @@ _PUBLIC = {
 }
 
 # Names that scripts use before they import trainers from trl.
-_BINDS = frozenset({"FastLanguageModel"})
+_BINDS = frozenset({"FastLanguageModel", "FastModel"})
 
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
 

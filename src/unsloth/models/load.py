@@ -76,9 +76,9 @@ def load(options: LoadOptions) -> tuple[PreTrainedModel | PeftModel, PreTrainedT
                 got=base.name,
                 do="Merge that adapter into its base first: save_pretrained_merged.",
             )
-    config = _configuration(base, options)
+    config, more = _configuration(base, options)
     length, scaling = _context(config, options, saved)
-    model = _load_base(base, config, options)
+    model = _load_base(base, config, more, options)
     record.attach(
         model,
         dataclasses.replace(
@@ -117,13 +117,17 @@ def _resolve(name: str, options: LoadOptions, revision: str | None) -> source.So
     )
 
 
-def _configuration(base: source.Source, options: LoadOptions) -> PretrainedConfig:
+def _configuration(base: source.Source, options: LoadOptions) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """The configuration, with those of the further arguments that are values of it; and the other arguments."""
+    more = {key: value for key, value in options.more.items() if key not in _OF_THE_SOURCE}
     try:
-        config = AutoConfig.from_pretrained(base.location, trust_remote_code=options.trust_remote_code)
+        config, more = AutoConfig.from_pretrained(
+            base.location, trust_remote_code=options.trust_remote_code, return_unused_kwargs=True, **more
+        )
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise remote_code.explain(base.name, base.location, error) from error
     remote_code.check_implementations(config, options.attn_implementation, options.trust_remote_code)
-    return config
+    return config, more
 
 
 def _context(
@@ -153,7 +157,9 @@ def _context(
     return asked, scaling
 
 
-def _load_base(found: source.Source, config: PretrainedConfig, options: LoadOptions) -> PreTrainedModel:
+def _load_base(
+    found: source.Source, config: PretrainedConfig, more: Mapping[str, Any], options: LoadOptions
+) -> PreTrainedModel:
     target = placement.target_device(options.device_map)
     if options.offload_embedding:
         placement.check_offloaded_embedding(options.device_map)
@@ -168,7 +174,7 @@ def _load_base(found: source.Source, config: PretrainedConfig, options: LoadOpti
         "attn_implementation": options.attn_implementation,
         "quantization_config": form.quantization(dtype),
         "output_loading_info": True,
-        **{key: value for key, value in options.more.items() if key not in _OF_THE_SOURCE},
+        **more,
     }
     with allocator.freed_at_once():
         model, info = _from_pretrained(found, form, options, arguments)

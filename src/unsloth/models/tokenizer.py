@@ -103,7 +103,7 @@ def separate_padding_token(tokenizer: PreTrainedTokenizerBase) -> None:
 def share_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Tell the model which token its tokenizer pads with, and say where the two disagree on the end of a text."""
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    generation = model.generation_config
+    generation = getattr(model, "generation_config", None)  # AutoModel's classes have none
     if generation is not None:
         generation.pad_token_id = tokenizer.pad_token_id
     given = generation.eos_token_id if generation is not None else model.config.get_text_config().eos_token_id
