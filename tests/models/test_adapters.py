@@ -153,6 +153,6 @@ def test_the_revision_and_the_fingerprint_are_beside_the_adapter(tiny, tmp_path)
     FastLanguageModel.get_peft_model(model, r=2).save_pretrained(tmp_path / "adapter")
     content = json.loads((tmp_path / "adapter" / "unsloth_base.json").read_text())
     assert content["base"] == str(tiny()) and content["max_seq_length"] == 128
-    assert content["fingerprint"]["shapes"]["model.norm.weight"] == [64]
+    assert content["identity"]["shapes"]["model.norm.weight"] == [64]
     with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
         assert not any("embed" in name for name in file.keys())

@@ -6,6 +6,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from unsloth import FastLanguageModel
 from unsloth.core.errors import ConfigError, UnslothError
+from unsloth.models import load as loading
 from unsloth.models import placement
 
 
@@ -85,3 +86,12 @@ def test_a_length_that_was_not_asked_for_is_the_models_own(tiny):
     model, _ = load(tiny(), max_seq_length=2048)
     assert model.max_seq_length == 2048
     assert model.config.rope_parameters["rope_type"] == "yarn"
+
+
+def test_the_configuration_is_read_without_the_weights(tiny, tmp_path):
+    model, _ = load(tiny())
+    FastLanguageModel.get_peft_model(model, r=2).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    for name in (tiny(), tmp_path / "adapter"):
+        config = loading.read_config(loading.LoadOptions(str(name), max_seq_length=1024))
+        assert config.hidden_size == 64 and config.rope_parameters["factor"] == 2.0

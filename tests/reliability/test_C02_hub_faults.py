@@ -92,6 +92,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return {"config.json": b"{}", "pytorch_model.bin": b"\x80\x02."}
         if name == "org/no-weights":
             return {"config.json": b"{}"}
+        if name == "org/no-model":
+            return {"README.md": b"#", "q.gguf": b"GGUF"}
         if name == "org/cut-once":
             return {"config.json": b"{}", "model.safetensors": self.server.large}
         return self.server.files
@@ -182,15 +184,21 @@ def test_refusals_name_the_repository_and_the_cause_at_once(server, tmp_path):
         "org/pickled": ("CheckpointError", "unsloth.models.unpickle"),
         "org/no-weights": ("CheckpointError", "model.safetensors"),
     }
-    results = fetch([*expected, ("org/model", {"revision": "v9"})], tmp_path, address(server))
+    others = [("org/model", {"revision": "v9"}), "org/no-model", ("org/no-model", {"gguf_file": "p.gguf"})]
+    results = fetch([*expected, *others], tmp_path, address(server))
     for (name, (error, text)), result in zip(expected.items(), results, strict=False):
         assert result["error"] == error and text in result["message"] and name in result["message"], result
         assert "weights_only=False" not in result["message"]
-    assert results[-1]["error"] == "ModelNotFoundError" and "revision" in results[-1]["message"]
+    revision, no_model, no_gguf = results[-3:]
+    assert revision["error"] == "ModelNotFoundError" and "revision" in revision["message"]
+    assert no_model["error"] == "CheckpointError" and "config.json" in no_model["message"]
+    assert no_gguf["error"] == "ModelNotFoundError" and "q.gguf" in no_gguf["message"]
     assert max(result["seconds"] for result in results) < 5
 
 
 def test_only_what_is_needed_is_fetched_and_then_works_offline(server, tmp_path):
+    (small,) = fetch([("org/model", {"weights": False})], tmp_path / "small", address(server))
+    assert "config.json" in small["files"] and "model.safetensors" not in small["files"]
     (first,) = fetch(["org/model"], tmp_path, address(server))
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(first["files"])
     assert not {"README.md", "extra.safetensors"} & set(first["files"])

@@ -10,7 +10,7 @@ import torch
 
 from unsloth.core.errors import CheckpointError
 from unsloth.models import record, weight_files
-from unsloth.models.fingerprint import Fingerprint
+from unsloth.models.identity import Identity
 from unsloth.models.rope import Scaling
 
 NAME = "unsloth_base.json"
@@ -23,15 +23,13 @@ class AdapterBase:
 
     Attributes:
         base_revision: The hub revision of the base that was asked for, if any.
-        max_seq_length: Longest training sequence, in tokens.
         rope: The scaling of the positions that it was trained with, where it is not the base's own.
-        fingerprint: What the base is recognized by.
+        identity: What the base is recognized by.
     """
 
     base_revision: str | None
-    max_seq_length: int
     rope: Scaling | None
-    fingerprint: Fingerprint | None
+    identity: Identity | None
 
 
 def write(folder: Path, model: torch.nn.Module) -> None:
@@ -45,7 +43,7 @@ def write(folder: Path, model: torch.nn.Module) -> None:
         "base_revision": loaded.base_revision,
         "max_seq_length": loaded.max_seq_length,
         "rope": None if loaded.rope is None else asdict(loaded.rope),
-        "fingerprint": None if loaded.fingerprint is None else asdict(loaded.fingerprint),
+        "identity": None if loaded.identity is None else asdict(loaded.identity),
     }
     (folder / NAME).write_text(json.dumps(content) + "\n")
 
@@ -61,12 +59,11 @@ def read(folder: Path) -> AdapterBase | None:
         return None
     content = weight_files.read_json(path)
     try:
-        rope, fingerprint = content["rope"], content["fingerprint"]
+        rope, weights = content["rope"], content["identity"]
         return AdapterBase(
             base_revision=content["base_revision"],
-            max_seq_length=int(content["max_seq_length"]),
             rope=None if rope is None else Scaling(**rope),
-            fingerprint=None if fingerprint is None else Fingerprint.from_json(fingerprint),
+            identity=None if weights is None else Identity.from_json(weights),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(

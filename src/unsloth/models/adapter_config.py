@@ -19,12 +19,13 @@ _RUNS_CODE = ("megatron_config",)
 _BASE = "base_model_name_or_path"
 
 
-def check(folder: Path, *, is_local: bool = True) -> str:
+def check(folder: Path, *, is_local: bool = True, weights: bool = True) -> str:
     """Check an adapter folder's configuration and weight file; return the name of its base model.
 
     Args:
         folder: The adapter.
         is_local: Whether it was made on this machine, so that its base may be a folder here.
+        weights: Whether to check its weight file too.
 
     Raises:
         AdapterError: A value that cannot be right, or a setting that the installed PEFT does not know.
@@ -32,11 +33,9 @@ def check(folder: Path, *, is_local: bool = True) -> str:
     """
     path = folder / NAME
     config = weight_files.read_json(path)
-    if (folder / WEIGHTS).is_file():
-        weight_files.check_file(folder / WEIGHTS)
-    elif (folder / "adapter_model.bin").is_file():
+    if weights and (folder / "adapter_model.bin").is_file() and not (folder / WEIGHTS).is_file():
         raise weight_files.pickled(folder)
-    else:
+    if weights:
         weight_files.check_file(folder / WEIGHTS)
     _check_known(path, config)
     for key, (valid, expected) in _VALID.items():

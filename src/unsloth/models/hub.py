@@ -34,6 +34,7 @@ class Request:
         token: Hub token.
         subfolder: Folder of the repository that holds the model.
         gguf_file: The one weight file to fetch, instead of safetensors.
+        weights: Whether to fetch weights, or the configuration and tokenizer only.
         code: Whether to fetch Python files too.
         cache_dir: The hub cache; None means the usual one.
         local_files_only: Use the cache, not the network.
@@ -45,6 +46,7 @@ class Request:
     token: str | bool | None = None
     subfolder: str = ""
     gguf_file: str | None = None
+    weights: bool = True
     code: bool = False
     cache_dir: str | None = None
     local_files_only: bool = False
@@ -80,9 +82,11 @@ def fetch(request: Request) -> Path:
         raise refused from error
     listed = {sibling.rfilename: sibling for sibling in info.siblings or ()}
     known = {name for name in listed if _in_cache(request, name, info.sha)}
-    folder = _download(request, _first_files(request, listed))
-    names = _all_files(request, listed, folder)
+    names = _first_files(request, listed)
     folder = _download(request, names)
+    if request.weights and request.gguf_file is None:
+        names += _weights(request, listed, folder)
+        folder = _download(request, names)
     _check_downloads(request, folder, [listed[name] for name in names if name in listed], known)
     return folder / request.subfolder
 
@@ -138,26 +142,31 @@ def _cached(request: Request, refused: ModelError | None) -> Path:
 
 
 def _first_files(request: Request, listed: Iterable[str]) -> list[str]:
-    """Configuration, tokenizer and index: what decides which weights are needed."""
+    """Configuration, tokenizer and index, which decide what weights are needed; or the GGUF file."""
+    if request.gguf_file is not None:
+        if request.gguf_file in listed:
+            return [request.gguf_file]
+        there = sorted(name for name in listed if name.endswith(".gguf"))
+        raise ModelNotFoundError(
+            f"'{request.name}' has no such GGUF file",
+            got=request.gguf_file,
+            do=f"There are: {', '.join(there[:5])}." if there else "It has no GGUF file at all.",
+        )
     prefix = f"{request.subfolder}/" if request.subfolder else ""
     inside = [name for name in listed if name.startswith(prefix) and "/" not in name.removeprefix(prefix)]
-    if request.gguf_file is not None:
-        return [request.gguf_file]
-    code = [name for name in listed if request.code and name.endswith(".py")]
-    return [name for name in inside if name.endswith(_SMALL_FILES)] + code
+    small = [name for name in inside if name.endswith(_SMALL_FILES)]
+    if not small:
+        raise CheckpointError(f"'{request.name}' holds no model: it has no config.json", do="Check its hub page.")
+    return small + [name for name in listed if request.code and name.endswith(".py")]
 
 
-def _all_files(request: Request, listed: Iterable[str], folder: Path) -> list[str]:
+def _weights(request: Request, listed: Iterable[str], folder: Path) -> list[str]:
+    """The weight files of a model or adapter, by its index if there is one."""
     prefix = f"{request.subfolder}/" if request.subfolder else ""
-    names = _first_files(request, listed)
     available = set(listed)
-    if request.gguf_file is not None:
-        return names
     if f"{prefix}adapter_config.json" in available:
         weights = ["adapter_model.safetensors"]
-    elif f"{prefix}{weight_files.SINGLE}" in available:
-        weights = [weight_files.SINGLE]
-    elif f"{prefix}{weight_files.INDEX}" in available:
+    elif f"{prefix}{weight_files.INDEX}" in available and f"{prefix}{weight_files.SINGLE}" not in available:
         weights = weight_files.listed_in(folder / prefix / weight_files.INDEX)
     else:
         weights = [weight_files.SINGLE]
@@ -169,7 +178,7 @@ def _all_files(request: Request, listed: Iterable[str], folder: Path) -> list[st
             f"'{request.name}' has no {absent[0]}",
             do="Name a repository with safetensors weights, or a GGUF file in it with gguf_file=.",
         )
-    return names + [prefix + name for name in weights]
+    return [prefix + name for name in weights]
 
 
 def _download(request: Request, names: list[str]) -> Path:

@@ -29,7 +29,7 @@ from unsloth.core.log import get_logger
 from unsloth.memory import allocator
 from unsloth.models import (
     adapter_base,
-    fingerprint,
+    identity,
     placement,
     record,
     remote_code,
@@ -43,7 +43,7 @@ from unsloth.models import (
 from unsloth.models.options import DEFAULT_LENGTH, SWITCHES, LoadOptions, choose_precision, parse_dtype
 from unsloth.quant import nf4
 
-__all__ = ["LoadOptions", "choose_precision", "load", "parse_dtype"]
+__all__ = ["LoadOptions", "choose_precision", "load", "parse_dtype", "read_config"]
 
 # Arguments that say where the files come from rather than how to load them.
 _OF_THE_SOURCE = ("subfolder", "cache_dir", "local_files_only", "force_download")
@@ -64,34 +64,9 @@ def load(options: LoadOptions) -> tuple[PreTrainedModel | PeftModel, PreTrainedT
         TokenizerError: No tokenizer, or one whose ids the embedding does not have.
         ConfigError: The options do not go together.
     """
-    found = _resolve(options.model_name, options, options.revision)
-    saved = adapter_base.read(Path(found.location)) if found.adapter_base is not None else None
-    base, revision = found, options.revision
-    if found.adapter_base is not None:
-        revision = saved.base_revision if saved else None
-        base = _resolve(found.adapter_base, options, revision)
-        if base.adapter_base is not None:
-            raise CheckpointError(
-                f"the base model of '{found.name}' is an adapter itself",
-                got=base.name,
-                do="Merge that adapter into its base first: save_pretrained_merged.",
-            )
+    found, base, saved = _sources(options)
     config, more = _configuration(base, options)
     length, scaling = _context(config, options, saved)
-    model = _load_base(base, config, more, options)
-    record.attach(
-        model,
-        dataclasses.replace(
-            record.require(model),
-            max_seq_length=length,
-            base_name=base.name,
-            base_revision=revision,
-            rope=scaling,
-            fingerprint=fingerprint.take(model),
-        ),
-    )
-    if options.resize_model_vocab is not None:
-        vocabulary.resize(model, options.resize_model_vocab)
     loaded_tokenizer = tokenizer.load(
         tokenizer.folder_for(found.location, base.location),
         max_seq_length=length,
@@ -99,19 +74,73 @@ def load(options: LoadOptions) -> tuple[PreTrainedModel | PeftModel, PreTrainedT
         trust_remote_code=options.trust_remote_code,
         template_folder=found.location,
     )
+    model = _load_base(base, config, more, options)
+    record.attach(
+        model,
+        dataclasses.replace(
+            record.require(model),
+            max_seq_length=length,
+            base_name=base.name,
+            base_revision=_base_revision(options, found, saved),
+            rope=scaling,
+            identity=identity.take(model),
+        ),
+    )
+    if options.resize_model_vocab is not None:
+        vocabulary.resize(model, options.resize_model_vocab)
     adapted = saved_adapter.load(model, found, options.use_gradient_checkpointing) if base is not found else model
     vocabulary.check(model, loaded_tokenizer)
     tokenizer.share_special_tokens(model, loaded_tokenizer)
     return adapted, loaded_tokenizer
 
 
-def _resolve(name: str, options: LoadOptions, revision: str | None) -> source.Source:
+def read_config(options: LoadOptions) -> PretrainedConfig:
+    """The configuration of the model that ``options`` describe (of an adapter, its base), without its weights.
+
+    A scaling of the positions for the sequence length is in it.
+
+    Raises:
+        UnslothError: As :func:`load`.
+    """
+    _, base, saved = _sources(options, weights=False)
+    config, _ = _configuration(base, options)
+    _context(config, options, saved)
+    return config
+
+
+def _sources(
+    options: LoadOptions, weights: bool = True
+) -> tuple[source.Source, source.Source, adapter_base.AdapterBase | None]:
+    """What the user named; the base model (the same, unless that is an adapter); what the adapter says of its base."""
+    found = _resolve(options.model_name, options, options.revision, weights)
+    if found.adapter_base is None:
+        return found, found, None
+    saved = adapter_base.read(Path(found.location))
+    base = _resolve(found.adapter_base, options, _base_revision(options, found, saved), weights)
+    if base.adapter_base is not None:
+        raise CheckpointError(
+            f"the base model of '{found.name}' is an adapter itself",
+            got=base.name,
+            do="Merge that adapter into its base first: save_pretrained_merged.",
+        )
+    return found, base, saved
+
+
+def _base_revision(options: LoadOptions, found: source.Source, saved: adapter_base.AdapterBase | None) -> str | None:
+    """The revision given by the user belongs to what was named: the adapter, if it is one."""
+    if found.adapter_base is None:
+        return options.revision
+    return saved.base_revision if saved is not None else None
+
+
+def _resolve(name: str, options: LoadOptions, revision: str | None, weights: bool) -> source.Source:
     named = name == options.model_name
     return source.resolve(
         name,
         revision=revision,
         token=options.token,
         gguf_file=options.gguf_file if named else None,
+        weights=weights,
         trust_remote_code=options.trust_remote_code,
         **{key: options.more[key] for key in _OF_THE_SOURCE if key in options.more and (named or key != "subfolder")},
     )
@@ -281,7 +310,7 @@ def _check_shapes(found: source.Source, model: PreTrainedModel) -> None:
         empty = type(model)(config)
     loaded = dict(model.named_parameters())
     for name, parameter in empty.named_parameters():
-        if name in loaded and fingerprint.shape_of(loaded[name]) != list(parameter.shape):
+        if name in loaded and identity.shape_of(loaded[name]) != list(parameter.shape):
             raise _other_shapes(found, name)
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from unsloth.core.errors import ModelError
 from unsloth.memory import checkpointing
-from unsloth.models.fingerprint import Fingerprint
+from unsloth.models.identity import Identity
 from unsloth.models.rope import Scaling
 
 Precision = Literal["4bit", "8bit", "16bit", "full"]
@@ -34,7 +34,7 @@ class LoadRecord:
         base_name: For a loaded adapter, the name of its base model.
         base_revision: The hub revision of the base model, if one was asked for.
         rope: The scaling of the positions, where it is not the one in the model's own configuration.
-        fingerprint: What the base model is recognized by.
+        identity: What the base model is recognized by.
         vocabulary_resized: Whether rows of the embedding were added or set anew.
     """
 
@@ -48,7 +48,7 @@ class LoadRecord:
     base_name: str | None = None
     base_revision: str | None = None
     rope: Scaling | None = None
-    fingerprint: Fingerprint | None = None
+    identity: Identity | None = None
     vocabulary_resized: bool = False
 
 

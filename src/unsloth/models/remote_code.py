@@ -14,7 +14,7 @@ logger = get_logger(__name__)
 
 
 def explain(name: str, folder: str, error: Exception) -> UnslothError:
-    """Why a configuration or tokenizer could not be read: it needs its own code, or transformers does not know it."""
+    """Why a model could not be read: it needs code of its own, transformers does not know it, or it is damaged."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if "trust_remote_code" in str(error):
         return ConfigError(
@@ -23,7 +23,7 @@ def explain(name: str, folder: str, error: Exception) -> UnslothError:
         )
     if "does not recognize this architecture" in str(error):
         return ModelError(f"'{name}': {reason}", do="Upgrade transformers, or choose another model.")
-    return CheckpointError(f"the configuration or tokenizer of '{name}' cannot be read: {reason}")
+    return CheckpointError(f"'{name}' cannot be read: {reason}", do="Check that folder; copy or download it again.")
 
 
 def check_implementations(config: PretrainedConfig, attn_implementation: str | None, trust_remote_code: bool) -> None:

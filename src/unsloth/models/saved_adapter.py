@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from unsloth.core.errors import AdapterError
 from unsloth.core.log import get_logger
 from unsloth.memory import checkpointing
-from unsloth.models import adapter_base, adapter_config, fingerprint, full_layers, record, vocabulary, weight_files
+from unsloth.models import adapter_base, adapter_config, full_layers, identity, record, vocabulary, weight_files
 from unsloth.models.source import Source
 
 _PREFIX = "base_model.model."
@@ -51,11 +51,11 @@ def load(model: PreTrainedModel, found: Source, policy: checkpointing.Policy) ->
 
 
 def _check_fingerprint(model: PreTrainedModel, found: Source, saved: adapter_base.AdapterBase | None) -> None:
-    mine = record.require(model).fingerprint
-    if saved is None or saved.fingerprint is None or mine is None:
+    mine = record.require(model).identity
+    if saved is None or saved.identity is None or mine is None:
         logger.debug("the adapter '%s' has no fingerprint of its base; only shapes are checked", found.name)
         return
-    differs = fingerprint.difference(saved.fingerprint, mine)
+    differs = identity.difference(saved.identity, mine)
     if differs:
         raise _unfit(found, f"its base is another model than the one it was trained on; {differs}")
 

@@ -37,6 +37,7 @@ def resolve(
     revision: str | None = None,
     token: str | bool | None = None,
     gguf_file: str | None = None,
+    weights: bool = True,
     trust_remote_code: bool = False,
     subfolder: str = "",
     cache_dir: str | None = None,
@@ -50,6 +51,7 @@ def resolve(
         revision: Hub revision.
         token: Hub token.
         gguf_file: A GGUF file of the folder or repository, which is converted into a folder of the cache.
+        weights: Whether the weights are needed; if not, they are neither fetched nor checked.
         trust_remote_code: Whether to fetch Python files of a repository.
         subfolder: Folder below ``name`` that holds the model.
         cache_dir: The hub cache; None means the usual one.
@@ -66,7 +68,7 @@ def resolve(
     if not isinstance(name, str) or not name.strip():
         raise ConfigError("model_name must be a folder or a hub id", got=name)
     if name.startswith(embedded.PREFIX):
-        return _folder(name, embedded.folder(name), is_local=True)
+        return _folder(name, embedded.folder(name), is_local=True, weights=weights)
     path = Path(name).expanduser()
     local = _local_folder(name, path)
     if local:
@@ -79,6 +81,7 @@ def resolve(
                 token=token,
                 subfolder=subfolder,
                 gguf_file=gguf_file,
+                weights=weights,
                 code=trust_remote_code,
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
@@ -87,7 +90,7 @@ def resolve(
         )
     if gguf_file is not None:
         folder = gguf.converted(folder, gguf_file)
-    return _folder(name, folder, is_local=local)
+    return _folder(name, folder, is_local=local, weights=weights)
 
 
 def _local_folder(name: str, path: Path) -> bool:
@@ -111,10 +114,10 @@ def _local_folder(name: str, path: Path) -> bool:
     return False
 
 
-def _folder(name: str, path: Path, is_local: bool) -> Source:
+def _folder(name: str, path: Path, is_local: bool, weights: bool) -> Source:
     """Check the files of a model or adapter folder."""
     if (path / adapter_config.NAME).is_file():
-        base = adapter_config.check(path, is_local=is_local)
+        base = adapter_config.check(path, is_local=is_local, weights=weights)
         return Source(name, str(path), is_local, adapter_base=base)
     config = path / "config.json"
     if not config.is_file():
@@ -126,5 +129,5 @@ def _folder(name: str, path: Path, is_local: bool) -> Source:
     quantization = weight_files.read_json(config).get("quantization_config")
     if quantization is not None and not isinstance(quantization, dict):
         raise CheckpointError(f"{config} has a quantization_config that is not an object", got=quantization)
-    tensors = weight_files.check(path, quantized=quantization is not None)
+    tensors = weight_files.check(path, quantized=quantization is not None) if weights else {}
     return Source(name, str(path), is_local, tensors=tensors, quantization=quantization)

@@ -25,7 +25,7 @@ _ALIKE = 0.9  # cosine of a quantized weight and the original; of two different 
 
 
 @dataclass(frozen=True)
-class Fingerprint:
+class Identity:
     """What a base model is recognized by.
 
     Attributes:
@@ -41,14 +41,14 @@ class Fingerprint:
     quantized: bool
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Fingerprint:
+    def from_json(cls, content: Mapping[str, Any]) -> Identity:
         """Read what ``dataclasses.asdict`` gave; raise KeyError or TypeError if it is something else."""
         return cls(**{name: content[name] for name in ("shapes", "exact", "linear", "quantized")})
 
 
 @torch.no_grad()
-def take(model: PreTrainedModel) -> Fingerprint | None:
-    """The fingerprint of a base model without adapters; None if some of its weights are not in memory."""
+def take(model: PreTrainedModel) -> Identity | None:
+    """What a base model without adapters is recognized by; None if some of its weights are not in memory."""
     parameters = dict(model.named_parameters())
     if any(parameter.is_meta for parameter in parameters.values()):
         return None
@@ -60,7 +60,7 @@ def take(model: PreTrainedModel) -> Fingerprint | None:
     }
     layers = _sampled_layers(model)
     linear = {f"{path}.weight": _sample(_values(layer)) for path, layer in layers}
-    return Fingerprint(
+    return Identity(
         shapes={name: shape_of(parameter) for name, parameter in parameters.items()},
         exact=_fetched(samples),
         linear=_fetched(linear),
@@ -68,7 +68,7 @@ def take(model: PreTrainedModel) -> Fingerprint | None:
     )
 
 
-def difference(recorded: Fingerprint, found: Fingerprint) -> str | None:
+def difference(recorded: Identity, found: Identity) -> str | None:
     """How the model ``found`` differs from the ``recorded`` one, as a clause; None if they are the same model."""
     only = sorted(set(recorded.shapes) ^ set(found.shapes))
     if only:
