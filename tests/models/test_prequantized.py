@@ -117,6 +117,16 @@ def test_fp8_becomes_a_16_bit_base(tiny, tmp_path, block, scale_dtype):
     assert model.generation_config.eos_token_id == 2
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="transformers keeps FP8 weights on a GPU")
+def test_fp8_equals_what_transformers_makes_of_it(tiny, tmp_path):
+    """It reads scales of whole blocks only, and dequantizes where there is no GPU."""
+    make_fp8(tiny(), tmp_path / "fp8", (16, 32))
+    model, _ = load(tmp_path / "fp8", load_in_16bit=True)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "fp8", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.allclose(model(input_ids=IDS).logits, plain(input_ids=IDS).logits, atol=1e-5)
+
+
 def test_fp8_is_quantized_anew_to_nf4_and_saves_as_an_ordinary_model(tiny, tmp_path):
     dequantized = make_fp8(tiny(), tmp_path / "fp8")
     model, tokenizer = load(tmp_path / "fp8", load_in_4bit=True)
