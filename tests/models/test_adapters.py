@@ -104,6 +104,8 @@ def test_nothing_left_to_train_is_an_error(tiny):
     model, _ = FastModel.from_pretrained(str(tiny()), max_seq_length=64, load_in_16bit=True)
     with pytest.raises(ConfigError, match="nothing is left"):
         FastModel.get_peft_model(model, finetune_language_layers=False)
+    with pytest.raises(AdapterError, match="q_porj"):
+        FastModel.get_peft_model(model, finetune_mlp_modules=False, target_modules=["q_porj", "k_proj"])
     with pytest.raises(AdapterError, match="at least one"):
         FastLanguageModel.get_peft_model(model, target_modules=["lm_head"])
 

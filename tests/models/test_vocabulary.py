@@ -82,6 +82,21 @@ def test_what_is_saved_with_new_tokens_loads_again(tiny, tmp_path, trained, tied
         assert (plain(input_ids=ids).logits - expected).abs().max() < 0.1
 
 
+def test_rows_set_anew_survive_being_saved_twice(tiny, tmp_path):
+    """Spare rows were used, so that the embedding has the size of the base's, but not its values."""
+    base = AutoModelForCausalLM.from_pretrained(tiny())
+    base.resize_token_embeddings(320)
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny()).save_pretrained(tmp_path / "base")
+    model, tokenizer = load(tmp_path / "base")
+    add_new_tokens(model, tokenizer, ["<think>"])
+    row = model.get_input_embeddings().weight[ROWS].detach().clone()
+    FastLanguageModel.get_peft_model(model, r=2).save_pretrained(tmp_path / "first")
+    load(tmp_path / "first")[0].save_pretrained(tmp_path / "second")
+    again, _ = load(tmp_path / "second")
+    assert torch.equal(again.get_input_embeddings().weight[ROWS], row)
+
+
 def test_wrong_uses_are_refused(tiny):
     model, tokenizer = load(tiny())
     for wrong in ("<think>", ["a", ""], [3]):

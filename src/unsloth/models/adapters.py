@@ -157,9 +157,9 @@ def targets_in(model: PreTrainedModel, parts: Parts, names: Iterable[str] | str 
     Raises:
         ConfigError: The parts leave nothing to train.
     """
-    if not parts.vision or not parts.language:
+    if not parts.vision:
         logger.info("this model has no vision part; finetune_vision_layers has nothing to switch", extra={"once": True})
-    given = None if names is None or names == "all-linear" else names
+    given = None if names is None or names == ALL_LINEAR_PATTERN else names
     if parts.language and parts.attention and parts.mlp:
         return ALL_LINEAR_PATTERN if given is None else given
     if isinstance(given, str):
@@ -175,7 +175,8 @@ def targets_in(model: PreTrainedModel, parts: Parts, names: Iterable[str] | str 
         if hasattr(module, "in_features") and module is not head and (wanted is None or name in wanted):
             if (parts.attention if "attn" in path or "attention" in path else parts.mlp) and parts.language:
                 chosen.append(name)
-    chosen += [name for name in wanted or () if name in full_layers.FULL]
+    # Names of no module are kept, so that they are an error when the adapter is made.
+    chosen += [name for name in wanted or () if name in full_layers.FULL or not _matches(name, paths)]
     if not chosen:
         raise ConfigError(
             "nothing is left to train", got=parts, do="Switch one of the finetune_... arguments on, or leave them out."

@@ -35,7 +35,7 @@ def load(model: PreTrainedModel, found: Source, policy: checkpointing.Policy) ->
     tensors = weight_files.check_file(folder / adapter_config.WEIGHTS)
     saved = adapter_base.read(folder)
     _check_fingerprint(model, found, saved)
-    _fit_vocabulary(model, tensors)
+    _fit_vocabulary(model, folder, tensors)
     _check_shapes(model, found, tensors)
     try:
         with warnings.catch_warnings():
@@ -60,13 +60,16 @@ def _check_fingerprint(model: PreTrainedModel, found: Source, saved: adapter_bas
         raise _unfit(found, f"its base is another model than the one it was trained on; {differs}")
 
 
-def _fit_vocabulary(model: PreTrainedModel, tensors: Mapping[str, weight_files.TensorHeader]) -> None:
-    """Give the base the rows that the adapter's own embedding or head has, if it was resized before training."""
-    rows = vocabulary.rows(model)
+def _fit_vocabulary(model: PreTrainedModel, folder: Path, tensors: Mapping[str, weight_files.TensorHeader]) -> None:
+    """Make room for an embedding and head that were saved with the adapter, and note that rows were changed."""
+    trained = weight_files.read_json(folder / adapter_config.NAME).get("modules_to_save") or ()
     for name, header in tensors.items():
-        if "lora_" not in name and name.endswith(("embed_tokens.weight", "lm_head.weight")) and header.shape[0] > rows:
-            vocabulary.resize(model, header.shape[0])
-            return
+        layer = name.removesuffix(".weight").rsplit(".", 1)[-1]
+        if "lora_" in name or layer not in full_layers.FULL:
+            continue
+        vocabulary.resize(model, max(header.shape[0], vocabulary.rows(model)))
+        if layer not in trained:
+            vocabulary.mark_changed(model)
 
 
 def _check_shapes(model: PreTrainedModel, found: Source, tensors: Mapping[str, weight_files.TensorHeader]) -> None:

@@ -61,6 +61,11 @@ def resize(model: PreTrainedModel, size: int) -> None:
     model.resize_token_embeddings(size, mean_resizing=False)
     for layer, mean in zip(_layers(model), means, strict=True):
         layer.weight[before:] = mean.to(layer.weight.dtype)
+    mark_changed(model)
+
+
+def mark_changed(model: PreTrainedModel) -> None:
+    """Note that rows of the embedding are not the base model's, so that an adapter is saved together with them."""
     loaded = record.find(model)
     if loaded is not None:
         record.attach(model, dataclasses.replace(loaded, vocabulary_resized=True))
@@ -116,16 +121,14 @@ def add_new_tokens(
             if method == "interpolation":
                 row = torch.lerp(mean, layer.weight[pieces[token]].float().mean(dim=0), interpolation)
             layer.weight[ids[0]] = row.to(layer.weight.dtype)
-    loaded = record.find(model)
-    if loaded is not None:
-        record.attach(model, dataclasses.replace(loaded, vocabulary_resized=True))
+    mark_changed(model)
     logger.info(
         "%d new tokens; train them with target_modules=[..., 'embed_tokens', 'lm_head'] in get_peft_model", len(wanted)
     )
 
 
 def _validated(new_tokens: Sequence[str], method: str, interpolation: float) -> list[str]:
-    if isinstance(new_tokens, str) or not all(isinstance(token, str) and token.strip() for token in new_tokens):
+    if isinstance(new_tokens, str) or not all(isinstance(token, str) and token for token in new_tokens):
         raise ConfigError("new_tokens must be a list of texts that are not empty", got=new_tokens)
     if method not in _METHODS:
         raise ConfigError("unknown method", got=method, do=f"Use one of: {', '.join(_METHODS)}.")

@@ -106,7 +106,7 @@ def pickled(where: object) -> CheckpointError:
     """The error for weights that exist in pickle files only."""
     return CheckpointError(
         f"{where} holds its weights in pickle files, which can run code when they are read",
-        do="Download it and convert it once into a new folder, without running anything in it: "
+        do="Convert a local copy once into a new folder, without running anything in it: "
         "python -m unsloth.models.unpickle FOLDER NEW_FOLDER",
     )
 
