@@ -324,13 +324,15 @@ def _other_shapes(found: source.Source, name: str = "") -> CheckpointError:
 @torch.no_grad()
 def _check_finite(found: source.Source, model: PreTrainedModel) -> None:
     """Refuse weights that are NaN or infinite; of quantized ones, the scales are looked at."""
-    sums: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
+    ranges: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
     for name, parameter in model.named_parameters():
         for tensor in _checked_tensors(parameter):
-            if not tensor.is_meta:
-                sums.setdefault(tensor.device, []).append((name, tensor.sum(dtype=torch.float32)))
-    for entries in sums.values():
-        finite = torch.isfinite(torch.stack([total for _, total in entries])).tolist()
+            if not tensor.is_meta and tensor.numel():
+                # Minimum and maximum: NaN and infinity show in them, they cannot overflow, and nothing is copied.
+                ends = torch.stack(torch.aminmax(tensor)).float()
+                ranges.setdefault(tensor.device, []).append((name, ends))
+    for entries in ranges.values():
+        finite = torch.isfinite(torch.stack([ends for _, ends in entries])).all(dim=1).tolist()
         broken = [name for (name, _), good in zip(entries, finite, strict=True) if not good]
         if broken:
             raise CheckpointError(
