@@ -1,7 +1,8 @@
 """Fine-tune open language models on one GPU.
 
 Importing this package loads nothing else and changes nothing: each public name is imported from its module when
-it is first used.
+it is first used. Using one of those in ``_BINDS`` also lets scripts import our trainers from ``trl``
+(:mod:`unsloth.compat`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from unsloth.train.config import SFTConfig as SFTConfig
     from unsloth.train.responses import train_on_responses_only as train_on_responses_only
     from unsloth.train.sft import SFTTrainer as SFTTrainer
+    from unsloth.trainer import UnslothTrainer as UnslothTrainer
+    from unsloth.trainer import UnslothTrainingArguments as UnslothTrainingArguments
 
 __version__ = "0.1.0"
 
@@ -24,11 +27,16 @@ _PUBLIC = {
     "FastLanguageModel": ("unsloth.api", "FastLanguageModel"),
     "SFTConfig": ("unsloth.train.config", "SFTConfig"),
     "SFTTrainer": ("unsloth.train.sft", "SFTTrainer"),
+    "UnslothTrainer": ("unsloth.trainer", "UnslothTrainer"),
+    "UnslothTrainingArguments": ("unsloth.trainer", "UnslothTrainingArguments"),
     "UnslothError": ("unsloth.core.errors", "UnslothError"),
     "is_bf16_supported": ("unsloth.core.device", "is_bfloat16_supported"),
     "is_bfloat16_supported": ("unsloth.core.device", "is_bfloat16_supported"),
     "train_on_responses_only": ("unsloth.train.responses", "train_on_responses_only"),
 }
+
+# Names that scripts use before they import trainers from trl.
+_BINDS = frozenset({"FastLanguageModel"})
 
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
 
@@ -36,6 +44,9 @@ __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'unsloth' has no attribute '{name}'")
+    importlib.import_module("unsloth.core.settings").prefer_stable_downloads()
+    if name in _BINDS:
+        importlib.import_module("unsloth.compat").bind()
     module, attribute = _PUBLIC[name]
     return getattr(importlib.import_module(module), attribute)
 
