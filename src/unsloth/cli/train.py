@@ -28,7 +28,7 @@ from unsloth.core import device
 from unsloth.core.errors import ConfigError, DataError, StorageError, UnslothError
 from unsloth.data import masking, packing, prepare
 from unsloth.models import adapters, load, source, tokenizer
-from unsloth.train import estimate
+from unsloth.train import estimate, skeleton
 from unsloth.train.config import SFTConfig
 from unsloth.train.history import plot_loss
 from unsloth.train.progress import TrainingProgress
@@ -50,6 +50,11 @@ class Rows:
         """Tokens of the longest row."""
         return max(len(ids) for ids in self.rows["input_ids"])
 
+    @property
+    def shortest(self) -> int:
+        """Tokens of the shortest row."""
+        return min(len(ids) for ids in self.rows["input_ids"])
+
 
 @dataclass(frozen=True)
 class Run:
@@ -62,6 +67,7 @@ class Run:
     train: Rows
     evaluation: Rows | None
     memory: estimate.MemoryEstimate
+    plan: object | None
 
     @property
     def steps(self) -> int:
@@ -89,7 +95,7 @@ def train(config: RunConfig, *, resume: bool = False, trust_remote_code: bool = 
     model, loaded_tokenizer = FastLanguageModel.from_pretrained(**options.model_arguments(config, trust_remote_code))
     if config.adapter is not None or not hasattr(model, "peft_config"):
         model = FastLanguageModel.get_peft_model(model, **(config.adapter or {}))
-    _show_plan(console, model)
+    _show_plan(console, getattr(model, "unsloth_plan", None))
     trainer = SFTTrainer(
         model=model,
         tokenizer=loaded_tokenizer,
@@ -124,6 +130,7 @@ def dry_run(config: RunConfig, *, trust_remote_code: bool = False) -> None:
     _check_not_a_file(options.output_folder(config))
     run = prepare_run(config, trust_remote_code=trust_remote_code)
     console.print(_summary(run, config))
+    _show_plan(console, run.plan)
     console.print()
     console.print(first_row(console, run))
     console.print("\nDry run: nothing was trained or written.")
@@ -159,14 +166,17 @@ def prepare_run(config: RunConfig, *, trust_remote_code: bool = False) -> Run:
     prepared = _prepared(rows, loaded_tokenizer, training, config.data)
     evaluation = None if held_out is None else _prepared(held_out, loaded_tokenizer, training, config.data)
     adapter = options.adapter_options(config, loading)
+    built = skeleton.build(model_config, loading, adapter)
     memory = estimate.estimate(
         loading,
         adapter,
         training,
-        config=model_config,
+        built=built,
         sequence_length=training.max_length if training.packing else prepared.longest,
+        padded=False if prepared.shortest == prepared.longest else None,
     )
-    return Run(loading, adapter, training, loaded_tokenizer, prepared, evaluation, memory)
+    plan = getattr(built.model, "unsloth_plan", None)
+    return Run(loading, adapter, training, loaded_tokenizer, prepared, evaluation, memory, plan)
 
 
 def read_rows(data: DataOptions, path: str, split: str) -> Dataset:
@@ -207,7 +217,7 @@ def first_row(console: Console, run: Run) -> Text:
     row = run.train.rows[0]
     colors = screen.shows_colors(console)
     trained_style, other_style = ("green", "dim") if colors else ("", "")
-    text = Text("First row, ", style="bold")
+    text = Text().append("First row, ", style="bold")
     text.append("trained tokens in green\n" if colors else "trained tokens between [[ and ]]\n")
     inside = False
     for position, (token, label) in enumerate(zip(row["input_ids"], row["labels"], strict=True)):
@@ -325,8 +335,7 @@ def _summary(run: Run, config: RunConfig) -> Table:
     return screen.facts("The run", facts)
 
 
-def _show_plan(console: Console, model: Any) -> None:
-    plan = getattr(model, "unsloth_plan", None)
+def _show_plan(console: Console, plan: object | None) -> None:
     if plan is not None:
         console.print(str(plan), markup=False)
 

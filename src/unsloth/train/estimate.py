@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PretrainedConfig
 
 from unsloth.models import adapters, load, modes, record, source
@@ -115,6 +114,7 @@ def estimate(
     training: SFTConfig,
     *,
     config: PretrainedConfig | None = None,
+    built: skeleton.Skeleton | None = None,
     sequence_length: int | None = None,
     padded: bool | None = None,
     on_gpu: bool | None = None,
@@ -129,6 +129,7 @@ def estimate(
         adapter: The adapter; None for full fine-tuning.
         training: Batch size, accumulation, optimizer and precision of the run; not changed.
         config: The model's configuration; read from ``options.model_name`` if it is not given.
+        built: The model's skeleton, made from the same options; None makes one.
         sequence_length: Tokens a row; None means ``training.max_length``, or the model's ``max_seq_length``.
         padded: Whether rows of unequal length share a batch, for which attention needs a mask; None means: with
             batches of several rows, unless they are packed or padding-free.
@@ -137,17 +138,12 @@ def estimate(
     Raises:
         UnslothError: The model's configuration cannot be read, or the adapter does not fit it.
     """
-    config = config or read_config(options)
     length = sequence_length or training.max_length or options.max_seq_length
-    shapes = FakeTensorMode(allow_non_fake_inputs=True)
     with _quietly():
-        model = skeleton.build(config, options, adapter, shapes)
-    loaded = record.require(model)
-    if training.gradient_checkpointing is not None and not training._checkpointing_follows_model:
-        policy: Any = training.gradient_checkpointing
-    else:
-        policy = loaded.gradient_checkpointing
-    modes.for_training(model, policy)
+        built = built or skeleton.build(config or read_config(options), options, adapter)
+    loaded = record.require(built.model)
+    follows = training._checkpointing_follows_model
+    modes.for_training(built.model, loaded.gradient_checkpointing if follows else bool(training.gradient_checkpointing))
     on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
     step = _Step(
         batch_size=training.per_device_train_batch_size,
@@ -158,7 +154,7 @@ def estimate(
         fused_head=training.fused_head if training.fused_head is not None else on_gpu,
     )
     with _quietly():
-        return _measure(model, step, _Optimizer.of(training, on_gpu), shapes)
+        return _measure(built, step, _Optimizer.of(training, on_gpu))
 
 
 @dataclass(frozen=True)
@@ -228,7 +224,8 @@ def _quietly() -> Iterator[None]:
         yield
 
 
-def _measure(model: torch.nn.Module, step: _Step, optimizer: _Optimizer, shapes: FakeTensorMode) -> MemoryEstimate:
+def _measure(built: skeleton.Skeleton, step: _Step, optimizer: _Optimizer) -> MemoryEstimate:
+    model = built.model
     parameters = dict(model.named_parameters())
     trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
     everything = [*parameters.values(), *model.buffers()]
@@ -244,13 +241,15 @@ def _measure(model: torch.nn.Module, step: _Step, optimizer: _Optimizer, shapes:
 
     allocations = Allocations(label)
     allocations.exclude(everything)
-    with shapes, allocations:
+    with built.shapes, allocations:
         inputs = _batch(step)
         for _ in range(2 if step.accumulates else 1):
             _forward(model, inputs, step).backward()
             for parameter in trained:
                 if parameter.grad is not None:
                     allocations.relabel(parameter.grad, _GRADIENTS)
+        for parameter in trained:
+            parameter.grad = None
     peak = allocations.peak()
     gradients = sum(parameter.nbytes for parameter in trained)
     updating = gradients + optimizer.working_bytes(trained)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import bitsandbytes
@@ -20,19 +21,21 @@ _ATTENTION = "unsloth_shapes"
 _BLOCK, _NESTED_BLOCK = 64, 256  # of NF4 with double quantization, see quant/nf4.py
 
 
-def build(
-    config: PretrainedConfig,
-    options: load.LoadOptions,
-    adapter: adapters.AdapterOptions | None,
-    shapes: FakeTensorMode,
-) -> PreTrainedModel | PeftModel:
+@dataclass(frozen=True)
+class Skeleton:
+    """A model as shapes, and the mode that its tensors belong to: operations on them must run under it."""
+
+    model: PreTrainedModel | PeftModel
+    shapes: FakeTensorMode
+
+
+def build(config: PretrainedConfig, options: load.LoadOptions, adapter: adapters.AdapterOptions | None) -> Skeleton:
     """The model that ``options`` would load, with the adapter, as shapes.
 
     Args:
         config: The model's configuration.
         options: How it would be loaded.
         adapter: The adapter to add; None for full fine-tuning.
-        shapes: The mode that its tensors belong to; operations on them must run under it.
 
     Raises:
         AdapterError: A target of the adapter names no module of this model.
@@ -65,9 +68,10 @@ def build(
             ),
         )
         adapted = model if precision == "full" else adapters.add(model, adapter or adapters.AdapterOptions())
+    shapes = FakeTensorMode(allow_non_fake_inputs=True)
     with shapes:
         _give_shapes(adapted)
-    return adapted
+    return Skeleton(adapted, shapes)
 
 
 def precision_of(config: PretrainedConfig, options: load.LoadOptions) -> record.Precision:
