@@ -35,7 +35,7 @@ def test_what_to_change_if_it_does_not_fit(estimate):
     assert code == 0
     assert "It does not fit into 11 MiB" in shown
     assert "training.per_device_train_batch_size: 1 with training.gradient_accumulation_steps: 8" in shown
-    assert "model.use_gradient_checkpointing: unsloth" in shown
+    assert "adapter.use_gradient_checkpointing: unsloth" in shown
     assert "fits" in shown
 
 

@@ -142,3 +142,21 @@ def test_files_that_cannot_be_read(tmp_path):
         read("empty.jsonl")
     with pytest.raises(DataError, match="broken.jsonl cannot be read"):
         read("broken.jsonl")
+
+
+@pytest.mark.parametrize(("section", "kept"), [("model", True), ("adapter", True), (None, False)])
+def test_the_memory_policy_of_either_section_holds(run_file, monkeypatch, section, kept):
+    changes = {} if section is None else {section: {"use_gradient_checkpointing": False}}
+    config = run_config.read(run_file(**changes))
+    asked = {}
+
+    def get_peft_model(model, **arguments):
+        asked.update(arguments)
+        raise InterruptedError
+
+    run = train.prepare_run(config)
+    monkeypatch.setattr("unsloth.api.FastLanguageModel.get_peft_model", get_peft_model)
+    with pytest.raises(InterruptedError):
+        train.train(config)
+    assert asked.get("use_gradient_checkpointing", "unsloth") == run.adapter.use_gradient_checkpointing
+    assert run.adapter.use_gradient_checkpointing == (False if kept else "unsloth")

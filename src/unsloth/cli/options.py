@@ -42,6 +42,12 @@ def load_options(config: RunConfig, trust_remote_code: bool) -> load.LoadOptions
     )
 
 
+def adapter_arguments(config: RunConfig) -> dict[str, Any]:
+    """Arguments for ``FastLanguageModel.get_peft_model``; the model's memory policy holds unless another is given."""
+    policy = {name: config.model[name] for name in ("use_gradient_checkpointing",) if name in config.model}
+    return {**policy, **(config.adapter or {})}
+
+
 def adapter_options(config: RunConfig, options: load.LoadOptions) -> adapters.AdapterOptions | None:
     """The adapter to train: of the file, of the saved adapter that the model is, or none in full fine-tuning.
 
@@ -50,8 +56,7 @@ def adapter_options(config: RunConfig, options: load.LoadOptions) -> adapters.Ad
     """
     if config.is_full_finetuning:
         return None
-    values = dict(config.adapter or {})
-    values.setdefault("use_gradient_checkpointing", options.use_gradient_checkpointing)
+    values = adapter_arguments(config)
     found = source.resolve(options.model_name, revision=options.revision, token=options.token)
     if found.adapter_base is not None and found.is_local:
         values = {**_saved_adapter(Path(found.location)), **values}

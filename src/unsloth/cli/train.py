@@ -94,7 +94,7 @@ def train(config: RunConfig, *, resume: bool = False, trust_remote_code: bool = 
     console.print(_summary(run, config))
     model, loaded_tokenizer = FastLanguageModel.from_pretrained(**options.model_arguments(config, trust_remote_code))
     if config.adapter is not None or not hasattr(model, "peft_config"):
-        model = FastLanguageModel.get_peft_model(model, **(config.adapter or {}))
+        model = FastLanguageModel.get_peft_model(model, **options.adapter_arguments(config))
     _show_plan(console, getattr(model, "unsloth_plan", None))
     trainer = SFTTrainer(
         model=model,

@@ -109,7 +109,8 @@ def _changes(plan: Plan) -> list[tuple[str, Plan]]:
         changes.append((setting, smaller))
     policy = (plan.adapter or plan.load).use_gradient_checkpointing
     if not (policy if training._checkpointing_follows_model else training.gradient_checkpointing):
-        changes.append(("model.use_gradient_checkpointing: unsloth", plan.with_checkpointing()))
+        section = "model" if plan.adapter is None else "adapter"
+        changes.append((f"{section}.use_gradient_checkpointing: unsloth", plan.with_checkpointing()))
     if plan.length > 2 * _LENGTH_STEP:
         half = plan.length // 2
         changes.append((f"training.max_length: {half}", plan.with_training(max_length=half)))
