@@ -21,7 +21,6 @@ from unsloth.memory.allocator import freed_at_once
 
 TOKENS, HIDDEN, VOCABULARY = 2048, 576, 49_152
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-REPETITIONS = 3
 
 
 def resident(field):
@@ -79,7 +78,7 @@ def measure(args):
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
         before, seconds = resident("VmRSS"), []
-        for _ in range(REPETITIONS):
+        for _ in range(args.repetitions):
             start = time.perf_counter()
             function()
             seconds.append(time.perf_counter() - start)
@@ -96,6 +95,7 @@ def main():
     parser.add_argument("--variant", choices=["fused", "plain"])
     parser.add_argument("--masked", type=float, default=0.0)
     parser.add_argument("--chunk-bytes", type=int, default=None)
+    parser.add_argument("--repetitions", type=int, default=3)
     args = parser.parse_args()
     if args.case:
         return measure(args)
