@@ -48,10 +48,10 @@ demo: $(VENV)/.installed
 	$(BIN)/unsloth demo
 
 test: $(VENV)/.installed $(OVERLAY)/.installed
-	$(PYTEST) --ignore tests/kernels
+	$(PYTEST) -m "not soak" --ignore tests/kernels
 	$(PYTEST) tests/kernels
-	PYTHONPATH=$(OVERLAY) $(PYTEST) -m "not model" \
-	  tests/models tests/quant tests/reliability tests/train tests/export tests/parity
+	PYTHONPATH=$(OVERLAY) $(PYTEST) -m "not model and not soak" \
+	  tests/layers tests/models tests/quant tests/reliability tests/train tests/export tests/parity
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

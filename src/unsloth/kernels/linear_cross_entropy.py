@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 
+from unsloth.kernels import dispatch
 from unsloth.kernels.head_chunks import (
     CHUNK_BYTES,
     TRAINED_CHUNK_BYTES,
@@ -217,7 +218,8 @@ def counted_linear_cross_entropy(
     needs = tuple(enabled and t is not None and t.requires_grad for t in (flat, weight, bias))
     if chunk_bytes is None:
         chunk_bytes = TRAINED_CHUNK_BYTES if needs[1] else CHUNK_BYTES
-    total, correct = _LinearCrossEntropy.apply(
-        flat, weight, bias, flat_labels, options, product_dtype(hidden, weight), needs, chunk_bytes
-    )
+    dtype = product_dtype(hidden, weight)
+    if dtype != torch.float64 and flat.device.type == "cpu" and not dispatch.interpreting():
+        dtype = torch.float32  # few CPUs multiply 16-bit numbers; torch's product takes minutes on the others
+    total, correct = _LinearCrossEntropy.apply(flat, weight, bias, flat_labels, options, dtype, needs, chunk_bytes)
     return CountedLoss(total / _items(flat_labels, options, num_items, total.dtype), correct)

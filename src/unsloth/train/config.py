@@ -38,8 +38,9 @@ class SFTConfig(TRLConfig):
         fp16: Compute in float16 under autocast.
         gradient_checkpointing: None means: as the model was told in ``get_peft_model``.
         fused_head: Compute output head and loss together, in chunks, so that the logits never exist as a whole.
-            None means: on a GPU, where it saves memory. On the CPU the model's own loss is used, so that a run
-            equals one of plain transformers bit for bit.
+            True means with the fused head of the model (:mod:`unsloth.layers.fused_head`), or with TRL's where the
+            model has none. None means TRL's on a GPU, where it saves memory; on the CPU the model's own loss, so
+            that a run equals one of plain transformers bit for bit.
         return_logits: Compute the logits beside the loss, for callbacks and subclasses that read ``outputs.logits``.
             None means: only where something asks for them, such as ``compute_metrics``, or with
             ``UNSLOTH_RETURN_LOGITS=1``.

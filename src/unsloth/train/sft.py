@@ -126,7 +126,8 @@ class SFTTrainer(TRLTrainer):
         self._lazy_head = _has_lazy_head(self.model)
         # The other losses of TRL exist on its fused head only.
         self._trl_head = args.loss_type != "nll" or self.label_smoother is not None or self.aux_loss_enabled
-        self._trl_head |= self.compute_loss_func is not None or (self._fused_head and not self._lazy_head)
+        own_head = self._lazy_head and (args.fused_head or args.return_logits)
+        self._trl_head |= self.compute_loss_func is not None or (self._fused_head and not own_head)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and args.logging_dir is not None:
                 callback.logging_dir = args.logging_dir
