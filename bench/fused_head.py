@@ -100,12 +100,13 @@ def main():
     if args.case:
         return measure(args)
     settings.share_processors_politely()
-    for case in ("head", "step"):
-        for dtype in DTYPES:
-            for variant in ("plain", "fused"):
-                for masked in ("0", "0.75"):
-                    options = ["--case", case, "--dtype", dtype, "--variant", variant, "--masked", masked]
-                    subprocess.run([sys.executable, __file__, *options], check=True)
+    # Few CPUs multiply bfloat16 numbers; on the others torch's own product takes minutes, so those cases are left out.
+    cases = [("head", "float32", "plain"), ("head", "float32", "fused"), ("head", "bfloat16", "fused")]
+    cases += [("step", "float32", "plain"), ("step", "float32", "fused")]
+    for case, dtype, variant in cases:
+        for masked in ("0", "0.75"):
+            options = ["--case", case, "--dtype", dtype, "--variant", variant, "--masked", masked]
+            subprocess.run([sys.executable, __file__, *options], check=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A model with a fused head gives the losses and gradients it gave before, and nothing else about it changes."""
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -62,6 +63,16 @@ def test_full_training_is_the_same(tiny, tied, more):
     assert torch.equal(fused[0], plain[0])
 
 
+def test_a_head_with_a_bias(model):
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(260))
+    plain = step(model)
+    fused_head.install(model)
+    fused = step(model)
+    assert is_fused(fused[0])
+    assert_same(fused, plain)
+    assert "lm_head.bias" in fused[2]
+
+
 def test_the_logits_come_when_asked_for(model, monkeypatch):
     plain = step(model)
     fused_head.install(model)
@@ -77,7 +88,7 @@ def test_the_logits_come_when_asked_for(model, monkeypatch):
 
 def test_labels_may_be_positional(model):
     fused_head.install(model)
-    names = list(__import__("inspect").signature(type(model).forward).parameters)[1:]
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
     values = batch()
     output = model(*[values.get(name) for name in names[: names.index("labels") + 1]])
     assert is_fused(output.logits)
