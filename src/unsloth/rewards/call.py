@@ -12,7 +12,7 @@ from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from unsloth.core.errors import ConfigError, RewardError, SandboxUnavailableError, UnslothError
+from unsloth.core.errors import ConfigError, RewardError
 from unsloth.rewards import infra
 from unsloth.rewards.completions import text_of
 
@@ -70,61 +70,101 @@ def call_reward(
     """
     if on_invalid not in ("raise", "mask"):
         raise ConfigError("unknown on_invalid", got=on_invalid, do='Use "raise" or "mask".')
+    if len(prompts) != len(completions):
+        raise ConfigError(
+            "prompts and completions differ in number",
+            got=(len(prompts), len(completions)),
+            do="Pass one prompt for each completion.",
+        )
+    batch = _Batch(prompts, completions, columns or {})
     rows = len(completions)
-    arguments = _accepted(function, {**(columns or {}), "prompts": prompts, "completions": completions})
     masked: dict[int, str] = {}
-    start = time.perf_counter()
     values = [math.nan] * rows
+    start = time.perf_counter()
     with infra.watch() as failures:
         try:
-            returned = _run(function, arguments)
-            checked = [_number(value) for value in _as_list(function, returned, rows)]
-            values = [math.nan if isinstance(value, str) else value for value in checked]
+            checked = _evaluate(function, batch, find_row=on_invalid == "raise")
             masked = {row: value for row, value in enumerate(checked) if isinstance(value, str)}
-            if masked and on_invalid == "raise":
-                _raise_invalid(function, prompts, masked)
+            values = [math.nan if isinstance(value, str) else value for value in checked]
         except RewardError as error:
             if on_invalid == "raise" and not failures:
                 raise
             masked = dict.fromkeys(range(rows), str(error))
-            values = [math.nan] * rows
     seconds = time.perf_counter() - start
     by_infra = {row: f.reason for f in failures for row in (range(rows) if f.row is None else [f.row])}
+    unexplained = {row: reason for row, reason in masked.items() if row not in by_infra}
+    if unexplained and on_invalid == "raise":
+        _raise_invalid(function, prompts, unexplained)
     for row in by_infra:
         values[row] = math.nan
     return RewardColumn(name_of(function), values, {**masked, **by_infra}, len(by_infra), seconds)
 
 
-def _run(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    """Call user code; whatever it raises but Ctrl-C becomes a :class:`RewardError`."""
+@dataclass(frozen=True)
+class _Batch:
+    prompts: Sequence[Any]
+    completions: Sequence[Any]
+    columns: Mapping[str, Any]
+
+    def row(self, number: int) -> _Batch:
+        """One row as a batch; columns that are not one value a row are passed on as they are."""
+        part = slice(number, number + 1)
+        columns = {
+            name: values[part] if hasattr(values, "__len__") and len(values) == len(self.completions) else values
+            for name, values in self.columns.items()
+        }
+        return _Batch(self.prompts[part], self.completions[part], columns)
+
+
+class _RaisedError(Exception):
+    """The user's function raised the cause of this."""
+
+
+def _evaluate(function: Callable[..., Any], batch: _Batch, *, find_row: bool) -> list[float | str]:
+    """The function's values, each a finite number or what it is instead in words."""
     try:
-        returned = function(**arguments)
+        returned = _run(function, batch)
+    except _RaisedError as raised:
+        cause = raised.__cause__
+        row = _failing_row(function, batch, type(cause)) if find_row else None
+        where = "" if row is None else f" for completion {row}, prompt {_short(batch.prompts[row])}"
+        raise RewardError(
+            f"reward {name_of(function)!r} raised {type(cause).__name__}{where}: {str(cause)[:200]}",
+            do="Let it return a number for every completion, whatever its text, or mask invalid rewards.",
+        ) from cause
+    return [_number(value) for value in _as_list(function, returned, len(batch.completions))]
+
+
+def _run(function: Callable[..., Any], batch: _Batch) -> Any:
+    """Call user code; whatever it raises but Ctrl-C becomes a :class:`_RaisedError`."""
+    arguments = {**batch.columns, "prompts": batch.prompts, "completions": batch.completions}
+    try:
+        returned = function(**_accepted(function, arguments))
         return _wait_for(returned) if inspect.isawaitable(returned) else returned
-    except SandboxUnavailableError as error:  # recorded where it arose: masked, not raised
-        raise RewardError(f"reward {name_of(function)!r} had no sandbox") from error
-    except (UnslothError, KeyboardInterrupt) as error:
-        if isinstance(error, RewardError) or not isinstance(error, UnslothError):
-            raise
-        raise _raised(function, arguments, error) from error
+    except (RewardError, KeyboardInterrupt):
+        raise
     except BaseException as error:  # noqa: BLE001 - user code; SystemExit in it must not end the run with code 0
-        raise _raised(function, arguments, error) from error
+        raise _RaisedError from error
 
 
-def _raised(function: Callable[..., Any], arguments: dict[str, Any], error: BaseException) -> RewardError:
-    prompts = arguments.get("prompts") or []
-    shown = f" (the first prompt of the batch: {_short(prompts[0])})" if len(prompts) else ""
-    return RewardError(
-        f"reward {name_of(function)!r} raised {type(error).__name__}: {str(error)[:200]}{shown}",
-        do="Let it return a number for every completion, whatever its text, or mask invalid rewards.",
-    )
+def _failing_row(function: Callable[..., Any], batch: _Batch, kind: type) -> int | None:
+    """The first row for which the function alone raises an error of this kind."""
+    for number in range(len(batch.completions)):
+        try:
+            _run(function, batch.row(number))
+        except _RaisedError as raised:
+            if type(raised.__cause__) is kind:
+                return number
+        except RewardError:
+            continue
+    return None
 
 
 def _raise_invalid(function: Callable[..., Any], prompts: Sequence[Any], masked: Mapping[int, str]) -> None:
     row, reason = next(iter(masked.items()))
-    more = f" and {len(masked) - 1} more" if len(masked) > 1 else ""
-    prompt = _short(prompts[row]) if row < len(prompts) else "unknown"
+    more = f" (and {len(masked) - 1} more such)" if len(masked) > 1 else ""
     raise RewardError(
-        f"reward {name_of(function)!r} returned {reason} for completion {row}{more}, prompt {prompt}",
+        f"reward {name_of(function)!r} returned {reason} for completion {row}, prompt {_short(prompts[row])}{more}",
         do="Return a finite number for every completion, or mask invalid rewards.",
     )
 

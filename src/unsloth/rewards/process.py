@@ -63,7 +63,7 @@ class Child:
             theirs.close()
         self.owner = os.getpid()
         self._channel = channel
-        self._end = weakref.finalize(self, _end, self._process, channel, self.owner)
+        self._finalizer = weakref.finalize(self, _end, self._process, channel, self.owner)
 
     @property
     def identity(self) -> int:
@@ -74,11 +74,9 @@ class Child:
         """Send plain values.
 
         Raises:
-            ChildAnswerError: The child has written something that nobody asked for.
-            ChildEndedError: It is gone.
+            ChildEndedError: The child is gone.
             ChildTimeoutError: It did not take the message before ``deadline`` (of :func:`time.monotonic`).
         """
-        self._refuse_unasked()
         content = marshal.dumps(message)
         self._channel.settimeout(_remaining(deadline))
         try:
@@ -108,22 +106,22 @@ class Child:
             raise ChildAnswerError("an answer that is not an object")
         return message
 
+    def is_waiting(self) -> bool:
+        """Whether it is alive and has written nothing that nobody asked for."""
+        try:
+            self._channel.setblocking(False)
+            self._channel.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
     def end(self) -> int:
         """End the process and everything it started, and wait for it; returns its exit code."""
-        self._end()
+        _end(self._process, self._channel, self.owner)
+        self._finalizer.detach()
         return self._process.returncode if self._process.returncode is not None else -signal.SIGKILL
-
-    def _refuse_unasked(self) -> None:
-        self._channel.setblocking(False)
-        try:
-            waiting = self._channel.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return
-        except OSError:
-            waiting = b""
-        if not waiting:
-            raise ChildEndedError(self.end())
-        raise ChildAnswerError("it wrote to the channel without being asked")
 
     def _read(self, size: int, deadline: float) -> bytes:
         parts = []
@@ -168,7 +166,8 @@ def _short_integer(text: str) -> int:
 def _end(process: subprocess.Popen[bytes], channel: socket.socket, owner: int) -> None:
     """Close the channel, upon which the outer process ends the inner one, waits for it and leaves.
 
-    Killing the outer one at once would leave the inner one's entry to whatever process adopts orphans.
+    Killing the outer one at once would leave the inner one's entry to whatever process adopts orphans. May be called
+    again, also after it was interrupted.
     """
     if os.getpid() != owner:  # a fork of the host has its own copy of the socket, not of the child
         channel.close()

@@ -30,6 +30,7 @@ import secrets
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -69,7 +70,8 @@ class SandboxConfig:
         level: ``"standard"`` needs seccomp, resource limits and the loss of all capabilities, which together deny
             files, network, processes and threads, and adds namespaces and Landlock where the kernel has them.
             ``"strict"`` needs every layer. ``"process"`` is weaker and has to be asked for: a separate process with
-            resource limits and whatever else there is.
+            resource limits and whatever else there is; without namespaces and seccomp, what the code starts may
+            outlive it.
         seconds: Wall-clock limit of a call (and of defining the function), above 0.
         start_seconds: How long starting the process may take.
         memory_bytes: Address space of the process.
@@ -179,6 +181,7 @@ class SandboxedFunction:
         self._lock = threading.RLock()
         self._child: Child | None = None
         self._spent = 0.0
+        self._is_new = True
         self._boundary: dict[str, str] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -216,20 +219,34 @@ class SandboxedFunction:
     def restart(self) -> None:
         """End the process; the next call gets a new one, which knows nothing of earlier calls."""
         with self._lock:
-            if self._child is not None:
-                self._child.end()
-                self._child = None
+            child, self._child = self._child, None
+            if child is not None:
+                child.end()
 
     close = restart
 
-    def _guarded(self, step: Any) -> Outcome:
-        """Run one step of the conversation with the child; whatever breaks it costs the child its life."""
+    def _guarded(self, step: Callable[[], Outcome]) -> Outcome:
+        """Run one step of the conversation with the child, alone; whatever breaks it costs the child its life."""
+        with time_limit.shielded():  # its end is kept to here, and must not hit in the middle of an exchange
+            return self._guarded_in_time(step)
+
+    def _guarded_in_time(self, step: Callable[[], Outcome]) -> Outcome:
         start = time.monotonic()
         if not self._lock.acquire(timeout=min(max(time_limit.deadline() - start, 0.0), threading.TIMEOUT_MAX)):
             return Outcome("timeout", None, self._too_long(), "", time.monotonic() - start)
+        try:
+            outcome = self._finished(step)
+            self._spent += time.monotonic() - start
+        finally:
+            self._lock.release()
+        if outcome.status == "infra":
+            infra.record(str(outcome.error))
+        return replace(outcome, seconds=time.monotonic() - start)
+
+    def _finished(self, step: Callable[[], Outcome]) -> Outcome:
         finished = False
         try:
-            outcome: Outcome = step()
+            outcome = step()
             finished = outcome.status in ("ok", "error")
         except ChildTimeoutError:
             outcome = self._failed("timeout", self._too_long())
@@ -239,17 +256,22 @@ class SandboxedFunction:
         except ChildEndedError as error:
             outcome = self._ended(error)
         finally:
-            if not finished:
+            if not finished:  # also when the host is interrupted in the middle of an exchange
                 self.restart()
-            seconds = time.monotonic() - start
-            self._spent += seconds
-            self._lock.release()
-        if outcome.status == "infra":
-            infra.record(str(outcome.error))
-        return replace(outcome, seconds=seconds)
+        return outcome
 
     def _exchange(self, arguments: list[Any], keywords: dict[str, Any]) -> Outcome:
-        if self._spent + self.config.seconds >= self.config.cpu_seconds:
+        try:
+            return self._ask(arguments, keywords)
+        except ChildAnswerError:
+            if self._is_new:
+                raise
+        self.restart()  # what an earlier call left in the channel must not decide about this one
+        return self._ask(arguments, keywords)
+
+    def _ask(self, arguments: list[Any], keywords: dict[str, Any]) -> Outcome:
+        worn_out = self._spent + self.config.seconds >= self.config.cpu_seconds
+        if worn_out or (self._child is not None and not self._child.is_waiting()):
             self.restart()
         ready = self._ready()
         if ready.status != "ok":
@@ -258,7 +280,9 @@ class SandboxedFunction:
         number = secrets.token_hex(8)
         deadline = self._deadline(self.config.seconds)
         self._child.send((number, arguments, keywords), deadline)
-        return self._answer(number, deadline)
+        answer = self._answer(number, deadline)
+        self._is_new = False
+        return answer
 
     def _ready(self) -> Outcome:
         """Have a child in which the function is defined."""
@@ -276,7 +300,7 @@ class SandboxedFunction:
         self.restart()
         try:
             self._child = Child()
-            self._spent = 0.0
+            self._spent, self._is_new = 0.0, True
             deadline = self._deadline(self.config.start_seconds)
             self._child.send(self._setup(), deadline)
             report = codec.decode(self._child.receive(1 << 16, deadline))
@@ -300,7 +324,7 @@ class SandboxedFunction:
             "source": self.source,
             "name": self.__name__,
             "modules": self._modules,
-            "available": sorted(source_check.AVAILABLE),
+            "available": [*source_check.AVAILABLE, *self._modules],
             "without": list(self.config.without),
             "required": list(_REQUIRED[self.config.level]),
             "limits": {name: int(getattr(self.config, name)) for name in limits},
@@ -330,7 +354,7 @@ class SandboxedFunction:
         output = message.get("output")
         if message.get("id") != number or type(output) is not str:
             raise ChildAnswerError("an answer to something else")
-        output = output[: int(self.config.output_bytes)]
+        output = _printable(output[: int(self.config.output_bytes)])
         if "value" in message:
             try:
                 return Outcome("ok", codec.decode(message["value"]), None, output, 0.0)
@@ -365,7 +389,7 @@ def _error(described: Any) -> Exception:
     """The exception that the child described as [name of a builtin exception, text]."""
     if type(described) is not list or len(described) != 2 or not all(type(part) is str for part in described):
         raise ChildAnswerError("an error without a name and a text")
-    name, text = described[0], described[1][:_MESSAGE_CHARACTERS]
+    name, text = described[0], _printable(described[1][:_MESSAGE_CHARACTERS])
     kind = _BUILTIN_ERRORS.get(name)
     if kind is None:
         return GeneratedCodeError(f"generated code raised {name[:60]}: {text[:200]}", do="Treat it as failed.")
@@ -375,6 +399,11 @@ def _error(described: Any) -> Exception:
         error = kind(text)
     error.add_note("raised by generated code in its sandbox")
     return error
+
+
+def _printable(text: str) -> str:
+    """The text without lone surrogates, which would break whatever log it is written to."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _unicode_error(kind: type[UnicodeError], text: str) -> Exception:

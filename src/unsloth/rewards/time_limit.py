@@ -20,7 +20,18 @@ from unsloth.core.errors import ConfigError, SandboxTimeoutError
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_DEADLINE: ContextVar[float] = ContextVar("deadline", default=math.inf)
+_POLL_SECONDS = 0.005
+
+
+class _Limit:
+    """A limit that is running: when it ends, and how many blocks there are that it must not interrupt."""
+
+    def __init__(self, end: float) -> None:
+        self.end = end
+        self.shields = 0
+
+
+_LIMITS: ContextVar[tuple[_Limit, ...]] = ContextVar("limits", default=())
 
 
 class _LimitPassed(TimeoutError):  # noqa: N818 - an interruption that the wrapper turns into the public error
@@ -29,7 +40,20 @@ class _LimitPassed(TimeoutError):  # noqa: N818 - an interruption that the wrapp
 
 def deadline() -> float:
     """When the innermost limit that is running ends, as :func:`time.monotonic` counts; infinity without one."""
-    return _DEADLINE.get()
+    return min((limit.end for limit in _LIMITS.get()), default=math.inf)
+
+
+@contextlib.contextmanager
+def shielded() -> Iterator[None]:
+    """A block that keeps to :func:`deadline` by itself and is not interrupted; limits that end in it act afterwards."""
+    limits = _LIMITS.get()
+    for limit in limits:
+        limit.shields += 1
+    try:
+        yield
+    finally:
+        for limit in limits:
+            limit.shields -= 1
 
 
 def execute_with_time_limit(seconds: float) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -66,16 +90,16 @@ def execute_with_time_limit(seconds: float) -> Callable[[Callable[P, R]], Callab
 
         @functools.wraps(function)
         def limited(*args: P.args, **kwargs: P.kwargs) -> R:
-            end = min(_DEADLINE.get(), time.monotonic() + seconds)
-            token = _DEADLINE.set(end)
+            limit = _Limit(min(deadline(), time.monotonic() + seconds))
+            token = _LIMITS.set((*_LIMITS.get(), limit))
             try:
-                with _interrupted_at(end):
+                with _interrupted_by(limit):
                     result = function(*args, **kwargs)
             except _LimitPassed:
                 raise _too_long(function, seconds) from None
             finally:
-                _DEADLINE.reset(token)
-            if time.monotonic() > end:
+                _LIMITS.reset(token)
+            if time.monotonic() > limit.end:
                 raise _too_long(function, seconds)
             return result
 
@@ -92,31 +116,34 @@ def _too_long(function: Callable[..., Any], seconds: float) -> SandboxTimeoutErr
 
 
 @contextlib.contextmanager
-def _interrupted_at(end: float) -> Iterator[None]:
+def _interrupted_by(limit: _Limit) -> Iterator[None]:
     in_main = threading.current_thread() is threading.main_thread()
-    with _alarm(end) if in_main and hasattr(signal, "setitimer") else _watchdog(end):
+    with _alarm(limit) if in_main and hasattr(signal, "setitimer") else _watchdog(limit):
         yield
 
 
 @contextlib.contextmanager
-def _alarm(end: float) -> Iterator[None]:
+def _alarm(limit: _Limit) -> Iterator[None]:
     """Raise in this, the main, thread by SIGALRM; a timer of someone else keeps its time."""
     left, interval = signal.getitimer(signal.ITIMER_REAL)
     other = time.monotonic() + left if left else math.inf
 
     def ring(number: int, frame: FrameType | None) -> None:
         nonlocal other
-        if time.monotonic() >= end:
-            raise _LimitPassed
+        if time.monotonic() >= limit.end:
+            if not limit.shields:
+                raise _LimitPassed
+            signal.setitimer(signal.ITIMER_REAL, _POLL_SECONDS)
+            return
         # the timer from outside was the earlier one
         other = time.monotonic() + interval if interval else math.inf
-        signal.setitimer(signal.ITIMER_REAL, max(min(end, other) - time.monotonic(), 1e-6))
+        signal.setitimer(signal.ITIMER_REAL, max(min(limit.end, other) - time.monotonic(), 1e-6))
         if callable(previous):
             previous(number, frame)
 
     previous = signal.signal(signal.SIGALRM, ring)
     try:
-        signal.setitimer(signal.ITIMER_REAL, max(min(end, other) - time.monotonic(), 1e-6))
+        signal.setitimer(signal.ITIMER_REAL, max(min(limit.end, other) - time.monotonic(), 1e-6))
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -126,7 +153,7 @@ def _alarm(end: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _watchdog(end: float) -> Iterator[None]:
+def _watchdog(limit: _Limit) -> Iterator[None]:
     """Raise in this thread from another one, between two of its bytecodes."""
     thread = ctypes.c_ulong(threading.get_ident())
     raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
@@ -134,10 +161,13 @@ def _watchdog(end: float) -> Iterator[None]:
     guard = threading.Lock()
 
     def watch() -> None:
-        if not over.wait(max(end - time.monotonic(), 0.0)):
+        pause = max(limit.end - time.monotonic(), 0.0)
+        while not over.wait(pause):
+            pause = _POLL_SECONDS
             with guard:
-                if not over.is_set():
+                if not limit.shields and not over.is_set():
                     raise_in(thread, ctypes.py_object(_LimitPassed))
+                    return
 
     watcher = threading.Thread(target=watch, name="time limit", daemon=True)
     watcher.start()

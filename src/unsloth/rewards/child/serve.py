@@ -96,6 +96,7 @@ def _serve(setup: dict[str, Any]) -> None:
     printed = _Printed(setup["limits"]["output_bytes"])
     sys.stdin, sys.stdout, sys.stderr = None, printed, printed  # type: ignore[assignment]
     sys.path.clear()
+    sys.argv, sys.orig_argv, sys.executable = [""], [], ""  # where the host's files are is none of its business
     namespace: dict[str, Any] = {"__name__": _NAME, "__builtins__": builtins}
     builtins.__import__ = _ImportGuard(builtins.__import__, frozenset(setup["available"]))  # type: ignore[assignment]
     number = _receive()
