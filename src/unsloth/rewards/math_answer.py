@@ -10,9 +10,11 @@ from typing import Any
 from unsloth.core.errors import ConfigError
 from unsloth.rewards.completions import Reward, from_column, from_text
 
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,60})?(?:\.\d{1,60})?(?:[eE][-+]?\d{1,3})?")
-_FRACTION = re.compile(r"([-+]?\d{1,60})\s?/\s?(\d{1,60})")
-_IN_TEXT = re.compile(r"(?<![\w.])[-+]?\d[\d,]{0,80}(?:\.\d{1,60})?(?:[eE][-+]?\d{1,3})?")
+_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,60})?(?:\.\d{1,60})?(?:[eE][-+]?\d{1,3})?", re.ASCII)
+_FRACTION = re.compile(r"([-+]?\d{1,60})\s?/\s?(\d{1,60})", re.ASCII)
+_IN_TEXT = re.compile(
+    r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,60})(?:\.\d{1,60})?(?:[eE][-+]?\d{1,3})?", re.ASCII
+)
 _DECORATION = " \t\r\n$€£%°*`'\"()[]{}="
 
 
@@ -55,7 +57,7 @@ def last_number(text: str) -> Fraction | None:
     if whole is not None:
         return whole
     found = _IN_TEXT.findall(text)
-    return parse_number(found[-1].rstrip(",")) if found else None
+    return parse_number(found[-1]) if found else None
 
 
 def same_answer(text: str, expected: Any) -> bool:

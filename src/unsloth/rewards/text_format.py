@@ -38,7 +38,7 @@ def strict_format(tags: Sequence[str] = TAGS, *, reward: float = 0.5, otherwise:
 def xml_count(tags: Sequence[str] = TAGS, *, reward: float = 0.5, trailing: float = 0.001) -> Reward:
     """A share of ``reward`` for each opening and closing tag that is there exactly once.
 
-    ``trailing`` is taken off for each character after the last closing tag, white space at the end excepted, down to
+    ``trailing`` is taken off for each character after the last closing tag, white space around them excepted, down to
     ``-reward``.
     """
     _check_tags(tags)
@@ -47,7 +47,7 @@ def xml_count(tags: Sequence[str] = TAGS, *, reward: float = 0.5, trailing: floa
     def score(text: str) -> float:
         found = sum(text.count(mark) == 1 for mark in marks)
         closed, _, rest = text.rpartition(marks[-1])
-        after = len(rest.rstrip()) if closed else 0
+        after = len(rest.strip()) if closed else 0
         return max(reward * found / len(marks) - trailing * after, -reward)
 
     return from_text("xml_count", score)
