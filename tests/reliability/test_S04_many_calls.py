@@ -21,7 +21,10 @@ def expected(number):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="reads /proc")
-@pytest.mark.parametrize(("calls", "new_functions"), [(260, 40), pytest.param(10_000, 10_000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    ("calls", "new_functions"),
+    [(260, 40), pytest.param(10_000, 10_000, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])],
+)
 def test_nothing_accumulates(calls, new_functions):
     function = create_locked_down_function(SOURCE)
     for number in range(20):

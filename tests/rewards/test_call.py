@@ -23,7 +23,8 @@ def giving(values, name="mine"):
 
 @pytest.mark.parametrize(
     "values",
-    [[1, 2.0, True], (1, 2, 1), np.array([1, 2, 1]), torch.tensor([1.0, 2.0, 1.0]), [np.float32(1), 2, torch.tensor(1)]],
+    [[1, 2.0, True], (1, 2, 1),
+     np.array([1, 2, 1]), torch.tensor([1.0, 2.0, 1.0]), [np.float32(1), 2, torch.tensor(1)]],
     ids=["list", "tuple", "array", "tensor", "scalars"],
 )  # fmt: skip
 def test_numbers_in_any_form_become_floats(values):
