@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unsloth.api import FastLanguageModel as FastLanguageModel
+    from unsloth.api import FastModel as FastModel
     from unsloth.core.device import is_bfloat16_supported as is_bfloat16_supported
     from unsloth.core.errors import UnslothError as UnslothError
+    from unsloth.models.vocabulary import add_new_tokens as add_new_tokens
     from unsloth.rewards.locked_down import create_locked_down_function as create_locked_down_function
     from unsloth.rewards.source_check import check_python_modules as check_python_modules
     from unsloth.rewards.time_limit import execute_with_time_limit as execute_with_time_limit
@@ -28,11 +30,13 @@ __version__ = "0.1.0"
 # Public name: (module, name in it)
 _PUBLIC = {
     "FastLanguageModel": ("unsloth.api", "FastLanguageModel"),
+    "FastModel": ("unsloth.api", "FastModel"),
     "SFTConfig": ("unsloth.train.config", "SFTConfig"),
     "SFTTrainer": ("unsloth.train.sft", "SFTTrainer"),
     "UnslothTrainer": ("unsloth.trainer", "UnslothTrainer"),
     "UnslothTrainingArguments": ("unsloth.trainer", "UnslothTrainingArguments"),
     "UnslothError": ("unsloth.core.errors", "UnslothError"),
+    "add_new_tokens": ("unsloth.models.vocabulary", "add_new_tokens"),
     "check_python_modules": ("unsloth.rewards.source_check", "check_python_modules"),
     "create_locked_down_function": ("unsloth.rewards.locked_down", "create_locked_down_function"),
     "execute_with_time_limit": ("unsloth.rewards.time_limit", "execute_with_time_limit"),
@@ -42,7 +46,7 @@ _PUBLIC = {
 }
 
 # Names that scripts use before they import trainers from trl.
-_BINDS = frozenset({"FastLanguageModel"})
+_BINDS = frozenset({"FastLanguageModel", "FastModel"})
 
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
 

@@ -9,6 +9,7 @@ import pytest
 from unsloth.rewards import create_locked_down_function
 
 SOURCE = "def f(board, text):\n    print(text)\n    return [sum(row) for row in board] + [len(text)]"
+LONG = pytest.param(10_000, 10_000, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])
 BOARD = [[2, 4, 8, 16]] * 4
 
 
@@ -21,10 +22,7 @@ def expected(number):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="reads /proc")
-@pytest.mark.parametrize(
-    ("calls", "new_functions"),
-    [(260, 40), pytest.param(10_000, 10_000, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])],
-)
+@pytest.mark.parametrize(("calls", "new_functions"), [(260, 40), LONG])
 def test_nothing_accumulates(calls, new_functions):
     function = create_locked_down_function(SOURCE)
     for number in range(20):
