@@ -1,7 +1,6 @@
 """The two tasks of the reinforcement learning guides, as scripts write them: playing 2048, multiplying matrices."""
 
 import random
-import time
 
 import pytest
 
@@ -225,13 +224,3 @@ def test_changing_the_clock_does_not_help():
 def test_functions_that_remember_are_found(code, finding):
     found = find_memory(create_locked_down_function(code), [(1,), (2,)])
     assert found == [] if finding is None else finding in found[0]
-
-
-def test_the_median_call_is_far_below_a_millisecond_of_overhead():
-    function = create_locked_down_function("def strategy(board):\n    return 'W'")
-    board, times = [[0, 2, 4, 8]] * 4, []
-    for _ in range(300):
-        start = time.perf_counter()
-        function(board)
-        times.append(time.perf_counter() - start)
-    assert sorted(times)[10] < 0.0005  # the best of many: what a busy machine adds is not ours
