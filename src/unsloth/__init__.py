@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from unsloth.core.device import is_bfloat16_supported as is_bfloat16_supported
     from unsloth.core.errors import UnslothError as UnslothError
     from unsloth.models.vocabulary import add_new_tokens as add_new_tokens
+    from unsloth.rewards.locked_down import create_locked_down_function as create_locked_down_function
+    from unsloth.rewards.source_check import check_python_modules as check_python_modules
+    from unsloth.rewards.time_limit import execute_with_time_limit as execute_with_time_limit
     from unsloth.train.config import SFTConfig as SFTConfig
     from unsloth.train.responses import train_on_responses_only as train_on_responses_only
     from unsloth.train.sft import SFTTrainer as SFTTrainer
@@ -34,6 +37,9 @@ _PUBLIC = {
     "UnslothTrainingArguments": ("unsloth.trainer", "UnslothTrainingArguments"),
     "UnslothError": ("unsloth.core.errors", "UnslothError"),
     "add_new_tokens": ("unsloth.models.vocabulary", "add_new_tokens"),
+    "check_python_modules": ("unsloth.rewards.source_check", "check_python_modules"),
+    "create_locked_down_function": ("unsloth.rewards.locked_down", "create_locked_down_function"),
+    "execute_with_time_limit": ("unsloth.rewards.time_limit", "execute_with_time_limit"),
     "is_bf16_supported": ("unsloth.core.device", "is_bfloat16_supported"),
     "is_bfloat16_supported": ("unsloth.core.device", "is_bfloat16_supported"),
     "train_on_responses_only": ("unsloth.train.responses", "train_on_responses_only"),
