@@ -103,7 +103,7 @@ def test_conversations_are_rendered_as_by_the_judge(name, file, cases, tokenizer
     [("llama-3.1", "llama3_1"), ("llama-3.2", "llama3_2"), ("qwen-2.5", "qwen2_5"), ("qwen-3", "qwen3")],
 )
 def test_tools_are_rendered_as_by_the_judge(name, file, tokenizer):
-    for messages in PLAIN + WITH_SYSTEM + WITH_TOOLS:
+    for messages in WITH_SYSTEM + WITH_TOOLS:
         for switches in SWITCHES:
             variables = {"tools": [TOOL], **switches}
             assert ours(name, messages, variables, tokenizer) == judge(file, messages, variables)

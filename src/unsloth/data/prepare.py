@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,15 +16,16 @@ from transformers import PreTrainedTokenizerBase
 
 from unsloth.core.errors import ConfigError, DataError
 from unsloth.core.log import get_logger
-from unsloth.data import encode, formats, masking, packing, render
+from unsloth.data import encode, formats, masking, packing, render, sources
 from unsloth.data.encode import Encoder, PrepareOptions
+from unsloth.data.json_rows import LazyRows, as_row
+from unsloth.data.sources import Rows
 from unsloth.data.turns import end_token
 
 __all__ = ["PrepareOptions", "PrepareReport", "Rows", "prepare"]
 
-Rows: TypeAlias = "Dataset | IterableDataset | Sequence[Mapping[str, Any]]"
-
 _BATCH = 256  # rows tokenized at a time
+_STREAMED_BATCH = 16  # of a stream, where an error loses the batch that is being read
 _LOOK_AT = 8  # rows looked at before the work begins
 
 logger = get_logger(__name__)
@@ -74,12 +76,13 @@ class PrepareReport:
 
 
 def prepare(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase, options: PrepareOptions
+    rows: Rows | str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase, options: PrepareOptions
 ) -> tuple[Dataset | IterableDataset, PrepareReport | None]:
     """Tokenize, mask, truncate and pack a data set.
 
     Args:
-        rows: A data set, or a list of mappings. Rows of a list may differ in their columns within a layout.
+        rows: A data set, a list of mappings, or what :func:`unsloth.data.sources.load_rows` can load. Rows of a list
+            may differ in their columns within a layout.
         tokenizer: Tokenizer, with a chat template if the rows are conversations.
         options: See :class:`PrepareOptions`.
 
@@ -91,7 +94,7 @@ def prepare(
         DataError: No rows, an unknown layout, a row that cannot be used, or nothing left to train.
         TokenizerError: Conversations without a chat template.
     """
-    rows = _checked(rows)
+    rows = _checked(sources.load_rows(rows) if isinstance(rows, str | os.PathLike) else rows)
     first = list(islice(_guarded(rows), _LOOK_AT))
     if not first:
         raise DataError(
@@ -106,14 +109,10 @@ def prepare(
 
 
 def _checked(rows: Rows) -> Rows:
-    if isinstance(rows, Dataset | IterableDataset):
+    if isinstance(rows, Dataset | IterableDataset | LazyRows):
         return rows
     if isinstance(rows, Iterable) and not isinstance(rows, str | bytes | Mapping):
-        rows = rows if isinstance(rows, Sequence) else list(rows)
-        bad = next((i for i, row in enumerate(rows) if not isinstance(row, Mapping)), None)
-        if bad is None:
-            return rows
-        raise DataError(f"row {bad} must be a mapping from column to value", got=rows[bad])
+        return [as_row(row, f"row {number}") for number, row in enumerate(rows)]
     what = "is a dictionary of splits; pass one of them" if isinstance(rows, Mapping) else "has the wrong type"
     raise DataError(
         f"train_dataset {what}",
@@ -179,7 +178,7 @@ def _streamed(rows: IterableDataset, encoder: Encoder, first: list[Mapping[str, 
         raise _nothing_to_train(encoder, first)
     source = IterableDataset.from_generator(render.guarded, gen_kwargs={"rows": rows})
     columns = list(first[0])
-    encoded = source.map(encoder, with_indices=True, batched=True, batch_size=_BATCH, remove_columns=columns)
+    encoded = source.map(encoder, with_indices=True, batched=True, batch_size=_STREAMED_BATCH, remove_columns=columns)
     return encoded.remove_columns("flags").filter(_is_trained)
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jinja2.exceptions import SecurityError
+from jinja2.exceptions import SecurityError, TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from unsloth.core.errors import DataError, TokenizerError
@@ -62,6 +62,7 @@ class ChatRenderer:
         names = sorted({*tokenizer.all_special_tokens, *_control_tokens(tokenizer)}, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, names))) if names else None
         self._compiled: dict[str, CompiledTemplate] = {}
+        self._takes_parts: bool | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Compiled templates are left behind: a worker process compiles its own."""
@@ -75,6 +76,8 @@ class ChatRenderer:
             TokenizerError: The template did what templates may not do.
         """
         messages = self.escaped(row.messages) if self._escape else row.messages
+        if any(not isinstance(message["content"], str) for message in messages):
+            messages = self._with_parts(messages, number, row.tools is not None)
         variables = {
             **self.tokenizer.special_tokens_map,
             "tools": row.tools,
@@ -88,6 +91,29 @@ class ChatRenderer:
             raise _forbidden(error, number) from error
         except Exception as error:
             raise _refused(error, row, number) from error
+
+    def _with_parts(self, messages: Sequence[Mapping[str, Any]], number: int, tools: bool) -> list[dict[str, Any]]:
+        """Messages in parts as this template takes them: as they are, or as text if they are nothing else."""
+        if self._takes_parts is None:
+            self._takes_parts = self._reads_parts(tools)
+        parts = sorted({part["type"] for m in messages if not isinstance(m["content"], str) for part in m["content"]})
+        if self._takes_parts:
+            return list(messages)  # type: ignore[arg-type]
+        if parts != ["text"]:
+            others = ", ".join(part for part in parts if part != "text")
+            raise DataError(
+                f"row {number}: the chat template of this text model cannot take parts of the type {others}",
+                do="Use a vision model with FastVisionModel, or remove the row.",
+            )
+        return [{**message, "content": _text_of(message["content"])} for message in messages]
+
+    def _reads_parts(self, tools: bool) -> bool:
+        probe = [{"role": "user", "content": [{"type": "text", "text": "Xp1X"}]}]
+        try:
+            text = self._template(tools).render(probe, {**self.tokenizer.special_tokens_map, "tools": None}).text
+        except (TemplateError, TypeError, ValueError, AttributeError, LookupError):
+            return False
+        return "Xp1X" in text and "'type'" not in text
 
     def has_control_tokens(self, row: Conversation) -> bool:
         """Whether the name of a control token stands within a message's text."""
@@ -121,6 +147,10 @@ class ChatRenderer:
         return self._compiled[source]
 
 
+def _text_of(content: Any) -> str:
+    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
+
+
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
@@ -146,12 +176,6 @@ def _refused(error: Exception, row: Conversation, number: int) -> Exception:
     if isinstance(error, TokenizerError):
         return error
     roles = [message["role"] for message in row.messages]
-    parts = sorted({p["type"] for m in row.messages if not isinstance(m["content"], str) for p in m["content"]})
-    if parts and parts != ["text"]:
-        return DataError(
-            f"row {number}: the chat template of this text model cannot take parts of the type {', '.join(parts)}",
-            do="Use a vision model with FastVisionModel, or remove the row.",
-        )
     return DataError(
         f"row {number}: the chat template refused the conversation with the roles {roles}: {error}",
         do="Remove or repair the row, or set another template with get_chat_template.",
