@@ -36,7 +36,7 @@ class PrepareOptions:
         packing: Let several documents share a row of ``max_length`` tokens.
         padding_free: Mark rows so that a batch is collated without padding.
         append_eos: End each row of a text column with the end-of-text token.
-        num_proc: Worker processes; None works in this one.
+        num_proc: Worker processes for a ``datasets.Dataset``; a list is prepared in this one.
         layout: Overrides the recognition of the rows' layout.
         long_rows: What becomes of a row above ``max_length``: ``"truncate"`` cuts its end off, ``"chunk"`` makes
             several rows of it, of which each begins with the last token of the one before, so that every token is
@@ -116,6 +116,8 @@ class Encoder:
             self.reader = TurnReader.of(self.renderer)
         if options.train_on != "all":
             self._choose_mask()
+        if detection.layout == "completion" and not tokenizer.is_fast:
+            raise TokenizerError("rows with a completion need a fast tokenizer", got=type(tokenizer).__name__)
 
     @property
     def _has_template(self) -> bool:
@@ -217,23 +219,19 @@ class Encoder:
             which = [i for i, piece in enumerate(pieces) if piece.begin == begin]
             if not which:
                 continue
-            masked = any(pieces[i].trained is not None for i in which)
             batch = self.tokenizer(
                 [pieces[i].text for i in which],
                 add_special_tokens=begin,
-                return_offsets_mapping=masked,
                 return_attention_mask=False,
                 verbose=False,
             )
-            for position, i in enumerate(which):
-                offsets = batch["offset_mapping"][position] if masked else None
-                encoded[i] = self._labelled(pieces[i], batch["input_ids"][position], offsets)
+            encodings = batch.encodings or [None] * len(which)
+            for i, ids, encoding in zip(which, batch["input_ids"], encodings, strict=True):
+                encoded[i] = self._labelled(pieces[i], ids, encoding)
         return encoded
 
-    def _labelled(self, piece: Piece, ids: list[int], offsets: Any) -> tuple[list[int], list[int], int]:
-        labels = list(ids)
-        if piece.trained is not None:
-            labels = masking.label_spans(ids, offsets, piece.trained)
+    def _labelled(self, piece: Piece, ids: list[int], encoding: Any) -> tuple[list[int], list[int], int]:
+        labels = list(ids) if piece.trained is None else masking.label_encoding(ids, encoding, piece.trained)
         flags, bos = piece.flags, self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
             ids, labels, flags = ids[1:], labels[1:], flags | DOUBLE_BOS

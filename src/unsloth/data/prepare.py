@@ -200,17 +200,17 @@ def _mapped(rows: Dataset, encoder: Encoder) -> Dataset:
 
 
 def _collected(rows: Sequence[Mapping[str, Any]], encoder: Encoder) -> Dataset:
-    """Encode a list; its rows need no common schema."""
-    batches: dict[str, list[Any]] = {}
+    """Encode a list, in this process; its rows need no common schema."""
+    columns: dict[str, list[pa.Array]] = {}
     for start in range(0, len(rows), _BATCH):
         batch = encoder.encode(rows[start : start + _BATCH], range(start, min(start + _BATCH, len(rows))))
         for name, column in batch.items():
-            batches.setdefault(name, []).append(_arrow(column))
-    return Dataset(pa.table({name: pa.chunked_array(chunks) for name, chunks in batches.items()}))
+            columns.setdefault(name, []).append(_arrow(column))
+    return Dataset(pa.table({name: pa.chunked_array(chunks) for name, chunks in columns.items()}))
 
 
 def _arrow(column: list[Any]) -> pa.Array:
-    return pa.array(column, type=pa.list_(pa.int64()) if column and isinstance(column[0], list) else pa.int64())
+    return pa.array(column, type=pa.list_(pa.int32()) if column and isinstance(column[0], list) else pa.int64())
 
 
 def _finish(
