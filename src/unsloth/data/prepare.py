@@ -100,7 +100,7 @@ def prepare(
         raise DataError(
             "the data set has no rows", got=_columns(rows), do="Check the file, and any filter applied to it."
         )
-    encoder = _encoder(list(first[0]), tokenizer, options)
+    encoder = encoder_of(list(first[0]), tokenizer, options)
     _look_at_first_rows(encoder, first)
     if isinstance(rows, IterableDataset):
         return _streamed(rows, encoder, first), None
@@ -129,7 +129,13 @@ def _guarded(rows: Rows) -> Iterator[Any]:
     return render.guarded(rows) if isinstance(rows, IterableDataset) else iter(rows)
 
 
-def _encoder(columns: list[str], tokenizer: PreTrainedTokenizerBase, options: PrepareOptions) -> Encoder:
+def encoder_of(columns: list[str], tokenizer: PreTrainedTokenizerBase, options: PrepareOptions) -> Encoder:
+    """The encoder for rows with these columns.
+
+    Raises:
+        DataError: No layout that supervised fine-tuning takes.
+        TokenizerError: The tokenizer lacks what the rows need.
+    """
     if options.formatting:
         return Encoder(tokenizer, formats.Detection("text", "formatting_func"), options)
     detection = formats.detect(columns, options.text_field, options.layout)
