@@ -1,7 +1,8 @@
 """Fine-tune open language models on one GPU.
 
 Importing this package loads nothing else and changes nothing: each public name is imported from its module when
-it is first used.
+it is first used. Using one of those in ``_BINDS`` also lets scripts import our trainers from ``trl``
+(:mod:`unsloth.compat`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unsloth.api import FastLanguageModel as FastLanguageModel
+    from unsloth.api import FastModel as FastModel
     from unsloth.chat_templates import CHAT_TEMPLATES as CHAT_TEMPLATES
     from unsloth.chat_templates import apply_chat_template as apply_chat_template
     from unsloth.chat_templates import construct_chat_template as construct_chat_template
@@ -20,9 +22,12 @@ if TYPE_CHECKING:
     from unsloth.chat_templates import to_sharegpt as to_sharegpt
     from unsloth.core.device import is_bfloat16_supported as is_bfloat16_supported
     from unsloth.core.errors import UnslothError as UnslothError
+    from unsloth.models.vocabulary import add_new_tokens as add_new_tokens
     from unsloth.train.config import SFTConfig as SFTConfig
     from unsloth.train.responses import train_on_responses_only as train_on_responses_only
     from unsloth.train.sft import SFTTrainer as SFTTrainer
+    from unsloth.trainer import UnslothTrainer as UnslothTrainer
+    from unsloth.trainer import UnslothTrainingArguments as UnslothTrainingArguments
 
 __version__ = "0.1.0"
 
@@ -30,9 +35,13 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "CHAT_TEMPLATES": ("unsloth.chat_templates", "CHAT_TEMPLATES"),
     "FastLanguageModel": ("unsloth.api", "FastLanguageModel"),
+    "FastModel": ("unsloth.api", "FastModel"),
     "SFTConfig": ("unsloth.train.config", "SFTConfig"),
     "SFTTrainer": ("unsloth.train.sft", "SFTTrainer"),
     "UnslothError": ("unsloth.core.errors", "UnslothError"),
+    "UnslothTrainer": ("unsloth.trainer", "UnslothTrainer"),
+    "UnslothTrainingArguments": ("unsloth.trainer", "UnslothTrainingArguments"),
+    "add_new_tokens": ("unsloth.models.vocabulary", "add_new_tokens"),
     "apply_chat_template": ("unsloth.chat_templates", "apply_chat_template"),
     "construct_chat_template": ("unsloth.chat_templates", "construct_chat_template"),
     "get_chat_template": ("unsloth.chat_templates", "get_chat_template"),
@@ -44,12 +53,18 @@ _PUBLIC = {
     "train_on_responses_only": ("unsloth.train.responses", "train_on_responses_only"),
 }
 
+# Names that scripts use before they import trainers from trl.
+_BINDS = frozenset({"FastLanguageModel", "FastModel"})
+
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'unsloth' has no attribute '{name}'")
+    importlib.import_module("unsloth.core.settings").prefer_stable_downloads()
+    if name in _BINDS:
+        importlib.import_module("unsloth.compat").bind()
     module, attribute = _PUBLIC[name]
     return getattr(importlib.import_module(module), attribute)
 

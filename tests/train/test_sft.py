@@ -1,7 +1,8 @@
 import pytest
 import torch
-import transformers
-import trl
+from peft import LoraConfig
+from transformers.training_args import TrainingArguments as PlainArguments
+from trl.trainer.sft_config import SFTConfig as TRLConfig
 
 from unsloth import FastLanguageModel, SFTConfig, SFTTrainer, train_on_responses_only
 from unsloth.core.errors import ConfigError, DataError, TrainingError
@@ -116,13 +117,56 @@ def test_the_fused_head_is_the_same_mathematics(tiny, conversations, tmp_path):
         assert (gradients[name] - fused_gradients[name]).norm() <= 1e-5 * max(gradients[name].norm(), 1e-3), name
 
 
-@pytest.mark.parametrize("kind", [transformers.TrainingArguments, trl.SFTConfig])
+@pytest.mark.parametrize("kind", [PlainArguments, TRLConfig])
 def test_configurations_of_other_libraries_are_accepted(tiny, conversations, tmp_path, kind):
     model, tokenizer = adapted(tiny())
     args = kind(output_dir=str(tmp_path), max_steps=1, learning_rate=3e-4, save_strategy="no", bf16=False, use_cpu=True)
     trainer = SFTTrainer(model=model, tokenizer=tokenizer, train_dataset=conversations, args=args)
     assert (trainer.args.learning_rate, trainer.args.max_steps) == (3e-4, 1)
     assert trainer.train().global_step == 1
+
+
+def test_untouched_fields_of_plain_arguments_follow_the_model(tiny, conversations, tmp_path):
+    model, tokenizer = FastLanguageModel.from_pretrained(str(tiny()), max_seq_length=96, dtype=torch.bfloat16)
+    model = FastLanguageModel.get_peft_model(model, r=4)
+    args = PlainArguments(output_dir=str(tmp_path), use_cpu=True)
+    trainer = SFTTrainer(model=model, tokenizer=tokenizer, train_dataset=conversations, args=args)
+    assert (trainer.args.bf16, trainer.args.gradient_checkpointing, trainer.args.max_length) == (True, True, 96)
+
+
+def test_evaluation_in_half_precision_leaves_the_weights_alone(tiny, conversations, tmp_path):
+    model, tokenizer = adapted(tiny())
+    args = config(tmp_path, fp16_full_eval=True)
+    trainer = SFTTrainer(
+        model=model, tokenizer=tokenizer, train_dataset=conversations, eval_dataset=conversations, args=args
+    )
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    assert trainer.evaluate()["eval_loss"] > 0
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    assert args.fp16_full_eval
+
+
+def test_an_adapter_can_be_added_by_the_trainer(tiny, conversations, tmp_path):
+    model, tokenizer = FastLanguageModel.from_pretrained(str(tiny()), max_seq_length=96, dtype=torch.float32)
+    trainer = SFTTrainer(
+        model=model,
+        tokenizer=tokenizer,
+        train_dataset=conversations,
+        args=config(tmp_path, max_steps=1),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    adapters = [p for n, p in trainer.model.named_parameters() if "lora_B" in n]
+    assert adapters and all(p.dtype == torch.float32 and p.abs().max() > 0 for p in adapters)
+
+
+def test_a_missing_tracker_is_named(tiny, conversations, tmp_path):
+    model, tokenizer = adapted(tiny())
+    with pytest.raises(ConfigError, match="wandb.*pip install wandb"):
+        SFTTrainer(
+            model=model, tokenizer=tokenizer, train_dataset=conversations, args=config(tmp_path, report_to="wandb")
+        )
 
 
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tiny, conversations, tmp_path):

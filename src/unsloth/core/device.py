@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from unsloth.core import settings
+
 
 def default_device() -> torch.device:
     """The first CUDA device, else the CPU."""
@@ -27,12 +29,15 @@ def is_bfloat16_supported() -> bool:
 def default_dtype(device: torch.device | None = None) -> torch.dtype:
     """The dtype that ``dtype=None`` means: bfloat16 where supported, else float16.
 
-    On a CPU without bfloat16 instructions it is float32, which is several times faster there.
+    On a CPU without bfloat16 instructions it is float32, which is several times faster there. With
+    ``UNSLOTH_FORCE_FLOAT32=1`` it is float32 instead of float16, for models whose activations exceed its range.
     """
     device = device or default_device()
     if device.type == "cpu":
         return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
-    return torch.bfloat16 if is_bfloat16_supported() else torch.float16
+    if is_bfloat16_supported():
+        return torch.bfloat16
+    return torch.float32 if settings.force_float32() else torch.float16
 
 
 @cache

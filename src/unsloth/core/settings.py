@@ -22,6 +22,16 @@ def allow_uninitialized_weights() -> bool:
     return not flag("UNSLOTH_WARN_UNINITIALIZED", default=True)
 
 
+def trl_compatibility() -> bool:
+    """``UNSLOTH_TRL_COMPAT=0`` leaves the names of ``trl`` and ``transformers`` alone (see ``unsloth.compat``)."""
+    return flag("UNSLOTH_TRL_COMPAT", default=True)
+
+
+def force_float32() -> bool:
+    """``UNSLOTH_FORCE_FLOAT32=1`` computes in float32 where float16 would be chosen, for lack of bfloat16."""
+    return flag("UNSLOTH_FORCE_FLOAT32")
+
+
 def verbose_logging() -> bool:
     """``UNSLOTH_ENABLE_LOGGING=1`` also logs what is normally too detailed to show."""
     return flag("UNSLOTH_ENABLE_LOGGING")
@@ -39,6 +49,15 @@ def cache_folder() -> Path:
 def offline() -> bool:
     """Whether the Hugging Face libraries were told to stay off the network."""
     return flag("HF_HUB_OFFLINE") or flag("TRANSFORMERS_OFFLINE")
+
+
+def prefer_stable_downloads() -> None:
+    """With ``UNSLOTH_STABLE_DOWNLOADS=1``, tell huggingface_hub to download without parallel transfers.
+
+    It reads its own switch once, when it is imported; so this is called before anything of ours imports it.
+    """
+    if flag("UNSLOTH_STABLE_DOWNLOADS"):
+        os.environ["HF_HUB_DISABLE_XET"] = "1"
 
 
 def share_processors_politely() -> None:

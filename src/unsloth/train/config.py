@@ -6,18 +6,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import trl
-from transformers import TrainingArguments
+from transformers.training_args import TrainingArguments as PlainArguments
+from trl.trainer.sft_config import SFTConfig as TRLConfig
 
 from unsloth.core.errors import ConfigError
 from unsloth.models.record import LoadRecord
+from unsloth.train.spellings import accepts_earlier_names
+
+_FOLLOWING_THE_MODEL = ("bf16", "gradient_checkpointing", "activation_checkpointing", "max_length")
 
 
+@accepts_earlier_names
 @dataclass
-class SFTConfig(trl.SFTConfig):
+class TrainingArguments(PlainArguments):
+    """``transformers.TrainingArguments`` that also takes the arguments of earlier releases."""
+
+
+@accepts_earlier_names
+@dataclass
+class SFTConfig(TRLConfig):
     """TRL's ``SFTConfig``, with defaults that follow the model.
 
-    Everything of ``trl.SFTConfig`` and ``transformers.TrainingArguments`` is accepted. What differs:
+    Everything of ``trl.SFTConfig`` and ``transformers.TrainingArguments`` is accepted, under today's names or those
+    of earlier releases (:mod:`unsloth.train.spellings`). What differs:
 
     Attributes:
         max_length: Longest row in tokens; longer rows are cut, and counted in the log. None means the
@@ -29,6 +40,9 @@ class SFTConfig(trl.SFTConfig):
         fused_head: Compute output head and loss together, in chunks, so that the logits never exist as a whole
             (TRL's fused head). None means: on a GPU, where it saves memory. On the CPU the model's own loss is
             used, so that a run equals one of plain transformers bit for bit.
+        embedding_learning_rate: Learning rate of the input embedding and of the output head, where they are
+            trained (``embed_tokens`` and ``lm_head`` among the ``target_modules``, or full fine-tuning). None means
+            ``learning_rate``. For continued pretraining, a tenth to a half of ``learning_rate`` is usual.
         assistant_only_loss: Train on the assistant's turns only, found by the chat template's own markers.
     """
 
@@ -37,6 +51,7 @@ class SFTConfig(trl.SFTConfig):
     gradient_checkpointing: bool | None = field(default=None, metadata={"help": "None follows the model."})
 
     fused_head: bool | None = field(default=None, metadata={"help": "Compute the loss without the whole logits."})
+    embedding_learning_rate: float | None = field(default=None, metadata={"help": "Of embeddings and output head."})
 
     def __post_init__(self) -> None:
         self._precision_follows_model = self.bf16 is None and not self.fp16  # type: ignore[has-type]
@@ -51,6 +66,8 @@ class SFTConfig(trl.SFTConfig):
         if self._checkpointing_follows_model:
             setattr(self, self._checkpointing_field, False)
         super().__post_init__()
+        if self.embedding_learning_rate is not None and not self.embedding_learning_rate > 0:
+            raise ConfigError("embedding_learning_rate must be positive", got=self.embedding_learning_rate)
         if self.max_seq_length is not None:
             if self.max_length not in (None, self.max_seq_length):
                 raise ConfigError(
@@ -80,17 +97,24 @@ class SFTConfig(trl.SFTConfig):
             setattr(self, f"{field_name}_kwargs", options)
 
 
-def from_training_arguments(args: TrainingArguments | None) -> SFTConfig:
-    """Our configuration from whatever was passed as ``args``: ours, TRL's, plain ``TrainingArguments``, or None."""
+def from_training_arguments(args: PlainArguments | None) -> SFTConfig:
+    """Our configuration from whatever was passed as ``args``: ours, TRL's, plain ``TrainingArguments``, or None.
+
+    Fields of which our default follows the model do so here too, if they have their own class's default.
+    """
     if args is None:
         return SFTConfig(output_dir="outputs")
     if isinstance(args, SFTConfig):
         return args
-    values: dict[str, Any] = {f: getattr(args, f) for f in args.__dataclass_fields__ if f in _fields(args)}
-    return SFTConfig(**values)
-
-
-def _fields(args: TrainingArguments) -> set[str]:
-    """Names of the fields that both classes take on construction."""
-    ours = {name for name, f in SFTConfig.__dataclass_fields__.items() if f.init}
-    return {name for name, f in args.__dataclass_fields__.items() if f.init and name in ours}
+    if not isinstance(args, PlainArguments):
+        raise ConfigError(
+            "args must be training arguments", got=args, do="Pass args=SFTConfig(...) or args=TrainingArguments(...)."
+        )
+    ours = {name for name, field in SFTConfig.__dataclass_fields__.items() if field.init}
+    values: dict[str, Any] = {}
+    for name, own in args.__dataclass_fields__.items():
+        value = getattr(args, name)
+        untouched = name in _FOLLOWING_THE_MODEL and (value == own.default or value is False)
+        if own.init and name in ours and not untouched:
+            values[name] = value
+    return SFTConfig(**values, logging_dir=getattr(args, "logging_dir", None))

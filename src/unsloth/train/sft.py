@@ -7,11 +7,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import peft
 import torch
-import trl
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainingArguments
+from transformers.integrations import TensorBoardCallback, get_available_reporting_integrations
+from trl.trainer.sft_trainer import SFTTrainer as TRLTrainer
 
+from unsloth.core.device import is_bfloat16_supported
 from unsloth.core.errors import ConfigError, TrainingError
 from unsloth.core.log import get_logger
 from unsloth.data import masking
@@ -20,13 +23,13 @@ from unsloth.data.encode import PrepareOptions, TrainOn
 from unsloth.data.prepare import Rows, prepare
 from unsloth.data.render import FormattingFunction
 from unsloth.models import modes, record
-from unsloth.train import config, masters
+from unsloth.train import config, masters, optim, spellings
 from unsloth.train.progress import TrainingProgress
 
 logger = get_logger(__name__)
 
 
-class SFTTrainer(trl.SFTTrainer):
+class SFTTrainer(TRLTrainer):
     """Trains a language model on texts or conversations.
 
     A subclass of ``trl.SFTTrainer``: its loop, losses and callbacks, with our own way from rows to batches.
@@ -47,7 +50,8 @@ class SFTTrainer(trl.SFTTrainer):
         max_seq_length: As in ``SFTConfig``; here it takes precedence.
         packing: As in ``SFTConfig``; here it takes precedence.
         dataset_num_proc: As in ``SFTConfig``; here it takes precedence.
-        **more: Passed on to ``trl.SFTTrainer``.
+        peft_config: A PEFT configuration, to add an adapter to ``model`` first.
+        **more: Passed on to ``trl.SFTTrainer``; arguments that it once had itself go to ``args``.
 
     Raises:
         ConfigError: Arguments that contradict each other.
@@ -70,11 +74,16 @@ class SFTTrainer(trl.SFTTrainer):
         max_seq_length: int | None = None,
         packing: bool | None = None,
         dataset_num_proc: int | None = None,
+        peft_config: PeftConfig | None = None,
         **more: Any,
     ) -> None:
+        if peft_config is not None:
+            model = peft.get_peft_model(model, peft_config)  # type: ignore[assignment]
         _check_trainable(model)
         tokenizer = _one_tokenizer(tokenizer, processing_class)
         args = config.from_training_arguments(args)
+        more = spellings.trainer_arguments(TRLTrainer, args, more)
+        _check_trackers(args)
         overrides = {
             "dataset_text_field": dataset_text_field,
             "max_length": max_seq_length,
@@ -117,6 +126,9 @@ class SFTTrainer(trl.SFTTrainer):
         # The other losses of TRL exist on its fused head only.
         self._fused_head |= args.loss_type != "nll" or self.label_smoother is not None or self.aux_loss_enabled
         self._fused_head |= self.compute_loss_func is not None
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and args.logging_dir is not None:
+                callback.logging_dir = args.logging_dir
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(TrainingProgress())
@@ -140,6 +152,38 @@ class SFTTrainer(trl.SFTTrainer):
         )
         self._count(inputs, outputs.logits)
         return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer that the arguments name; see ``SFTConfig.embedding_learning_rate``."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh and self.args.embedding_learning_rate is not None:
+            optim.separate_embeddings(optimizer, self.model, self.args.embedding_learning_rate)
+        return optimizer
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """As in transformers, except that ``adamw_8bit`` on a GPU is ours; ``adamw_bnb_8bit`` stays bitsandbytes'."""
+        found, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return optim.faster(args.optim, found), options
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, except that ``fp16_full_eval`` and ``bf16_full_eval`` never convert the weights.
+
+        Converted adapters would come back from an evaluation without the digits that 16 bits cannot hold. Computing
+        under autocast saves the same memory for activations.
+        """
+        flags = {"fp16_full_eval": self.args.fp16_full_eval, "bf16_full_eval": self.args.bf16_full_eval}
+        for name in flags:
+            setattr(self.args, name, False)
+        dtype = torch.bfloat16 if is_bfloat16_supported() else torch.float16
+        halved = any(flags.values()) and self.model.device.type != "cpu"
+        try:
+            with torch.autocast(self.model.device.type, dtype, enabled=halved):
+                return super().evaluation_loop(*args, **kwargs)
+        finally:
+            for name, value in flags.items():
+                setattr(self.args, name, value)
 
     def evaluate(
         self,
@@ -228,6 +272,16 @@ def _one_tokenizer(
             do="Pass tokenizer=tokenizer.",
         )
     return found
+
+
+def _check_trackers(args: config.SFTConfig) -> None:
+    missing = sorted(set(args.report_to) - set(get_available_reporting_integrations()))
+    if missing:
+        raise ConfigError(
+            "report_to names a tracker that is not installed",
+            got=missing[0],
+            do=f'Install it (pip install {missing[0]}), or pass report_to="none".',
+        )
 
 
 def _check_trainable(model: torch.nn.Module) -> None:
