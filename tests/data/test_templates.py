@@ -51,6 +51,7 @@ PLAIN = [
     [user(" a\n"), assistant("<think>\nx\n</think>\n\nb "), user("c"), assistant("<think>\ny\n</think>\n\nd")],
     [user("a"), assistant("b", reasoning_content="r1"), user("c"), assistant("d", reasoning_content="r2")],
 ]
+THINKING = [[user("a"), assistant("b", thinking="t1"), user("c"), assistant("d", thinking="t2")]]
 WITH_SYSTEM = [[SYSTEM, user(" a\n"), assistant("b ")], [SYSTEM, user("a"), assistant("b"), user("c")]]
 WITH_TOOLS = [
     [SYSTEM, user("a"), assistant("", tool_calls=[CALL]), RESULT, assistant("e")],
@@ -89,7 +90,7 @@ def judge(file, messages, variables):
         ("gemma", "gemma", PLAIN),
         ("gemma2", "gemma", PLAIN),
         ("gemma-3", "gemma3", PLAIN + WITH_SYSTEM),
-        ("gpt-oss", "gptoss", PLAIN),
+        ("gpt-oss", "gptoss", PLAIN[:4] + THINKING),
     ],
 )
 def test_conversations_are_rendered_as_by_the_judge(name, file, cases, tokenizer):
