@@ -12,6 +12,7 @@ from trl.trainer.sft_config import SFTConfig as TRLConfig
 from unsloth.core.errors import ConfigError
 from unsloth.models.record import LoadRecord
 from unsloth.train.spellings import accepts_earlier_names
+from unsloth.train.survival import SurvivalArguments
 
 _FOLLOWING_THE_MODEL = ("bf16", "gradient_checkpointing", "activation_checkpointing", "max_length")
 
@@ -24,11 +25,12 @@ class TrainingArguments(PlainArguments):
 
 @accepts_earlier_names
 @dataclass
-class SFTConfig(TRLConfig):
+class SFTConfig(SurvivalArguments, TRLConfig):
     """TRL's ``SFTConfig``, with defaults that follow the model.
 
     Everything of ``trl.SFTConfig`` and ``transformers.TrainingArguments`` is accepted, under today's names or those
-    of earlier releases (:mod:`unsloth.train.spellings`). What differs:
+    of earlier releases (:mod:`unsloth.train.spellings`), and the fields of
+    :class:`unsloth.train.survival.SurvivalArguments`. What differs:
 
     Attributes:
         max_length: Longest row in tokens; longer rows are cut, and counted in the log. None means the
