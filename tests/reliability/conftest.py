@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import subprocess
@@ -18,12 +19,16 @@ SCRIPT = Path(__file__).with_name("zygote.py")
 
 
 @pytest.fixture(scope="session")
-def runs() -> ModuleType:
+def runs() -> Iterator[ModuleType]:
     """The module ``zygote.py``: builds trainers in this process."""
     spec = importlib.util.spec_from_file_location("reliability_runs", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    # Each run collects garbage once, which takes most of a second with all that torch and transformers have loaded.
+    gc.collect()
+    gc.freeze()
+    yield module
+    gc.unfreeze()
 
 
 class Process:

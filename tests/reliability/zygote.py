@@ -7,6 +7,7 @@ The child runs the training and ends as a script of its own would.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -90,14 +91,19 @@ def run(spec: dict) -> None:
     (result / "log.json").write_text(json.dumps(trainer.state.log_history))
 
 
+def answer(value: object) -> None:
+    sys.stdout.write(f"{value}\n")
+    sys.stdout.flush()
+
+
 def serve() -> dict | None:
     """Answer requests; returns None at their end, and in a child what it is to run."""
-    print("ready", flush=True)
+    answer("ready")
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
             _, status = os.waitpid(request["wait"], 0)
-            print(os.waitstatus_to_exitcode(status), flush=True)
+            answer(os.waitstatus_to_exitcode(status))
             continue
         spec = request["start"]
         log = spec.pop("log")
@@ -108,7 +114,7 @@ def serve() -> dict | None:
             for number, source in ((0, nothing), (1, target), (2, target)):
                 os.dup2(source, number)
             return spec
-        print(child, flush=True)
+        answer(child)
     return None
 
 
@@ -118,6 +124,8 @@ if __name__ == "__main__":
     from transformers.models.llama import modeling_llama  # noqa: F401
 
     SFTTrainer, SFTConfig, FastLanguageModel  # noqa: B018
+    gc.collect()
+    gc.freeze()  # what is loaded now is not searched again by every collection of every child
     wanted = serve()
     if wanted is not None:
         run(wanted)

@@ -16,7 +16,6 @@ from unsloth.core import artifact
 from unsloth.core.errors import TrainingError
 from unsloth.train import discovery, states
 from unsloth.train.differences import Identity
-from unsloth.train.resume import TRAINER_STATE
 
 _SLACK = 2**20  # bytes for configurations, the manifest and the tokenizer
 
@@ -74,7 +73,7 @@ def commit(
         write_model(model, companions, folder)
         for name, state in run_states.items():
             states.write(state, folder, name)
-        progress.save_to_json(os.fspath(folder / TRAINER_STATE))
+        progress.save_to_json(os.fspath(folder / discovery.TRAINER_STATE))
     return path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
@@ -14,7 +15,6 @@ import torch
 from peft import PeftModel
 from transformers import TrainingArguments
 
-import unsloth
 from unsloth.core.errors import ConfigError
 from unsloth.core.log import get_logger
 from unsloth.data import fingerprint as data_fingerprint
@@ -130,7 +130,10 @@ def identify(model: torch.nn.Module, args: TrainingArguments, dataset: Any) -> I
         adapter=_json(_adapter(model)),
         data=data_fingerprint.of(dataset),
         base=base_fingerprint.of(model),
-        versions={"unsloth": unsloth.__version__, **{name: metadata.version(name) for name in _PACKAGES}},
+        versions={
+            "unsloth": sys.modules["unsloth"].__version__,
+            **{name: metadata.version(name) for name in _PACKAGES},
+        },
     )
 
 

@@ -15,6 +15,7 @@ from unsloth.core.log import get_logger
 
 PREFIX = "checkpoint-"
 KIND = "checkpoint"
+TRAINER_STATE = "trainer_state.json"
 _NAME = re.compile(rf"{PREFIX}(\d+)")
 
 logger = get_logger(__name__)
@@ -124,8 +125,6 @@ def next_serial(output_dir: Path) -> int:
 def rotate(output_dir: Path, limit: int | None, keep: Iterable[Path | str | None]) -> list[Path]:
     """Delete the oldest checkpoints beyond ``limit``, and return them.
 
-    Each is renamed before it is deleted, so that no half one is ever found under its name.
-
     Args:
         output_dir: The folder of the run.
         limit: How many to have; None or 0 keeps all.
@@ -137,7 +136,12 @@ def rotate(output_dir: Path, limit: int | None, keep: Iterable[Path | str | None
     checkpoints = listing(output_dir)
     excess = len(checkpoints) - max(limit, len(kept))
     old = [checkpoint.path for checkpoint in checkpoints if os.path.realpath(checkpoint.path) not in kept]
-    removed = old[: max(excess, 0)]
+    return delete(old[: max(excess, 0)])
+
+
+def delete(folders: Iterable[Path]) -> list[Path]:
+    """Delete checkpoints, each renamed first so that no half one is ever found under its name; return them."""
+    removed = list(folders)
     for path in removed:
         artifact.retire(path)
     return removed

@@ -19,7 +19,6 @@ from unsloth.core.log import get_logger
 from unsloth.train import discovery
 from unsloth.train.differences import STATES
 
-TRAINER_STATE = "trainer_state.json"
 _NEEDED = ("optimizer", "scheduler", "rng")
 _FOREIGN = {
     "optimizer": "optimizer.pt",
@@ -98,7 +97,7 @@ def _own(folder: Path, details: Mapping[str, Any]) -> Source:
 
 def _foreign(folder: Path) -> Source:
     states = frozenset(name for name, file in _FOREIGN.items() if (folder / file).is_file())
-    is_run = (folder / TRAINER_STATE).is_file()
+    is_run = (folder / discovery.TRAINER_STATE).is_file()
     what = "" if is_run else "; it knows no step, so training starts at step 0 from its weights"
     logger.warning("%s has no manifest of this library: its files and its run cannot be checked%s", folder, what)
     return Source(folder, None, states, is_run)
