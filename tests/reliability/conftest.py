@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -86,6 +87,21 @@ def zygote() -> Iterator[Zygote]:
     server = Zygote()
     yield server
     server.close()
+
+
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    """What the library logs during the test."""
+    found: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(record.getMessage())
+
+    handler = Keep()
+    logging.getLogger("unsloth").addHandler(handler)
+    yield found
+    logging.getLogger("unsloth").removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

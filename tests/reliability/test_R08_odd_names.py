@@ -1,26 +1,10 @@
 """What is not a checkpoint is passed over with one message; an empty folder starts a run."""
 
-import logging
 import shutil
 
 import pytest
 
 from unsloth.core.errors import CheckpointError
-
-
-@pytest.fixture
-def messages(monkeypatch):
-    """What the library logs."""
-    found = []
-
-    class Keep(logging.Handler):
-        def emit(self, record):
-            found.append(record.getMessage())
-
-    handler = Keep()
-    logging.getLogger("unsloth").addHandler(handler)
-    yield found
-    logging.getLogger("unsloth").removeHandler(handler)
 
 
 def test_odd_names_are_ignored_with_one_message(runs, whole_run, tiny, tmp_path, messages):

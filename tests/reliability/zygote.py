@@ -7,9 +7,11 @@ The child runs the training and ends as a script of its own would.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -19,6 +21,8 @@ import torch
 from transformers import TrainerCallback
 
 from unsloth import FastLanguageModel, SFTConfig, SFTTrainer
+from unsloth.core import artifact
+from unsloth.core.errors import UnslothError
 
 DEFAULTS = {
     "max_steps": 8,
@@ -71,22 +75,86 @@ def weights(trainer: SFTTrainer) -> dict[str, torch.Tensor]:
 
 
 class Slow(TrainerCallback):
-    """Sleeps in every step, so that a signal finds the run at work."""
+    """Sleeps at the start of every step, so that a signal finds the run at work; says so by a file."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float, marker: Path) -> None:
+        self.seconds, self.marker = seconds, marker
 
-    def on_step_begin(self, *args, **kwargs) -> None:
+    def on_step_begin(self, args, state, *rest, **kwargs) -> None:
+        self.marker.with_name(f"in-step-{state.global_step + 1}").touch()
         time.sleep(self.seconds)
+
+
+def small_disk(folder: Path, size: int) -> None:
+    """Put a file system of ``size`` bytes at ``folder``, which only this process sees."""
+    library = ctypes.CDLL(None, use_errno=True)
+    user, group = os.getuid(), os.getgid()
+    if library.unshare(0x10000000 | 0x00020000) != 0:  # CLONE_NEWUSER | CLONE_NEWNS
+        raise PermissionError("no namespaces here")
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    folder.mkdir(parents=True, exist_ok=True)
+    if library.mount(b"none", os.fsencode(folder), b"tmpfs", 0, f"size={size}".encode()) != 0:
+        raise PermissionError("no mounts here")
+
+
+def run_on_a_full_disk(spec: dict) -> None:
+    """Train until the disk is full; say what happened in JSON; make room, resume, and finish."""
+    spec = dict(spec)
+    output, result = Path(spec["output_dir"]), Path(spec.pop("result"))
+    result.mkdir(parents=True, exist_ok=True)
+    try:
+        small_disk(output, spec.pop("disk"))
+    except PermissionError as error:
+        (result / "report.json").write_text(json.dumps({"unavailable": str(error)}))
+        return
+    filler = output / "filler"
+    try:
+        fill(filler, spec.pop("when"), spec)
+        error = None
+    except UnslothError as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    report = {"error": error, "left": sorted(path.name for path in output.iterdir())}
+    report["problems"] = artifact.verify(output / "checkpoint-2")
+    filler.unlink()
+    trainer = build(**spec)
+    trainer.train(resume_from_checkpoint=True)
+    safetensors.torch.save_file(weights(trainer), result / "weights.safetensors")
+    (result / "report.json").write_text(json.dumps(report))
+
+
+def fill(filler: Path, when: str, spec: dict) -> None:
+    """Train, and fill the disk before, or in the middle of, the second save."""
+    trainer = build(**spec)
+    save = trainer.processing_class.save_pretrained
+
+    def write_all() -> None:
+        if trainer.state.global_step == 4:
+            filler.write_bytes(bytes(shutil.disk_usage(filler.parent).free - 2 * 4096))
+
+    class Before(TrainerCallback):
+        def on_step_end(self, *args, **kwargs) -> None:
+            write_all()
+
+    def during(*args, **kwargs):
+        save(*args, **kwargs)
+        write_all()
+
+    if when == "before the save":
+        trainer.add_callback(Before())
+    else:
+        trainer.processing_class.save_pretrained = during
+    trainer.train()
 
 
 def run(spec: dict) -> None:
     """Train as ``spec`` says; at the end leave the weights and the log in the folder ``spec["result"]``."""
     spec = dict(spec)
     result, resume, pause = Path(spec.pop("result")), spec.pop("resume", None), spec.pop("pause", 0)
-    trainer = build(callbacks=[Slow(pause)] if pause else None, **spec)
-    trainer.train(resume_from_checkpoint=resume)
     result.mkdir(parents=True, exist_ok=True)
+    trainer = build(callbacks=[Slow(pause, result / "marker")] if pause else None, **spec)
+    trainer.train(resume_from_checkpoint=resume)
     safetensors.torch.save_file(weights(trainer), result / "weights.safetensors")
     (result / "log.json").write_text(json.dumps(trainer.state.log_history))
 
@@ -127,5 +195,7 @@ if __name__ == "__main__":
     gc.collect()
     gc.freeze()  # what is loaded now is not searched again by every collection of every child
     wanted = serve()
-    if wanted is not None:
-        run(wanted)
+    if wanted is None:
+        gc.unfreeze()
+    else:
+        run_on_a_full_disk(wanted) if "disk" in wanted else run(wanted)

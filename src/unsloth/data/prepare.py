@@ -116,16 +116,7 @@ def prepare(
             raise ConfigError("packing needs a data set of known length", got="a streamed data set")
         streamed = dataset.map(tokenize, with_indices=True, batched=True, batch_size=_BATCH, remove_columns=columns)
         return streamed.remove_columns("truncated").filter(lambda row: masking.count_trained(row["labels"]) > 0), None
-    tokenized = dataset.map(
-        tokenize,
-        with_indices=True,
-        batched=True,
-        batch_size=_BATCH,
-        num_proc=options.num_proc if options.num_proc and options.num_proc > 1 else None,
-        remove_columns=dataset.column_names,
-        desc="Tokenizing",
-    )
-    return _finish(tokenized, dataset, tokenizer, options)
+    return _finish(_tokenized(dataset, tokenize), dataset, tokenizer, options)
 
 
 def _as_dataset(rows: Rows) -> Dataset | IterableDataset:
@@ -211,6 +202,27 @@ class _Tokenize:
                 labels = masking.label_spans(ids, tokens["offset_mapping"], spans)
             encoded.append((ids, labels))
         return encoded
+
+
+def _tokenized(dataset: Dataset, tokenize: _Tokenize) -> Dataset:
+    workers = tokenize.options.num_proc
+    try:
+        return dataset.map(
+            tokenize,
+            with_indices=True,
+            batched=True,
+            batch_size=_BATCH,
+            num_proc=workers if workers and workers > 1 else None,
+            remove_columns=dataset.column_names,
+            desc="Tokenizing",
+        )
+    except RuntimeError as error:
+        if "abruptly died" not in str(error):
+            raise
+        raise DataError(
+            "a worker process that tokenized rows died",
+            do=f"Often memory ran out: lower dataset_num_proc (now {workers}).",
+        ) from error
 
 
 def _given_tokens(row: Mapping[str, Any], number: int) -> tuple[list[int], list[int]]:

@@ -26,7 +26,7 @@ class Fingerprint:
 
     Attributes:
         structure: SHA-256 of the names and logical shapes of all base weights.
-        values: Elements of frozen weights that no precision quantizes: embeddings and norms.
+        values: Elements of weights that no precision quantizes: embeddings and norms.
         storage: How the linear layers are held (dtypes and device type).
         weights: SHA-256 of elements of the linear layers as they are held; comparable where ``storage`` is equal.
             Empty if the base itself is trained.
@@ -52,14 +52,19 @@ class Fingerprint:
 
 
 @torch.no_grad()
-def of(model: torch.nn.Module) -> Fingerprint:
-    """The fingerprint of the base weights below any adapter of ``model``."""
+def of(model: torch.nn.Module, frozen_only: bool = False) -> Fingerprint:
+    """The fingerprint of the base weights below any adapter of ``model``.
+
+    Args:
+        model: A model, with or without adapters.
+        frozen_only: Leave out the values of trainable weights, for a model in training.
+    """
     structure = hashlib.sha256()
     weights = hashlib.sha256()
     held, stable, linear = set(), [], 0
     for name, parameter, shape, is_linear in sorted(_base_weights(model), key=lambda entry: entry[0]):
         structure.update(f"{name}:{shape};".encode())
-        if parameter.requires_grad or parameter.device.type == "meta":
+        if (frozen_only and parameter.requires_grad) or parameter.device.type == "meta":
             continue
         if is_linear:
             linear += 1

@@ -129,7 +129,7 @@ def identify(model: torch.nn.Module, args: TrainingArguments, dataset: Any) -> I
         arguments=_json(values),
         adapter=_json(_adapter(model)),
         data=data_fingerprint.of(dataset),
-        base=base_fingerprint.of(model),
+        base=base_fingerprint.of(model, frozen_only=True),
         versions={
             "unsloth": sys.modules["unsloth"].__version__,
             **{name: metadata.version(name) for name in _PACKAGES},

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
 from pathlib import Path
+
+from transformers.trainer_utils import SaveStrategy
+from transformers.training_args import TrainingArguments
 
 from unsloth.core.artifact import readable_os_errors
 from unsloth.core.errors import StorageError
@@ -65,6 +69,25 @@ def check_room(folder: Path, checkpoint_bytes: int, count: int) -> None:
             count,
             f"{checkpoint_bytes * count:,}",
         )
+
+
+def checkpoints_at_once(args: TrainingArguments, rows: int | None) -> int:
+    """How many checkpoints a run will have at the same time at most, as far as its arguments tell.
+
+    Args:
+        args: Arguments of the run.
+        rows: Of the training data; None if unknown.
+    """
+    if args.save_total_limit:
+        return args.save_total_limit + 1  # the new one is there before the oldest goes
+    if args.save_strategy == SaveStrategy.EPOCH:
+        return math.ceil(args.num_train_epochs)
+    steps: float = args.max_steps
+    if steps <= 0 and rows is not None:
+        steps = args.num_train_epochs * math.ceil(rows / (args.train_batch_size * args.gradient_accumulation_steps))
+    if args.save_strategy != SaveStrategy.STEPS or steps <= 0:
+        return 1
+    return math.ceil(1 / args.save_steps) if args.save_steps < 1 else math.ceil(steps / args.save_steps)
 
 
 def nearest_existing(folder: Path) -> Path:

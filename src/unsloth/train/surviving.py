@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import re
+from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ class SurvivingTrainer(Trainer):
         self._source: resume.Source | None = None
         self._accepted: set[str] = set()
         self._identity: differences.Identity | None = None
-        self._last_good: Path | None = None
+        self._newest: Path | None = None
+        self._last_good: Path | None = None  # the newest one made while steps were taken
         self._boundary: _Boundary | None = None
         self._in_step = False
         self._evaluating = False
@@ -125,7 +127,8 @@ class SurvivingTrainer(Trainer):
 
     def _start_anew(self) -> None:
         self._guard = StepGuard(self.args.max_skipped_steps)
-        self._source = self._last_good = self._identity = self._boundary = self._to_restore = None
+        self._source = self._newest = self._last_good = None
+        self._identity = self._boundary = self._to_restore = None
         self._accepted = set()
         self._in_step = self._evaluating = False
         self._finite_total = 0.0
@@ -148,7 +151,8 @@ class SurvivingTrainer(Trainer):
         stack.enter_context(lock.held(folder))
         artifact.remove_leftovers(folder, discovery.PREFIX)
         size = checkpoint.estimated_bytes(self.model, not self.args.save_only_model)
-        output_folder.check_room(folder, size, (self.args.save_total_limit or 1) + 1)
+        rows = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None
+        output_folder.check_room(folder, size, output_folder.checkpoints_at_once(self.args, rows))
 
     def _open_checkpoint(self, given: Any, stack: contextlib.ExitStack) -> str | None:
         """Verify the checkpoint and the run; return the path that transformers resumes from."""
@@ -162,7 +166,7 @@ class SurvivingTrainer(Trainer):
         if not source.is_run:
             self._load_from_checkpoint(os.fspath(folder))
             return None
-        self._source, self._last_good = source, source.folder
+        self._source, self._newest, self._last_good = source, source.folder, source.folder
         logger.info("resuming from %s", source.folder)
         return os.fspath(folder)
 
@@ -178,21 +182,15 @@ class SurvivingTrainer(Trainer):
         try:
             if not self._saves():
                 logger.warning('stopped at step %d; no checkpoint, because of save_strategy="no"', step)
-            elif self._last_good == self._path(step) or step == 0 or self._came_from(step):
-                logger.warning("stopped at step %d; the newest checkpoint is %s", step, self._last_good)
-            elif self._in_step and self._boundary is None:
-                logger.warning("stopped before the first step was done; the newest checkpoint is %s", self._last_good)
+            elif step == self._initial_global_step or self._newest == self._path(step):
+                logger.warning("stopped at step %d; the newest checkpoint is %s", step, self._newest or "none")
             else:
                 self._write(None, self._boundary if self._in_step else None)
-                logger.warning("stopped at step %d; saved %s", step, self._last_good)
+                logger.warning("stopped at step %d; saved %s", step, self._newest)
         except UnslothError as error:
             logger.error("no checkpoint could be made: %s", error)
             raise goodbye from error
         raise goodbye
-
-    def _came_from(self, step: int) -> bool:
-        details = self._source.details if self._source else None
-        return details is not None and details["step"] == step
 
     def _stop_listening(self) -> None:
         self._listener = interrupts.Listener()
@@ -336,10 +334,13 @@ class SurvivingTrainer(Trainer):
         except UnslothError:
             self.state.best_model_checkpoint = previous_best
             raise
-        self._last_good = path
+        self._newest = path
+        if self._guard.in_a_row == 0:
+            self._last_good = path
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(path))
-        discovery.rotate(path.parent, self.args.save_total_limit, (path, self.state.best_model_checkpoint))
+        kept = (path, self._last_good, self.state.best_model_checkpoint)
+        discovery.rotate(path.parent, self.args.save_total_limit, kept)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
