@@ -60,7 +60,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_tiny(folder: Path, family: str = "llama", tied: bool = True) -> Path:
+def make_tiny(folder: Path, family: str = "llama", tied: bool = True, positions: int = 512) -> Path:
     """Save a random 2-layer model with grouped heads, whose weights are large enough to matter, and its tokenizer."""
     config_class, model_class = FAMILIES[family]
     tokenizer = byte_tokenizer()
@@ -72,7 +72,7 @@ def make_tiny(folder: Path, family: str = "llama", tied: bool = True) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
-        max_position_embeddings=512,
+        max_position_embeddings=positions,
         tie_word_embeddings=tied,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -44,6 +44,7 @@ __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'unsloth' has no attribute '{name}'")
+    importlib.import_module("unsloth.core.settings").prefer_stable_downloads()
     if name in _BINDS:
         importlib.import_module("unsloth.compat").bind()
     module, attribute = _PUBLIC[name]

@@ -25,15 +25,18 @@ def test_every_public_name_resolves():
 
 
 UNCHANGED = """
-import torch, transformers, peft, trl, bitsandbytes, datasets
+import sys, torch, peft, trl, bitsandbytes, datasets
 from peft.tuners import lora
 from transformers.models.llama import modeling_llama
 
-# transformers resolves its names lazily
+# transformers resolves its names lazily, and is another module object after peft is imported
+transformers = sys.modules["transformers"]
 LAZY = ("AutoModelForCausalLM", "AutoTokenizer", "Trainer", "SFTTrainer", "SFTConfig", "TrainingArguments")
 
 def snapshot():
-    found = {(module.__name__, name): id(getattr(module, name, None)) for module in (transformers, trl) for name in LAZY}
+    found = {}
+    for module in (transformers, trl):
+        found.update({(module.__name__, name): id(getattr(module, name, None)) for name in LAZY})
     for module in (torch.nn, transformers, peft, trl, bitsandbytes, datasets, lora, modeling_llama):
         for name, value in list(vars(module).items()):
             found[module.__name__, name] = id(value)

@@ -39,3 +39,8 @@ def test_earlier_names_mean_what_they_meant(tmp_path, kind, earlier, today):
 def test_what_cannot_be_meant_is_refused(tmp_path, arguments, message):
     with pytest.raises(ConfigError, match=message):
         SFTConfig(output_dir=str(tmp_path), **arguments)
+
+
+@pytest.mark.parametrize("kind", [SFTConfig, TrainingArguments])
+def test_bfloat16_can_be_asked_for_on_the_cpu(tmp_path, kind):
+    assert kind(output_dir=str(tmp_path), bf16=True).bf16

@@ -51,6 +51,15 @@ def offline() -> bool:
     return flag("HF_HUB_OFFLINE") or flag("TRANSFORMERS_OFFLINE")
 
 
+def prefer_stable_downloads() -> None:
+    """With ``UNSLOTH_STABLE_DOWNLOADS=1``, tell huggingface_hub to download without parallel transfers.
+
+    It reads its own switch once, when it is imported; so this is called before anything of ours imports it.
+    """
+    if flag("UNSLOTH_STABLE_DOWNLOADS"):
+        os.environ["HF_HUB_DISABLE_XET"] = "1"
+
+
 def share_processors_politely() -> None:
     """Let OpenMP's idle threads sleep instead of spin, unless the user chose otherwise.
 

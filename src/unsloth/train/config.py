@@ -116,7 +116,7 @@ def from_training_arguments(args: PlainArguments | None) -> SFTConfig:
     values: dict[str, Any] = {}
     for name, own in args.__dataclass_fields__.items():
         value = getattr(args, name)
-        untouched = name in _FOLLOWING_THE_MODEL and value == own.default
+        untouched = name in _FOLLOWING_THE_MODEL and (value == own.default or value is False)
         if own.init and name in ours and not untouched:
             values[name] = value
     return SFTConfig(**values, logging_dir=getattr(args, "logging_dir", None))

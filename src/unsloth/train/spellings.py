@@ -9,6 +9,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import torch
+
 from unsloth.core.errors import ConfigError
 from unsloth.core.log import get_logger
 
@@ -66,6 +68,7 @@ def accepts_earlier_names(config: _Config) -> _Config:
     A renamed argument is passed on under today's name. One that has nothing to switch any more is ignored, which is
     logged. An unknown one raises :class:`ConfigError` with the nearest known name.
 
+    Where there is no accelerator, ``use_cpu`` is set: without it transformers refuses ``bf16=True`` there.
     ``logging_dir`` is kept as an attribute; the trainers of this library hand it to TensorBoard.
     """
     fill = config.__init__  # type: ignore[misc]
@@ -73,7 +76,10 @@ def accepts_earlier_names(config: _Config) -> _Config:
     @functools.wraps(fill)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         self.logging_dir = kwargs.pop("logging_dir", None)
-        fill(self, *args, **translate(config, kwargs))
+        given = translate(config, kwargs)
+        if not torch.accelerator.is_available():
+            given.setdefault("use_cpu", True)
+        fill(self, *args, **given)
 
     config.__init__ = __init__  # type: ignore[misc]
     return config
