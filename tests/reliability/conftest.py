@@ -78,8 +78,8 @@ class Zygote:
         return Process(self, int(self.ask({"start": request})), log)
 
     def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait(30)
+        self._process.kill()
+        self._process.wait()
 
 
 @pytest.fixture(scope="session")

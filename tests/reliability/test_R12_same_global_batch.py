@@ -1,6 +1,7 @@
 """R12, R13: the same rows in the same order, whatever the split of the batch, the workers, or where it was resumed."""
 
 import pytest
+from datasets import Dataset
 from transformers import TrainerCallback
 
 from unsloth.core.errors import ConfigError
@@ -18,12 +19,13 @@ class Interrupt(TrainerCallback):
         control.should_training_stop = state.global_step == self.step
 
 
-def train(runs, model, output, resume=None, stop=None, **changes):
+def train(runs, model, output, resume=None, stop=None, streamed=False, **changes):
     """Train 2 epochs, with one checkpoint at ``stop``; return the trainer, and the token ids of each step."""
     saving = {"save_steps": stop} if stop else {"save_strategy": "no"}
     options = {"max_steps": -1, "num_train_epochs": 2, **saving, **changes}
     callbacks = [Interrupt(stop)] if stop else None
-    trainer = runs.build(model, str(output), data=runs.rows(ROWS), callbacks=callbacks, **options)
+    data = Dataset.from_list(runs.rows(ROWS)).to_iterable_dataset() if streamed else runs.rows(ROWS)
+    trainer = runs.build(model, str(output), data=data, callbacks=callbacks, **options)
     seen = {}
     inner = trainer.compute_loss
 
@@ -57,8 +59,10 @@ def test_R12_another_split_of_the_same_global_batch(runs, tiny, tmp_path):
         {"packing": True, "max_length": 48},
         {"padding_free": True},
         {"gradient_accumulation_steps": 2, "logging_steps": 3},
+        {"train_sampling_strategy": "group_by_length"},
+        {"streamed": True, "max_steps": 8},
     ],
-    ids=["workers", "packing", "padding_free", "accumulation"],
+    ids=["workers", "packing", "padding_free", "accumulation", "by length", "streamed"],
 )
 def test_R13_in_the_middle_of_a_later_epoch(runs, tiny, tmp_path, assert_equal, options):
     whole, expected = train(runs, str(tiny()), tmp_path / "whole", **options)

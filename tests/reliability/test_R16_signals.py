@@ -27,7 +27,7 @@ class Send(TrainerCallback):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_process_leaves_a_checkpoint_and_its_exit_code(zygote, tiny, tmp_path, number):
-    spec = {"model": str(tiny()), "save_steps": 100, "pause": 0.3}
+    spec = {"model": str(tiny()), "save_steps": 100, "pause": 0.2}
     process = zygote.start(tmp_path, output_dir=str(tmp_path / "out"), **spec)
     process.wait_for(tmp_path / "result" / "in-step-3")
     started = time.monotonic()
@@ -52,7 +52,7 @@ def test_a_second_signal_ends_it_at_once(zygote, tiny, tmp_path):
 
 @pytest.mark.parametrize(
     ("event", "step", "saved"),
-    [("substep_end", 3, 3), ("step_end", 5, 5), ("prediction_step", 4, 4), ("save", 2, 2), ("step_begin", 5, 5)],
+    [("substep_end", 3, 3), ("prediction_step", 4, 4), ("save", 2, 2)],
 )
 def test_wherever_it_arrives_the_resumed_run_ends_the_same(runs, tiny, tmp_path, assert_equal, event, step, saved):
     options = {

@@ -61,6 +61,11 @@ def test_found_by_itself_it_is_passed_over(runs, foreign, tiny, tmp_path):
         runs.build(str(tiny()), str(tmp_path)).train(resume_from_checkpoint=True)
 
 
+def test_a_folder_without_weights_is_refused(runs, foreign, tiny, tmp_path):
+    with pytest.raises(CheckpointError, match="no weights in this folder.*resume_from_checkpoint=True"):
+        runs.build(str(tiny()), str(tmp_path)).train(resume_from_checkpoint=str(foreign[0]))
+
+
 def test_weights_alone_start_a_run(runs, foreign, tiny, tmp_path, messages):
     folder = tmp_path / "artifact"
     folder.mkdir()

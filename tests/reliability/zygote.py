@@ -50,14 +50,15 @@ def build(
     output_dir: str,
     data: list[dict] | None = None,
     adapter: dict | None = None,
-    full: bool = False,
+    precision: str = "load_in_16bit",
     callbacks: list | None = None,
     eval_data: list[dict] | None = None,
     **changes,
 ) -> SFTTrainer:
     """A trainer of a tiny model, with dropout so that the random generators matter."""
-    precision = {"full_finetuning": True} if full else {"load_in_16bit": True}
-    loaded, tokenizer = FastLanguageModel.from_pretrained(model, max_seq_length=64, dtype=torch.float32, **precision)
+    loaded, tokenizer = FastLanguageModel.from_pretrained(
+        model, max_seq_length=64, dtype=torch.float32, **{precision: True}
+    )
     options = {"r": 4, "lora_dropout": 0.1, "use_gradient_checkpointing": False, **(adapter or {})}
     loaded = FastLanguageModel.get_peft_model(loaded, **options)
     return SFTTrainer(
@@ -195,7 +196,5 @@ if __name__ == "__main__":
     gc.collect()
     gc.freeze()  # what is loaded now is not searched again by every collection of every child
     wanted = serve()
-    if wanted is None:
-        gc.unfreeze()
-    else:
+    if wanted is not None:
         run_on_a_full_disk(wanted) if "disk" in wanted else run(wanted)

@@ -97,7 +97,14 @@ def write_manifest(folder: Path, *, kind: str, details: Mapping[str, Any]) -> li
     Folders inside it that have a manifest of their own (checkpoints in an output folder) are not listed.
     """
     own = {p.parent for p in folder.rglob(MANIFEST)} - {folder}
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST and own.isdisjoint(p.parents))
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and path != folder / MANIFEST
+        and own.isdisjoint(path.parents)
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
     records = [FileRecord(p.relative_to(folder).as_posix(), p.stat().st_size, sha256(p)) for p in paths]
     content = {
         "format": _FORMAT,

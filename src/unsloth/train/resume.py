@@ -27,6 +27,7 @@ _FOREIGN = {
     "scaler": "scaler.pt",
 }
 _ADAPTER = "adapter_model.safetensors"
+_WEIGHTS = ("adapter_model.*", "*/adapter_model.*", "model*.safetensors", "pytorch_model*.bin")
 
 logger = get_logger(__name__)
 
@@ -96,6 +97,13 @@ def _own(folder: Path, details: Mapping[str, Any]) -> Source:
 
 
 def _foreign(folder: Path) -> Source:
+    weights = [path for pattern in _WEIGHTS for path in folder.glob(pattern)]
+    if all(path.parent.name.startswith(discovery.PREFIX) and path.parent != folder for path in weights):
+        raise CheckpointError(
+            "there are no weights in this folder",
+            got=folder,
+            do="Name one of its checkpoint-... folders, or pass resume_from_checkpoint=True for the newest.",
+        )
     states = frozenset(name for name, file in _FOREIGN.items() if (folder / file).is_file())
     is_run = (folder / discovery.TRAINER_STATE).is_file()
     what = "" if is_run else "; it knows no step, so training starts at step 0 from its weights"

@@ -17,6 +17,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import SaveStrategy
 
 from unsloth.core import artifact
@@ -36,6 +37,8 @@ from unsloth.train import (
 from unsloth.train.guard import StepGuard, TooManySkipped
 from unsloth.train.learning_rate import continue_with
 from unsloth.train.memory_error import is_out_of_memory
+from unsloth.train.progress import TrainingProgress
+from unsloth.train.sampling import EpochSampler
 
 _DEAD_WORKER = re.compile(r"DataLoader worker.*(killed|exited|terminated)", re.DOTALL)
 _RUN = "run"  # name of the state that holds our own counters
@@ -71,6 +74,7 @@ class SurvivingTrainer(Trainer):
         self._newest: Path | None = None
         self._last_good: Path | None = None  # the newest one made while steps were taken
         self._boundary: _Boundary | None = None
+        self._first_step: int | None = None
         self._in_step = False
         self._evaluating = False
         self._to_restore: dict[str, Any] | None = None
@@ -127,7 +131,7 @@ class SurvivingTrainer(Trainer):
 
     def _start_anew(self) -> None:
         self._guard = StepGuard(self.args.max_skipped_steps)
-        self._source = self._newest = self._last_good = None
+        self._source = self._newest = self._last_good = self._first_step = None
         self._identity = self._boundary = self._to_restore = None
         self._accepted = set()
         self._in_step = self._evaluating = False
@@ -182,7 +186,7 @@ class SurvivingTrainer(Trainer):
         try:
             if not self._saves():
                 logger.warning('stopped at step %d; no checkpoint, because of save_strategy="no"', step)
-            elif step == self._initial_global_step or self._newest == self._path(step):
+            elif step == self._first_step or self._newest == self._path(step):
                 logger.warning("stopped at step %d; the newest checkpoint is %s", step, self._newest or "none")
             else:
                 self._write(None, self._boundary if self._in_step else None)
@@ -195,7 +199,7 @@ class SurvivingTrainer(Trainer):
     def _stop_listening(self) -> None:
         self._listener = interrupts.Listener()
         for callback in self.callback_handler.callbacks:
-            if hasattr(callback, "close"):
+            if isinstance(callback, TrainingProgress):
                 callback.close()
 
     # Between the steps
@@ -205,6 +209,13 @@ class SurvivingTrainer(Trainer):
         with randomness.undisturbed():
             torch.default_generator.manual_seed(self.args.seed)
             return super().get_train_dataloader()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return EpochSampler(sampler, seed)
+        return sampler
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers."""
@@ -253,6 +264,11 @@ class SurvivingTrainer(Trainer):
         if isinstance(self.optimizer, AcceleratedOptimizer):
             self._guard.attach(self.optimizer)
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        trained = super()._init_training_state(*args, **kwargs)
+        self._first_step = self.state.global_step
+        return trained
 
     def _run_epoch(self, **kwargs: Any) -> None:
         if self._to_restore is not None:
