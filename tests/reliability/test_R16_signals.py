@@ -27,14 +27,16 @@ class Send(TrainerCallback):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_process_leaves_a_checkpoint_and_its_exit_code(zygote, tiny, tmp_path, number):
-    spec = {"model": str(tiny()), "save_steps": 100, "pause": 0.2}
+    workers = 1 if number == signal.SIGTERM else 0  # they get the signal, too, when it goes to the whole group
+    spec = {"model": str(tiny()), "save_steps": 100, "pause": 0.2, "dataloader_num_workers": workers}
     process = zygote.start(tmp_path, output_dir=str(tmp_path / "out"), **spec)
     process.wait_for(tmp_path / "result" / "in-step-3")
     started = time.monotonic()
-    os.kill(process.pid, number)
+    os.killpg(process.pid, number)
     assert process.wait() == 128 + number, process.log
     assert time.monotonic() - started < 10
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-2"]
+    (saved,) = (tmp_path / "out").iterdir()
+    assert saved.name in ("checkpoint-2", "checkpoint-3")
     assert "Traceback" not in process.log
 
 

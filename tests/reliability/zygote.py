@@ -178,6 +178,7 @@ def serve() -> dict | None:
         log = spec.pop("log")
         child = os.fork()
         if child == 0:
+            os.setsid()
             target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             nothing = os.open(os.devnull, os.O_RDONLY)
             for number, source in ((0, nothing), (1, target), (2, target)):

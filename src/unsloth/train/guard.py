@@ -31,12 +31,15 @@ class StepGuard:
     Attributes:
         skipped: Steps not taken since the start of the run.
         in_a_row: Those since the last step that was taken.
+        is_open: Whether an optimizer step has begun that the trainer has not counted yet; weights and step number do
+            not belong together then.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.skipped = 0
         self.in_a_row = 0
+        self.is_open = False
         self._finite = True
 
     def attach(self, optimizer: AcceleratedOptimizer) -> None:
@@ -84,17 +87,19 @@ class TooManySkipped(Exception):
 
 
 def _guarded_step(self: AcceleratedOptimizer, closure: Any = None) -> None:
-    """``optimizer.step``, unless the guard says no; out of memory half way, the weights go back to what they were."""
-    if not getattr(self, _ATTRIBUTE).allows(self):
+    """``optimizer.step``, unless the guard says no; if it fails half way, the weights go back to what they were."""
+    guard = getattr(self, _ATTRIBUTE)
+    if not guard.allows(self):
         self._is_overflow = True  # what accelerate asks before it advances the schedule
         return
     if self.scaler is None:
         self._is_overflow = False
     snapshot = Snapshot([parameter for group in self.param_groups for parameter in group["params"]])
+    guard.is_open = True
     try:
         self.unsloth_step(closure)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error) or snapshot.restore():
+    except BaseException as error:
+        if snapshot.restore() or not is_out_of_memory(error):
             raise
         raise TrainingError(
             "out of memory in the middle of an optimizer step: some weights are new, some are not",

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -124,6 +124,8 @@ class SurvivingTrainer(Trainer):
             except TooManySkipped as error:
                 raise self._skipped_too_many(error) from error
             except (RuntimeError, MemoryError) as error:
+                if self._listener.received is not None and _DEAD_WORKER.search(str(error)):
+                    self._leave()  # the signal went to the data loading workers, too
                 raise self._explained(error) from error
             if self._listener.received is not None:
                 raise self._listener.leave()
@@ -179,7 +181,7 @@ class SurvivingTrainer(Trainer):
             self._identity = differences.identify(self.model, self.args, self.train_dataset)
         return self._identity
 
-    def _leave(self) -> None:
+    def _leave(self) -> NoReturn:
         """End a run that a signal has stopped: one checkpoint, unless this step has one, and the right exit."""
         goodbye = self._listener.leave()
         step = self.state.global_step
@@ -188,6 +190,8 @@ class SurvivingTrainer(Trainer):
                 logger.warning('stopped at step %d; no checkpoint, because of save_strategy="no"', step)
             elif step == self._first_step or self._newest == self._path(step):
                 logger.warning("stopped at step %d; the newest checkpoint is %s", step, self._newest or "none")
+            elif self._guard.is_open:
+                logger.warning("stopped in the middle of an optimizer step; the newest checkpoint is %s", self._newest)
             else:
                 self._write(None, self._boundary if self._in_step else None)
                 logger.warning("stopped at step %d; saved %s", step, self._newest)
@@ -282,7 +286,7 @@ class SurvivingTrainer(Trainer):
         super()._run_epoch(**kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        self._in_step = False
+        self._in_step = self._guard.is_open = False
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self._boundary = _Boundary(randomness.capture(), self._counters())
 
