@@ -113,7 +113,7 @@ def write_manifest(folder: Path, *, kind: str, details: Mapping[str, Any]) -> li
         "files": [asdict(record) for record in records],
     }
     content["checksum"] = _checksum(json.loads(json.dumps(content)))
-    (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
+    (folder / MANIFEST).write_text(_text(content))
     return records
 
 
@@ -127,10 +127,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text())
+        text = path.read_text()
+        content = json.loads(text)
         if content["format"] not in (1, _FORMAT):
             raise ValueError(content["format"])
-        if content["format"] != 1 and content.pop("checksum") != _checksum(content):
+        if content["format"] != 1 and (text != _text(content) or content.pop("checksum") != _checksum(content)):
             raise ValueError("checksum")
         content["files"] = [FileRecord(**record) for record in content["files"]]
     except (ValueError, KeyError, TypeError) as error:
@@ -155,6 +156,10 @@ def verify(folder: Path) -> list[str]:
         elif sha256(path) != record.sha256:
             problems.append(f"{record.name} has the right size but another content (SHA-256 differs)")
     return problems
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from unsloth.train.spellings import accepts_earlier_names
 from unsloth.train.survival import SurvivalArguments
 
 _FOLLOWING_THE_MODEL = ("bf16", "gradient_checkpointing", "activation_checkpointing", "max_length")
+_OTHER_DEFAULT = ("logging_nan_inf_filter",)
 
 
 @accepts_earlier_names
@@ -117,6 +118,7 @@ def from_training_arguments(args: PlainArguments | None) -> SFTConfig:
     for name, own in args.__dataclass_fields__.items():
         value = getattr(args, name)
         untouched = name in _FOLLOWING_THE_MODEL and (value == own.default or value is False)
+        untouched |= name in _OTHER_DEFAULT and value == own.default
         if own.init and name in ours and not untouched:
             values[name] = value
     return SFTConfig(**values, logging_dir=getattr(args, "logging_dir", None))

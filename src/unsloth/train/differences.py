@@ -81,6 +81,17 @@ _HARMLESS = frozenset(
     }
 )
 _HARMFUL = frozenset({"dataloader_drop_last"})
+_ADAPTER = (
+    "r",
+    "target_modules",
+    "modules_to_save",
+    "bias",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "use_dora",
+)
+_SHAPES = frozenset({"r", "target_modules", "modules_to_save"})  # no permission makes other weights fit
 # Changed in order to train on: shown, but not refused.
 _LENGTH = frozenset({"max_steps", "num_train_epochs"})
 _BATCH = "global_batch_size"
@@ -139,8 +150,7 @@ def identify(model: torch.nn.Module, args: TrainingArguments, dataset: Any) -> I
 
 def check_names(names: Iterable[str], args: TrainingArguments) -> None:
     """Raise :class:`ConfigError` unless each name is one that ``resume_allow`` knows."""
-    adapter = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
-    known = {"data", "base", _BATCH, *STATES, *adapter, *(field.name for field in fields(args))}
+    known = {"data", "base", _BATCH, *STATES, *_ADAPTER, *(field.name for field in fields(args))}
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), 1)
@@ -174,11 +184,9 @@ def check(folder: Path, details: Mapping[str, Any], now: Identity, allow: Iterab
     if refused:
         shown = "; ".join(f"{d.name} was {_short(d.before)}, is {_short(d.now)}" for d in refused[:4])
         more = f"; and {len(refused) - 4} more, see above" if len(refused) > 4 else ""
-        names = ", ".join(f'"{d.name}"' for d in refused)
-        raise ConfigError(
-            f"{folder} was made by another run: {shown}{more}",
-            do=f"Give what it was, or accept the change: resume_allow=[{names}].",
-        )
+        names = ", ".join(f'"{d.name}"' for d in refused if d.name not in _SHAPES)
+        accept = f", or accept the change: resume_allow=[{names}]" if names else ": its weights would not fit"
+        raise ConfigError(f"{folder} was made by another run: {shown}{more}", do=f"Give what it was{accept}.")
     return {difference.name for difference in found}
 
 
@@ -216,8 +224,7 @@ def _adapter(model: torch.nn.Module) -> dict[str, Any]:
     if not isinstance(model, PeftModel):
         return {}
     config = model.peft_config[model.active_adapters[0]]
-    names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "target_modules", "modules_to_save")
-    values = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    values = {name: getattr(config, name) for name in _ADAPTER if hasattr(config, name)}
     return {name: sorted(value) if isinstance(value, set | list) else value for name, value in values.items()}
 
 

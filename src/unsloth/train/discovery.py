@@ -132,8 +132,9 @@ def rotate(output_dir: Path, limit: int | None, keep: Iterable[Path | str | None
     """
     if not limit or limit < 0:
         return []
-    kept = {os.path.realpath(path) for path in keep if path is not None}
     checkpoints = listing(output_dir)
+    kept = {os.path.realpath(path) for path in keep if path is not None}
+    kept &= {os.path.realpath(checkpoint.path) for checkpoint in checkpoints}
     excess = len(checkpoints) - max(limit, len(kept))
     old = [checkpoint.path for checkpoint in checkpoints if os.path.realpath(checkpoint.path) not in kept]
     return delete(old[: max(excess, 0)])

@@ -7,7 +7,6 @@ import gc
 import math
 import os
 import pickle
-import re
 from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from unsloth.train import (
     checkpoint,
     differences,
     discovery,
+    explanations,
     interrupts,
     lock,
     output_folder,
@@ -40,7 +40,6 @@ from unsloth.train.memory_error import is_out_of_memory
 from unsloth.train.progress import TrainingProgress
 from unsloth.train.sampling import EpochSampler
 
-_DEAD_WORKER = re.compile(r"DataLoader worker.*(killed|exited|terminated)", re.DOTALL)
 _RUN = "run"  # name of the state that holds our own counters
 
 logger = get_logger(__name__)
@@ -113,6 +112,8 @@ class SurvivingTrainer(Trainer):
             if self._saves():
                 self._prepare_output(stack)
             path = None
+            if self._saves() or resuming:
+                self._identity = differences.identify(self.model, self.args, self.train_dataset)
             if resuming:
                 path = self._open_checkpoint(resume_from_checkpoint, stack)
             self._listener = stack.enter_context(interrupts.listening())
@@ -121,12 +122,13 @@ class SurvivingTrainer(Trainer):
                 result = super().train(path, trial, ignore_keys_for_eval)
             except interrupts.StopRequested:
                 self._leave()
-            except TooManySkipped as error:
-                raise self._skipped_too_many(error) from error
-            except (RuntimeError, MemoryError) as error:
-                if self._listener.received is not None and _DEAD_WORKER.search(str(error)):
+            except (RuntimeError, MemoryError, TooManySkipped) as error:
+                if self._listener.received is not None and explanations.is_dead_worker(error):
                     self._leave()  # the signal went to the data loading workers, too
-                raise self._explained(error) from error
+                explained = self._explained(error)
+                if explained is None:
+                    raise
+                raise explained from error
             if self._listener.received is not None:
                 raise self._listener.leave()
             return result
@@ -166,8 +168,8 @@ class SurvivingTrainer(Trainer):
         source = resume.locate(given, Path(self.args.output_dir), allow)
         if source is None:
             return None
-        if source.details is not None:
-            self._accepted = differences.check(source.folder, source.details, self._identify(), allow)
+        if source.details is not None and self._identity is not None:
+            self._accepted = differences.check(source.folder, source.details, self._identity, allow)
         folder = stack.enter_context(artifact.utf8_path(source.folder))
         if not source.is_run:
             self._load_from_checkpoint(os.fspath(folder))
@@ -175,11 +177,6 @@ class SurvivingTrainer(Trainer):
         self._source, self._newest, self._last_good = source, source.folder, source.folder
         logger.info("resuming from %s", source.folder)
         return os.fspath(folder)
-
-    def _identify(self) -> differences.Identity:
-        if self._identity is None:
-            self._identity = differences.identify(self.model, self.args, self.train_dataset)
-        return self._identity
 
     def _leave(self) -> NoReturn:
         """End a run that a signal has stopped: one checkpoint, unless this step has one, and the right exit."""
@@ -198,7 +195,7 @@ class SurvivingTrainer(Trainer):
         except UnslothError as error:
             logger.error("no checkpoint could be made: %s", error)
             raise goodbye from error
-        raise goodbye
+        raise goodbye from None
 
     def _stop_listening(self) -> None:
         self._listener = interrupts.Listener()
@@ -346,11 +343,11 @@ class SurvivingTrainer(Trainer):
                 self._companions(),
                 self.state,
                 run_states,
-                self._identify(),
+                self._identity or differences.identify(self.model, self.args, self.train_dataset),
             )
         except TrainingError as error:
             self.state.best_model_checkpoint = previous_best
-            raise TrainingError(f"{str(error).rstrip('.')}. {self._where_to_resume()}") from error
+            raise TrainingError(f"{str(error).rstrip('.')}. {explanations.where_to_resume(self._last_good)}") from error
         except UnslothError:
             self.state.best_model_checkpoint = previous_best
             raise
@@ -425,7 +422,10 @@ class SurvivingTrainer(Trainer):
             self._load_state("scaler", self.accelerator.scaler, checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if self._source is None or checkpoint is None or "rng" not in self._source.states:
+        if self._source is None or checkpoint is None:
+            return
+        if "rng" not in self._source.states:
+            logger.warning("the random generators start anew: the checkpoint has no usable state of them")
             return
         state = self._read("rng", checkpoint)
         if self._source.details is None:
@@ -455,45 +455,17 @@ class SurvivingTrainer(Trainer):
             return resume.read_foreign(Path(checkpoint), name)
         return states.read(Path(checkpoint), name)
 
-    # Explaining
-
-    def _where_to_resume(self) -> str:
-        if self._last_good is None:
-            return "There is no checkpoint of this run yet."
-        return f"The last good checkpoint is {self._last_good}."
-
-    def _skipped_too_many(self, error: TooManySkipped) -> TrainingError:
-        return TrainingError(
-            f"the gradients of {error.count} steps in a row were not finite, up to step {error.step}; none of these "
-            f"steps was taken",
-            do=f"Lower learning_rate (now {self.args.learning_rate:g}), compute in bfloat16 or float32, and check the "
-            f"rows of those steps. {self._where_to_resume()}",
-        )
-
-    def _explained(self, error: BaseException) -> BaseException:
-        """The error to raise instead of one that the loop ended with; itself if there is nothing to add."""
-        if is_out_of_memory(error):
-            return self._out_of_memory()
-        if _DEAD_WORKER.search(str(error)):
-            return TrainingError(
-                f"a data loading worker died ({str(error).splitlines()[0]})",
-                do=f"Often memory ran out: lower dataloader_num_workers (now {self.args.dataloader_num_workers}), then "
-                f"resume. {self._where_to_resume()}",
-            )
-        return error
-
-    def _out_of_memory(self) -> TrainingError:
+    def _explained(self, error: BaseException) -> TrainingError | None:
+        """The error to raise instead of one that the loop ended with; None if there is nothing to add."""
+        step = self.state.global_step
+        if isinstance(error, TooManySkipped):
+            return explanations.skipped_too_many(error.step, error.count, self.args, self._last_good)
+        if explanations.is_dead_worker(error):
+            return explanations.dead_worker(error, self.args, self._last_good)
+        if not is_out_of_memory(error):
+            return None
         self.model.zero_grad(set_to_none=True)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        args, step = self.args, self.state.global_step
-        length = getattr(args, "max_length", None)
-        checkpointing = "on" if args.gradient_checkpointing else "off"
-        what = "evaluation" if self._evaluating else f"step {step + 1}"
-        return TrainingError(
-            f"out of memory in {what}; the weights are those after step {step}",
-            do=f"Lower per_device_train_batch_size (now {args.per_device_train_batch_size}; raise "
-            f"gradient_accumulation_steps, now {args.gradient_accumulation_steps}, by as much), lower max_length "
-            f"(now {length}), or use gradient checkpointing (now {checkpointing}). {self._where_to_resume()}",
-        )
+        return explanations.out_of_memory(step, self._evaluating, self.args, self._last_good)
