@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, TrainerState
 
 from unsloth.core import artifact
 from unsloth.core.errors import TrainingError
+from unsloth.models import adapter_base
 from unsloth.train import discovery, states
 from unsloth.train.differences import Identity
 
@@ -89,6 +90,8 @@ def write_model(model: torch.nn.Module, companions: Iterable[Any], folder: Path)
     if isinstance(model, PreTrainedModel | PeftModel):
         # The class's own method: the model's may stage a folder itself.
         type(model).save_pretrained(model, os.fspath(folder))
+        if isinstance(model, PeftModel):
+            adapter_base.write(folder, model)
     else:
         tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
