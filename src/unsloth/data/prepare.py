@@ -194,15 +194,23 @@ def _is_trained(row: Mapping[str, Any]) -> bool:
 
 def _mapped(rows: Dataset, encoder: Encoder) -> Dataset:
     workers = encoder.options.num_proc
-    return rows.map(
-        encoder,
-        with_indices=True,
-        batched=True,
-        batch_size=_BATCH,
-        num_proc=workers if workers and workers > 1 else None,
-        remove_columns=rows.column_names,
-        desc="Tokenizing",
-    )
+    try:
+        return rows.map(
+            encoder,
+            with_indices=True,
+            batched=True,
+            batch_size=_BATCH,
+            num_proc=workers if workers and workers > 1 else None,
+            remove_columns=rows.column_names,
+            desc="Tokenizing",
+        )
+    except RuntimeError as error:
+        if "abruptly died" not in str(error):
+            raise
+        raise DataError(
+            "a worker process that tokenized rows died",
+            do=f"Often memory ran out: lower dataset_num_proc (now {workers}).",
+        ) from error
 
 
 def _collected(rows: Sequence[Mapping[str, Any]], encoder: Encoder) -> Dataset:

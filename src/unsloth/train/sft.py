@@ -25,14 +25,16 @@ from unsloth.data.render import FormattingFunction
 from unsloth.models import modes, record
 from unsloth.train import config, masters, optim, spellings
 from unsloth.train.progress import TrainingProgress
+from unsloth.train.surviving import SurvivingTrainer
 
 logger = get_logger(__name__)
 
 
-class SFTTrainer(TRLTrainer):
+class SFTTrainer(SurvivingTrainer, TRLTrainer):
     """Trains a language model on texts or conversations.
 
-    A subclass of ``trl.SFTTrainer``: its loop, losses and callbacks, with our own way from rows to batches.
+    A subclass of ``trl.SFTTrainer``: its loop, losses and callbacks, with our own way from rows to batches, and with
+    checkpoints that a run can rely on (:class:`unsloth.train.surviving.SurvivingTrainer`).
     Adapters are trained in float32. The mathematics is that of plain transformers and PEFT.
 
     Args:
