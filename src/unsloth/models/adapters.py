@@ -15,10 +15,11 @@ from transformers import PreTrainedModel, set_seed
 from unsloth.core.errors import AdapterError, ConfigError
 from unsloth.core.log import get_logger
 from unsloth.memory import checkpointing
-from unsloth.models import record
+from unsloth.models import families, record
+from unsloth.models.spec import resolve_targets
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The linear layers of a decoder block of the llama and qwen families."""
+"""The linear layers of a decoder block, in the words of the llama family."""
 
 logger = get_logger(__name__)
 
@@ -31,7 +32,8 @@ class AdapterOptions:
         r: Rank of the update ``B @ A``.
         lora_alpha: The update is scaled by ``lora_alpha / r`` (``/ sqrt(r)`` with ``use_rslora``).
         lora_dropout: Dropout on the adapter's input.
-        target_modules: Names of the layers to adapt, or ``"all-linear"``.
+        target_modules: Names of the layers to adapt, or ``"all-linear"``. The names of the llama family stand for
+            what the model's own family has in their place (``qkv_proj`` for ``q_proj`` on Phi-3).
         bias: Which biases to train: ``"none"``, ``"all"`` or ``"lora_only"``.
         layers_to_transform: Indices of the blocks to adapt; None adapts all.
         layers_pattern: Name of the module list that those indices count.
@@ -125,10 +127,10 @@ def add(model: PreTrainedModel, options: AdapterOptions) -> PeftModel | PreTrain
 
 
 def _targets(model: PreTrainedModel, names: Iterable[str] | str) -> list[str] | str:
-    """Check that every target name is the name, or the end of the path, of some module."""
+    """Resolve names through the family, and check that each is the name, or the end of the path, of some module."""
     if isinstance(names, str):
         return names  # "all-linear", or a regular expression, which PEFT checks
-    wanted = list(dict.fromkeys(names))
+    wanted = resolve_targets(families.find(model), names)
     paths = [path for path, _ in model.named_modules()]
     unmatched = [name for name in wanted if not any(p == name or p.endswith(f".{name}") for p in paths)]
     if not wanted or unmatched:

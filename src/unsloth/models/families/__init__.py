@@ -1,0 +1,41 @@
+"""Every family that has a spec. To add one, see docs/families.md."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from unsloth.models.families import (
+    cohere,
+    gemma,
+    gemma2,
+    gemma3,
+    granite,
+    llama,
+    mistral,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+)
+from unsloth.models.spec import ModelSpec
+
+SPECS: tuple[ModelSpec, ...] = (
+    cohere.SPEC,
+    gemma.SPEC,
+    gemma2.SPEC,
+    gemma3.SPEC,
+    granite.SPEC,
+    llama.SPEC,
+    mistral.SPEC,
+    phi3.SPEC,
+    qwen2.SPEC,
+    qwen3.SPEC,
+    smollm3.SPEC,
+)
+
+
+def find(model: PreTrainedModel) -> ModelSpec | None:
+    """The spec of a transformers model's family; None where there is none, or the code is not transformers' own."""
+    if not type(model).__module__.startswith("transformers."):
+        return None
+    return next((spec for spec in SPECS if model.config.model_type in spec.model_types), None)

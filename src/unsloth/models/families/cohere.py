@@ -1,0 +1,19 @@
+"""Cohere Command R: parallel attention and MLP behind one layer norm, interleaved rotary embedding, scaled logits."""
+
+from unsloth.models.spec import AttentionSpec, BlockSpec, HeadNorm, ModelSpec, NormSpec, Scale
+
+NORM = NormSpec(kind="layer", weight_last=False)
+
+SPEC = ModelSpec(
+    name="cohere",
+    model_types=("cohere",),
+    attention=AttentionSpec(
+        bias="attention_bias",
+        output_bias="attention_bias",
+        head_norm=HeadNorm(norm=NORM, fused=False, switch="use_qk_norm"),
+        interleaved=True,
+    ),
+    block=BlockSpec(mlp_input_norm=None, parallel=True),
+    norm=NORM,
+    logits_scale=Scale("logit_scale"),
+)

@@ -1,0 +1,31 @@
+"""Gemma 3, text only: Gemma 2 with norms of the heads, and a rotary embedding for each type of layer.
+
+Attention is not capped: transformers reads the configuration's attribute, and does not use it.
+"""
+
+from unsloth.models.spec import AttentionSpec, BlockSpec, HeadNorm, MlpSpec, ModelSpec, NormSpec, Scale
+
+NORM = NormSpec(eps="eps", offset=1.0, weight_last=False)
+
+SPEC = ModelSpec(
+    name="gemma3",
+    model_types=("gemma3_text",),
+    attention=AttentionSpec(
+        bias="attention_bias",
+        output_bias="attention_bias",
+        scale=Scale("query_pre_attn_scalar", -0.5),
+        window="sliding_window",
+        window_by_layer=True,
+        head_norm=HeadNorm(norm=NORM),
+    ),
+    mlp=MlpSpec(activation="hidden_activation"),
+    block=BlockSpec(
+        attention_norm="post_attention_layernorm",
+        mlp_input_norm="pre_feedforward_layernorm",
+        mlp_norm="post_feedforward_layernorm",
+    ),
+    norm=NORM,
+    embedding_scale=Scale("hidden_size", 0.5),
+    rotary_by_layer_type=True,
+    logits_softcap="final_logit_softcapping",
+)
