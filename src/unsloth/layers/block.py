@@ -28,7 +28,7 @@ class BlockOptions:
     Attributes:
         attention: A.
         mlp: M.
-        norm: What its norms compute.
+        norm: What ``mlp_input_norm`` computes; None where there is none.
         input_norm: Before attention, or None.
         attention_norm: After attention, or None.
         mlp_input_norm: Before the MLP, or None.
@@ -41,7 +41,7 @@ class BlockOptions:
 
     attention: str
     mlp: str
-    norm: NormOptions
+    norm: NormOptions | None = None
     input_norm: str | None = None
     attention_norm: str | None = None
     mlp_input_norm: str | None = None
@@ -103,7 +103,7 @@ def _add_and_normalize(
     self: Any, options: BlockOptions, x: torch.Tensor, residual: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(what the MLP sees, the residual stream)."""
-    if options.mlp_input_norm is None:
+    if options.mlp_input_norm is None or options.norm is None:
         h = residual + x
         return h, h
     norm = getattr(self, options.mlp_input_norm)

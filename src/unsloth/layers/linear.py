@@ -142,9 +142,9 @@ def weights_of(linears: Sequence[Frozen], dtype: torch.dtype, outs: Sequence[int
         outs: Output features to tell the products of, where they differ from those of ``linears`` (a fused layer
             taken apart).
     """
-    ranks: list[int] = [0 if linear.adapter is None else linear.adapter.rank for linear in linears]
-    sizes: tuple[int, ...] = tuple(outs or (linear.base.out_features for linear in linears))
-    if all(linear.quantized for linear in linears) and sum(ranks):
+    ranks = [0 if linear.adapter is None else linear.adapter.rank for linear in linears]
+    sizes = tuple(outs or (linear.base.out_features for linear in linears))
+    if all(linear.quantized for linear in linears) and sum(ranks) > 0:
         # a fused layer's adapter is taken apart into one a part, each of the whole rank
         rank = sum(ranks) * (len(sizes) // len(linears))
         return [partial(_dequantized, [linear.base for linear in linears], sizes, rank, dtype)]

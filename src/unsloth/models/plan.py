@@ -167,12 +167,13 @@ class _Family:
         self.draft.leave(family.embedding, self.draft.module(family.embedding), "a look-up")
         self.draft.leave(family.rotary, self.draft.module(family.rotary), "makes its tables once for all blocks")
 
-    def _norm_options(self, path: str, norm_spec: spec.NormSpec) -> norm.NormOptions:
-        eps = float(self.draft.attribute(path, norm_spec.eps))
-        return norm.NormOptions(norm_spec.kind, eps, norm_spec.offset, norm_spec.weight_last)
+    def _norm_options(self, path: str) -> norm.NormOptions:
+        parts = self.family.norm
+        eps = float(self.draft.attribute(path, parts.eps))
+        return norm.NormOptions(parts.kind, eps, parts.offset, parts.weight_last)
 
     def _add_norm(self, path: str) -> None:
-        options = self._norm_options(path, self.family.norm)
+        options = self._norm_options(path)
         self.draft.swap(path, norm.forward, options, f"{options.kind} norm", "one pass over memory")
 
     def _add_block(self, path: str) -> None:
@@ -181,14 +182,13 @@ class _Family:
             if name is not None:
                 self._add_norm(f"{path}.{name}")
         second = None if parts.mlp_input_norm is None else f"{path}.{parts.mlp_input_norm}"
-        first = next(n for n in (parts.input_norm, parts.mlp_input_norm, parts.mlp_norm) if n is not None)
         for name in (parts.attention_dropout, parts.mlp_dropout):
             if name is not None:
                 self.draft.module(f"{path}.{name}")
         options = block.BlockOptions(
             attention=family.attention.path,
             mlp=family.mlp.path,
-            norm=self._norm_options(second or f"{path}.{first}", family.norm),
+            norm=None if second is None else self._norm_options(second),
             input_norm=parts.input_norm,
             attention_norm=parts.attention_norm,
             mlp_input_norm=parts.mlp_input_norm,
@@ -214,7 +214,9 @@ class _Family:
         if head_norm is not None:
             names = (head_norm.query, head_norm.key)
             norms = [self.draft.module(f"{path}.{name}") for name in names]
-            options = self._norm_options(f"{path}.{names[0]}", head_norm.norm) if head_norm.fused else None
+            options = self._norm_options(f"{path}.{names[0]}")
+            if options.kind != "rms" or any(module.weight.dim() > 1 for module in norms):
+                options = None  # no kernel computes these with the rotary embedding
         if parts.rotary_switch is not None:
             self.draft.attribute(path, parts.rotary_switch)
         new = f"{_and(parts.projections)} {_how(modules)}, rotary embedding"

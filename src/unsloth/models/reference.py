@@ -55,7 +55,7 @@ def _block(model: PreTrainedModel, family: spec.ModelSpec, block: Any, i: int, x
 def _norm(module: Any, norm: spec.NormSpec, x: torch.Tensor) -> torch.Tensor:
     eps = getattr(module, norm.eps)
     if norm.kind == "layer":
-        return layer_norm_reference(x, module.weight, None, eps)
+        return layer_norm_reference(x, module.weight + norm.offset, None, eps)
     if norm.weight_last:
         return (module.weight + norm.offset) * rms_norm_reference(x, None, eps)
     return rms_norm_reference(x, module.weight, eps, norm.offset)
@@ -75,8 +75,8 @@ def _attention(model: PreTrainedModel, family: spec.ModelSpec, block: Any, i: in
     q, k, v = (y.unflatten(-1, (-1, size)) for y in torch.cat(outputs, -1).split(rows, -1))
     norm = parts.head_norm
     if norm is not None and (norm.switch is None or getattr(module, norm.switch)):
-        q = _norm(module.get_submodule(norm.query), norm.norm, q)
-        k = _norm(module.get_submodule(norm.key), norm.norm, k)
+        q = _norm(module.get_submodule(norm.query), family.norm, q)
+        k = _norm(module.get_submodule(norm.key), family.norm, k)
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))
     if parts.rotary_switch is None or getattr(module, parts.rotary_switch):
         q, k = rope(q, k, *_tables(model, family, i, x), interleaved=parts.interleaved, fast=False)  # type: ignore

@@ -47,21 +47,31 @@ class NormSpec:
 
 
 @dataclass(frozen=True)
+class Window:
+    """A sliding window of attention.
+
+    Attributes:
+        attribute: The configuration's attribute with the number of tokens that a query sees, itself included; it may
+            be None there.
+        by_layer_type: Whether only layers that ``config.layer_types`` calls sliding have it.
+    """
+
+    attribute: str = "sliding_window"
+    by_layer_type: bool = True
+
+
+@dataclass(frozen=True)
 class HeadNorm:
-    """Norms of every head of queries and of keys.
+    """Norms of every head of queries and of keys, of the family's kind, over the head dimension.
 
     Attributes:
         query: Name of the module for queries, in the attention module.
         key: Likewise for keys.
-        norm: What they compute over the head dimension.
-        fused: Whether they can be computed with the rotary embedding: RMS, with one weight for all heads.
         switch: The attention module's attribute that says whether they exist; None: they do.
     """
 
     query: str = "q_norm"
     key: str = "k_norm"
-    norm: NormSpec = NormSpec()
-    fused: bool = True
     switch: str | None = None
 
 
@@ -77,8 +87,7 @@ class AttentionSpec:
         output_bias: Likewise for the output projection.
         scale: Of the scores.
         softcap: The configuration's attribute with the bound of the scores, which may be None there.
-        window: The configuration's attribute with the number of tokens that a query sees, which may be None there.
-        window_by_layer: Whether only layers that ``config.layer_types`` calls sliding have the window.
+        window: Of some layers or of all.
         head_norm: Norms of the heads.
         interleaved: Whether the rotary embedding pairs neighbouring dimensions, not halves.
         rotary_switch: The attention module's attribute that says whether a layer has a rotary embedding.
@@ -91,11 +100,14 @@ class AttentionSpec:
     output_bias: bool | str = False
     scale: Scale = Scale("head_dim", -0.5)
     softcap: str | None = None
-    window: str | None = None
-    window_by_layer: bool = False
+    window: Window | None = None
     head_norm: HeadNorm | None = None
     interleaved: bool = False
     rotary_switch: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.projections) not in (1, 3):
+            raise PlanError("projections are three names or one", got=self.projections, do="Name q, k and v.")
 
 
 @dataclass(frozen=True)
@@ -115,6 +127,10 @@ class MlpSpec:
     down: str = "down_proj"
     bias: bool | str = False
     activation: str = "hidden_act"
+
+    def __post_init__(self) -> None:
+        if len(self.gate_up) not in (1, 2):
+            raise PlanError("gate_up is two names or one", got=self.gate_up, do="Name gate and up.")
 
 
 @dataclass(frozen=True)
@@ -141,6 +157,12 @@ class BlockSpec:
     attention_dropout: str | None = None
     mlp_dropout: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.parallel and self.mlp_input_norm is not None:
+            raise PlanError(
+                "in a parallel block the MLP sees what attention sees", got=self.mlp_input_norm, do="Leave one out."
+            )
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -152,7 +174,7 @@ class ModelSpec:
         attention: Of a block.
         mlp: Of a block.
         block: What surrounds them.
-        norm: What the norms of blocks and the final one compute.
+        norm: What all its norms compute.
         embedding: Path of the token embedding.
         embedding_scale: Of its output.
         layers: Path of the list of blocks.
@@ -227,9 +249,9 @@ def window(config: PretrainedConfig, attention: AttentionSpec, layer: int) -> in
     """Tokens that a query of block ``layer`` sees, or None for all before it."""
     if attention.window is None:
         return None
-    if attention.window_by_layer and read(config, "layer_types")[layer] != "sliding_attention":
+    if attention.window.by_layer_type and read(config, "layer_types")[layer] != "sliding_attention":
         return None
-    return read(config, attention.window)
+    return read(config, attention.window.attribute)
 
 
 def activation(config: PretrainedConfig, mlp: MlpSpec) -> str | None:

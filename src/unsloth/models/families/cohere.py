@@ -2,18 +2,16 @@
 
 from unsloth.models.spec import AttentionSpec, BlockSpec, HeadNorm, ModelSpec, NormSpec, Scale
 
-NORM = NormSpec(kind="layer", weight_last=False)
-
 SPEC = ModelSpec(
     name="cohere",
     model_types=("cohere",),
     attention=AttentionSpec(
         bias="attention_bias",
         output_bias="attention_bias",
-        head_norm=HeadNorm(norm=NORM, fused=False, switch="use_qk_norm"),
+        head_norm=HeadNorm(switch="use_qk_norm"),
         interleaved=True,
     ),
     block=BlockSpec(mlp_input_norm=None, parallel=True),
-    norm=NORM,
+    norm=NormSpec(kind="layer", weight_last=False),
     logits_scale=Scale("logit_scale"),
 )

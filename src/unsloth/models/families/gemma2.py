@@ -1,6 +1,6 @@
 """Gemma 2: norms before and after attention and MLP, a window on every other layer, soft caps."""
 
-from unsloth.models.spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, NormSpec, Scale
+from unsloth.models.spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, NormSpec, Scale, Window
 
 SPEC = ModelSpec(
     name="gemma2",
@@ -10,8 +10,7 @@ SPEC = ModelSpec(
         output_bias="attention_bias",
         scale=Scale("query_pre_attn_scalar", -0.5),
         softcap="attn_logit_softcapping",
-        window="sliding_window",
-        window_by_layer=True,
+        window=Window(),
     ),
     mlp=MlpSpec(activation="hidden_activation"),
     block=BlockSpec(

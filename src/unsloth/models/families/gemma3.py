@@ -3,9 +3,7 @@
 Attention is not capped: transformers reads the configuration's attribute, and does not use it.
 """
 
-from unsloth.models.spec import AttentionSpec, BlockSpec, HeadNorm, MlpSpec, ModelSpec, NormSpec, Scale
-
-NORM = NormSpec(eps="eps", offset=1.0, weight_last=False)
+from unsloth.models.spec import AttentionSpec, BlockSpec, HeadNorm, MlpSpec, ModelSpec, NormSpec, Scale, Window
 
 SPEC = ModelSpec(
     name="gemma3",
@@ -14,9 +12,8 @@ SPEC = ModelSpec(
         bias="attention_bias",
         output_bias="attention_bias",
         scale=Scale("query_pre_attn_scalar", -0.5),
-        window="sliding_window",
-        window_by_layer=True,
-        head_norm=HeadNorm(norm=NORM),
+        window=Window(),
+        head_norm=HeadNorm(),
     ),
     mlp=MlpSpec(activation="hidden_activation"),
     block=BlockSpec(
@@ -24,7 +21,7 @@ SPEC = ModelSpec(
         mlp_input_norm="pre_feedforward_layernorm",
         mlp_norm="post_feedforward_layernorm",
     ),
-    norm=NORM,
+    norm=NormSpec(eps="eps", offset=1.0, weight_last=False),
     embedding_scale=Scale("hidden_size", 0.5),
     rotary_by_layer_type=True,
     logits_softcap="final_logit_softcapping",

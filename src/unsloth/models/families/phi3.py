@@ -3,12 +3,12 @@
 How many dimensions are rotated follows from the width of the tables.
 """
 
-from unsloth.models.spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec
+from unsloth.models.spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, Window
 
 SPEC = ModelSpec(
     name="phi3",
     model_types=("phi3",),
-    attention=AttentionSpec(projections=("qkv_proj",), window="sliding_window"),
+    attention=AttentionSpec(projections=("qkv_proj",), window=Window(by_layer_type=False)),
     mlp=MlpSpec(gate_up=("gate_up_proj",)),
     block=BlockSpec(attention_dropout="resid_attn_dropout", mlp_dropout="resid_mlp_dropout"),
 )

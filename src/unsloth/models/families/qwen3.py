@@ -1,6 +1,6 @@
 """Qwen3 (dense): norms of every head of queries and keys; some layers may have a window."""
 
-from unsloth.models.spec import AttentionSpec, HeadNorm, ModelSpec
+from unsloth.models.spec import AttentionSpec, HeadNorm, ModelSpec, Window
 
 SPEC = ModelSpec(
     name="qwen3",
@@ -8,8 +8,7 @@ SPEC = ModelSpec(
     attention=AttentionSpec(
         bias="attention_bias",
         output_bias="attention_bias",
-        window="sliding_window",
-        window_by_layer=True,
+        window=Window(),
         head_norm=HeadNorm(),
     ),
 )

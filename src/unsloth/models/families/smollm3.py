@@ -1,6 +1,6 @@
 """SmolLM3: llama in which some layers have no rotary embedding."""
 
-from unsloth.models.spec import AttentionSpec, MlpSpec, ModelSpec
+from unsloth.models.spec import AttentionSpec, MlpSpec, ModelSpec, Window
 
 SPEC = ModelSpec(
     name="smollm3",
@@ -8,8 +8,7 @@ SPEC = ModelSpec(
     attention=AttentionSpec(
         bias="attention_bias",
         output_bias="attention_bias",
-        window="sliding_window",
-        window_by_layer=True,
+        window=Window(),
         rotary_switch="use_rope",
     ),
     mlp=MlpSpec(bias="mlp_bias"),
