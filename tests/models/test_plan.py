@@ -331,6 +331,26 @@ def test_some_targets_only():
     assert not any(r.path.endswith("o_proj") for r in made.replacements)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_packed_documents_do_not_see_each_other(implementation):
+    model = adapted("qwen3").eval()
+    model.base_model.model.set_attn_implementation(implementation)
+    ids = tiny.batch()["input_ids"][:1]
+    position_ids = torch.cat([torch.arange(7), torch.arange(5)])[None]
+
+    def packed():
+        with torch.no_grad():
+            return model(input_ids=ids, position_ids=position_ids, use_cache=False).logits
+
+    plain = packed()
+    made = install(model)
+    assert close(packed(), plain)
+    with torch.no_grad():
+        alone = [model(input_ids=part, use_cache=False).logits for part in (ids[:, :7], ids[:, 7:])]
+    assert close(torch.cat(alone, 1), plain)
+    assert fast_calls(made) > 0
+
+
 @pytest.mark.parametrize("on", [True, False])
 def test_checkpointing_gives_the_same_and_really_recomputes(on):
     model = adapted("gemma2")
@@ -399,6 +419,32 @@ def test_a_family_without_a_spec_gets_its_linear_layers():
     assert "no spec for olmo2" in str(made)
     assert tiny.worst(tiny.run(model), plain) < 1e-5
     assert all(r.fast.calls == 1 and not r.fast.declined for r in made.replacements)
+
+
+def test_loading_and_adapting_apply_a_plan_unless_told_otherwise(request):
+    from unsloth import FastLanguageModel
+
+    def load(**more):
+        return FastLanguageModel.from_pretrained(
+            str(request.getfixturevalue("tiny")("qwen2")), max_seq_length=64, dtype=torch.float32, **more
+        )[0]
+
+    def adapt(model, **more):
+        return FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=False, **more)
+
+    loaded = load(load_in_4bit=True)
+    first = loaded.unsloth_plan
+    assert first.applied and first.family == "qwen2"
+    model = adapt(loaded)
+    assert model.unsloth_plan.applied and model.unsloth_plan is not first
+    assert {r.path.split(".")[-1] for r in model.unsloth_plan.replacements} >= {"self_attn", "mlp", "o_proj"}
+    model.unsloth_plan.undo()
+    assert set(forwards(model).values()) == {None}
+    for model in (load(load_in_16bit=True, fast_layers=False), adapt(load(load_in_16bit=True), fast_layers=False)):
+        assert not hasattr(model, "unsloth_plan") and set(forwards(model).values()) == {None}
+    assert not hasattr(adapt(load(load_in_16bit=True, fast_layers=False)), "unsloth_plan")
+    assert adapt(load(load_in_16bit=True, fast_layers=False), fast_layers=True).unsloth_plan.applied
+    assert adapt(load(full_finetuning=True)).unsloth_plan.applied
 
 
 def test_code_that_is_not_transformers_own_gets_the_generic_plan():

@@ -103,26 +103,26 @@ def replaced(value: object, field: str, changed: object) -> object:
 
 def mutations(value: object, name: str = ""):
     """(field, another value) for every field of a spec, however deep; see :func:`replaced`."""
+    if name in _INVENTED or name == "input_norm":
+        yield name, _INVENTED[name] if value is None else None
     if dataclasses.is_dataclass(value):
-        if name in _INVENTED:
-            yield name, None
         for field in dataclasses.fields(value):
             for label, changed in mutations(getattr(value, field.name), field.name):
                 yield f"{name}.{label}".lstrip("."), replaced(value, field.name, changed)
-    elif value is None:
-        yield name, _INVENTED[name]
-    elif isinstance(value, bool):
-        yield name, not value
-    elif isinstance(value, str):
-        yield name, {"rms": "layer", "layer": "rms"}.get(value, f"{value}_absent")
-        if name in _INVENTED or name == "input_norm":
-            yield name, None
-    elif isinstance(value, float):
-        yield name, value + 0.25
-    elif isinstance(value, tuple):
-        yield name, value[::-1] if len(value) > 1 else (f"{value[0]}_absent",)
-    else:
-        raise AssertionError(f"no mutation for {name} of type {type(value)}")
+    elif value is not None:
+        yield name, other(value)
+
+
+def other(value: object) -> object:
+    """Another value of the same kind: a name that does not exist, another number, another order."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, str):
+        return {"rms": "layer", "layer": "rms"}.get(value, f"{value}_absent")
+    if isinstance(value, tuple):
+        return value[::-1] if len(value) > 1 else (f"{value[0]}_absent",)
+    assert isinstance(value, float), f"no mutation for {value!r}"
+    return value + 0.25
 
 
 @torch.no_grad()
