@@ -18,11 +18,14 @@ from unsloth.models.spec import HeadNorm, ModelSpec, Scale, Window, resolve_targ
 
 BLOCK = ("", ".self_attn", ".mlp", ".input_layernorm")
 SANDWICH = (*BLOCK, ".post_attention_layernorm", ".post_feedforward_layernorm")
+GLM4 = (*BLOCK, ".post_self_attn_layernorm", ".post_mlp_layernorm")
+# Their gate and up, or q, k and v as well, are one layer.
+ADAPTED_LAYERS = {"phi3": 4, "glm": 6, "glm4": 6}
 
 
 def expected_paths(family: str, adapted: bool) -> set[str]:
     """All that a plan must replace, written down apart from the specs."""
-    parts = SANDWICH if family in ("gemma2", "gemma3") else BLOCK
+    parts = SANDWICH if family in ("gemma2", "gemma3") else GLM4 if family == "glm4" else BLOCK
     parts = (*parts, ".self_attn.o_proj") if adapted else parts
     return {"model.norm"} | {f"model.layers.{i}{part}" for i in range(2) for part in parts}
 
@@ -52,7 +55,7 @@ def test_loss_and_gradients_are_those_of_plain_libraries(family, precision):
         assert all("weights that are trained" in reason for reason in partly)
     else:
         assert partly == set()
-        assert len(plain[1]) == 2 * 2 * (4 if family == "phi3" else 7)
+        assert len(plain[1]) == 2 * 2 * ADAPTED_LAYERS.get(family, 7)
     made.undo()
     again = tiny.run(model)
     assert torch.equal(again[0], plain[0])
@@ -88,6 +91,8 @@ _INVENTED = {
 }
 
 
+_OPPOSITE = {"rms": "layer", "layer": "rms", "halves": "neighbours", "neighbours": "halves"}
+_OPPOSITE["neighbours, tables in halves"] = "neighbours"
 REFUSED = object()
 
 
@@ -118,7 +123,7 @@ def other(value: object) -> object:
     if isinstance(value, bool):
         return not value
     if isinstance(value, str):
-        return {"rms": "layer", "layer": "rms"}.get(value, f"{value}_absent")
+        return _OPPOSITE.get(value, f"{value}_absent")
     if isinstance(value, tuple):
         return value[::-1] if len(value) > 1 else (f"{value[0]}_absent",)
     assert isinstance(value, float), f"no mutation for {value!r}"

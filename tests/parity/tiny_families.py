@@ -74,6 +74,12 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         "SmolLM3",
         {"no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 5, "layer_types": SLIDING},
     ),
+    "ministral": ("Ministral", {"sliding_window": 5, "layer_types": SLIDING}),
+    "helium": ("Helium", {}),
+    "ernie4_5": ("Ernie4_5", {}),
+    "glm": ("Glm", {"attention_bias": True, "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}),
+    "glm4": ("Glm4", {"attention_bias": True, "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}),
+    "cohere2": ("Cohere2", {"logit_scale": 0.6, "sliding_window": 5, "layer_types": SLIDING}),
     "cohere": ("Cohere", {"logit_scale": 0.6}),
     "cohere, head norms": ("Cohere", {"logit_scale": 0.6, "use_qk_norm": True}),
 }
@@ -85,10 +91,9 @@ def build(family: str) -> transformers.PreTrainedModel:
     prefix, changes = FAMILIES[family]
     values = {**COMMON, **changes}
     config_class = getattr(transformers, "Gemma3TextConfig" if prefix == "Gemma3" else f"{prefix}Config")
-    if prefix in ("Phi3", "Cohere"):
-        del values["head_dim"]
-    if prefix not in ("Gemma3", "Phi3"):
-        values["rope_parameters"] = {**ROPE}
+    if prefix in ("Phi3", "Cohere", "Cohere2"):
+        del values["head_dim"]  # they divide the hidden size by the number of heads
+    values.setdefault("rope_parameters", {**ROPE})
     torch.manual_seed(0)
     model = getattr(transformers, f"{prefix}ForCausalLM")(config_class(**values))
     randomize(model)

@@ -41,6 +41,7 @@ class AttentionOptions:
         head_norms: Names of the modules that normalize every head of q and of k, or None.
         head_norm: What those compute, where it can be computed together with the rotary embedding.
         interleaved: Whether neighbouring dimensions form a pair of the rotary embedding.
+        tables_in_halves: Whether its tables hold all angles, then all again; else each twice in a row.
         rotary_switch: Name of the module's attribute that says whether this layer has one; None: it has.
     """
 
@@ -55,6 +56,7 @@ class AttentionOptions:
     head_norms: tuple[str, str] | None = None
     head_norm: NormOptions | None = None
     interleaved: bool = False
+    tables_in_halves: bool = True
     rotary_switch: str | None = None
 
 
@@ -132,18 +134,26 @@ def _position(
             k.transpose(1, 2),
             norms[0].weight,
             norms[1].weight,
-            *tables,
+            **rotation(options, tables),
             eps=options.head_norm.eps,
             offset=options.head_norm.offset,
-            interleaved=options.interleaved,
         )
     if norms:
         q, k = norms[0](q), norms[1](k)
     q, k = q.transpose(1, 2), k.transpose(1, 2)
     if not rotates or tables is None:
         return q, k
-    q, k = rope(q, k, *tables, interleaved=options.interleaved)  # type: ignore[assignment]
+    q, k = rope(q, k, **rotation(options, tables))  # type: ignore[assignment]
     return q, k
+
+
+def rotation(options: AttentionOptions, tables: tuple[torch.Tensor, torch.Tensor]) -> dict[str, Any]:
+    """The arguments of :func:`unsloth.kernels.rope.rope` for tables (B, T, R) as transformers makes them."""
+    cos, sin = tables
+    rotated = cos.shape[-1]
+    if options.tables_in_halves:
+        cos, sin = cos[..., : rotated // 2], sin[..., : rotated // 2]
+    return {"cos": cos, "sin": sin, "rotary_dim": rotated, "interleaved": options.interleaved}
 
 
 def _fuses(norms: list[torch.nn.Module], q: torch.Tensor) -> bool:

@@ -79,7 +79,12 @@ def _attention(model: PreTrainedModel, family: spec.ModelSpec, block: Any, i: in
         k = _norm(module.get_submodule(norm.key), family.norm, k)
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))
     if parts.rotary_switch is None or getattr(module, parts.rotary_switch):
-        q, k = rope(q, k, *_tables(model, family, i, x), interleaved=parts.interleaved, fast=False)  # type: ignore
+        cos, sin = _tables(model, family, i, x)
+        size = cos.shape[-1]
+        if parts.rotary != "neighbours":
+            cos, sin = cos[..., : size // 2], sin[..., : size // 2]
+        pairs = parts.rotary != "halves"
+        q, k = rope(q, k, cos, sin, rotary_dim=size, interleaved=pairs, fast=False)  # type: ignore[assignment]
     groups = q.shape[1] // k.shape[1]
     scores = q @ k.repeat_interleave(groups, 1).transpose(2, 3) * spec.factor(config, parts.scale)
     scores = _capped(scores, spec.optional(config, parts.softcap))

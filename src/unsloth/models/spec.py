@@ -15,6 +15,8 @@ from transformers import PretrainedConfig
 
 from unsloth.core.errors import PlanError
 
+Rotary = Literal["halves", "neighbours", "neighbours, tables in halves"]
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -89,7 +91,8 @@ class AttentionSpec:
         softcap: The configuration's attribute with the bound of the scores, which may be None there.
         window: Of some layers or of all.
         head_norm: Norms of the heads.
-        interleaved: Whether the rotary embedding pairs neighbouring dimensions, not halves.
+        rotary: Which dimensions the rotary embedding pairs: one of each of the two halves, or neighbours. Its tables
+            hold every angle twice: in two halves, or side by side for neighbours unless they are in halves, too.
         rotary_switch: The attention module's attribute that says whether a layer has a rotary embedding.
     """
 
@@ -102,7 +105,7 @@ class AttentionSpec:
     softcap: str | None = None
     window: Window | None = None
     head_norm: HeadNorm | None = None
-    interleaved: bool = False
+    rotary: Rotary = "halves"
     rotary_switch: str | None = None
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ SPEC = ModelSpec(
         bias="attention_bias",
         output_bias="attention_bias",
         head_norm=HeadNorm(switch="use_qk_norm"),
-        interleaved=True,
+        rotary="neighbours",
     ),
     block=BlockSpec(mlp_input_norm=None, parallel=True),
     norm=NormSpec(kind="layer", weight_last=False),
