@@ -322,6 +322,25 @@ def test_what_the_fast_path_does_not_know_goes_to_peft(options):
     assert tiny.worst(tiny.run(model), plain) < 1e-5
 
 
+def test_8_bit_layers_are_called_one_by_one_and_give_the_same():
+    import bitsandbytes as bnb
+
+    model = tiny.build("llama")
+    for name, module in list(model.named_modules()):
+        if type(module) is torch.nn.Linear and "layers" in name:
+            new = bnb.nn.Linear8bitLt(module.in_features, module.out_features, bias=False, has_fp16_weights=False)
+            new.weight = bnb.nn.Int8Params(module.weight.data, requires_grad=False, has_fp16_weights=False)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, new.to("cpu"))
+    model.is_loaded_in_8bit = True
+    model = tiny.adapt(model, tiny.TARGETS)
+    plain = tiny.run(model)
+    made = install(model)
+    assert tiny.worst(tiny.run(model), plain) < 1e-5
+    assert "Linear8bitLt" in str(made).split("Left alone")[1]
+    assert {r.path.rsplit(".", 1)[-1] for r in made.replacements} >= {"self_attn", "mlp", "input_layernorm"}
+
+
 def test_some_targets_only():
     model = tiny.adapt(tiny.build("qwen3"), ["q_proj", "v_proj", "up_proj"])
     plain = tiny.run(model)

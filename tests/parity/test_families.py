@@ -6,15 +6,19 @@ The judge is the very same model before the plan is applied: transformers' and P
 from __future__ import annotations
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import pytest
-import tiny_families as tiny
 import torch
 
 from unsloth.core.errors import PlanError, UnslothError
 from unsloth.models import families, reference
 from unsloth.models.plan import plan
 from unsloth.models.spec import HeadNorm, ModelSpec, Scale, Window, resolve_targets
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny_families as tiny
 
 BLOCK = ("", ".self_attn", ".mlp", ".input_layernorm")
 SANDWICH = (*BLOCK, ".post_attention_layernorm", ".post_feedforward_layernorm")

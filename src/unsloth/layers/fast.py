@@ -60,6 +60,8 @@ def has_foreign_forward(module: torch.nn.Module) -> bool:
 
 
 def is_swapped(module: torch.nn.Module) -> bool:
-    """Whether ``module`` has a forward of this package."""
+    """Whether ``module`` has the forward of a plan, with the state that it needs."""
     own = module.__dict__.get("forward")
-    return getattr(getattr(own, "__func__", None), "__module__", "").startswith("unsloth.layers.")
+    return ATTRIBUTE in module.__dict__ and getattr(getattr(own, "__func__", None), "__module__", "").startswith(
+        "unsloth.layers."
+    )
