@@ -16,8 +16,10 @@ from types import MethodType
 from typing import Any, Protocol
 
 import torch
+from transformers import PreTrainedModel
 
 from unsloth.core.errors import PlanError
+from unsloth.layers import packed_attention
 from unsloth.layers.fast import ATTRIBUTE, Fast, has_foreign_forward, is_swapped
 
 
@@ -110,6 +112,50 @@ class ForwardSwap:
         if self.applied:
             del self.module.forward
             delattr(self.module, ATTRIBUTE)
+
+
+@dataclass(eq=False)
+class AttentionSwap:
+    """:mod:`unsloth.layers.packed_attention` for one model, by its name in transformers' attention interface.
+
+    Attributes:
+        model: The model.
+        path: Of the module that has the configuration: empty, the model itself.
+        new: Name of the function.
+        reason: Why.
+        current: Name of the function that is there.
+    """
+
+    model: PreTrainedModel
+    path: str = ""
+    new: str = packed_attention.NAME
+    reason: str = "packed documents without a mask over all pairs"
+    current: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.current = self.model.config._attn_implementation
+
+    @property
+    def applied(self) -> bool:
+        """Whether the model is set to it now."""
+        return self.model.config._attn_implementation == self.new
+
+    def apply(self) -> None:
+        """See :class:`Replacement`; nothing happens where it is applied, as on a model out of a pickle."""
+        if self.applied:
+            return
+        if self.model.config._attn_implementation != self.current:
+            raise PlanError(
+                "the attention implementation was changed after the plan was made",
+                got=self.model.config._attn_implementation,
+                do="Make a new plan.",
+            )
+        self.model.set_attn_implementation(self.new)
+
+    def undo(self) -> None:
+        """See :class:`Replacement`; a choice that the user has made since is kept."""
+        if self.applied:
+            self.model.set_attn_implementation(self.current)
 
 
 @dataclass(eq=False)
@@ -240,7 +286,7 @@ def _merged(entries: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Entries (pattern, path, *more) with the same pattern and the same more as one row (paths, *more)."""
     paths: dict[tuple[str, ...], list[str]] = {}
     for pattern, path, *more in entries:
-        paths.setdefault((pattern, *more), []).append(path)
+        paths.setdefault((pattern, *more), []).append(path or "(model)")
     return [(_range(key[0], found), *key[1:]) for key, found in paths.items()]
 
 

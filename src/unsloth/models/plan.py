@@ -17,22 +17,29 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from unsloth.core.errors import PlanError
-from unsloth.layers import attention, block, linear, mlp, norm
+from unsloth.layers import attention as attention_layer
+from unsloth.layers import block, linear, mlp, norm
 from unsloth.layers.fast import Fast, has_foreign_forward, is_swapped
 from unsloth.models import families, record, spec
-from unsloth.models.patch import ForwardSwap, LeftAlone, PatchPlan, Replacement
+from unsloth.models.patch import AttentionSwap, ForwardSwap, LeftAlone, PatchPlan, Replacement
 
 _ATTRIBUTE = "unsloth_plan"
 
 
 def plan(
-    model: torch.nn.Module, *, family: spec.ModelSpec | None = None, also: Sequence[Replacement] = ()
+    model: torch.nn.Module,
+    *,
+    family: spec.ModelSpec | None = None,
+    attention: bool | None = None,
+    also: Sequence[Replacement] = (),
 ) -> PatchPlan:
     """Make a plan for ``model``, which is not changed.
 
     Args:
         model: A transformers model, or one with an adapter of PEFT.
         family: Its spec; None looks it up.
+        attention: Whether to compute scores by :mod:`unsloth.layers.packed_attention` where the model is set to
+            ``sdpa``; None means: on a GPU, where that has kernels.
         also: Further replacements, such as of the output head.
 
     Raises:
@@ -49,6 +56,8 @@ def plan(
         draft.leave("", inner, f"no spec for {inner.config.model_type}: blocks run as transformers wrote them")
     else:
         _Family(draft, family).add()
+        if attention or (attention is None and inner.device.type == "cuda"):
+            _add_scores(draft, family)
     _add_linears(draft)
     for replacement in also:
         draft.replacements.append(replacement)
@@ -224,8 +233,8 @@ class _Family:
             new += f" with {_and(names or ())}"
         self.draft.swap(
             path,
-            attention.forward,
-            attention.AttentionOptions(
+            attention_layer.forward,
+            attention_layer.AttentionOptions(
                 projections=parts.projections,
                 output=parts.output,
                 heads=config.num_attention_heads,
@@ -269,6 +278,13 @@ class _Family:
                     do="Correct the spec in models/families.",
                 )
         return modules
+
+
+def _add_scores(draft: _Draft, family: spec.ModelSpec) -> None:
+    """The attention function, unless the family caps its scores, which no kernel behind it does."""
+    model = draft.model
+    if model.config._attn_implementation == "sdpa" and spec.optional(model.config, family.attention.softcap) is None:
+        draft.replacements.append(AttentionSwap(model))
 
 
 def _add_linears(draft: _Draft) -> None:
