@@ -160,6 +160,12 @@ class SFTTrainer(TRLTrainer):
             optim.separate_embeddings(optimizer, self.model, self.args.embedding_learning_rate)
         return optimizer
 
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """As in transformers, except that ``adamw_8bit`` on a GPU is ours; ``adamw_bnb_8bit`` stays bitsandbytes'."""
+        found, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return optim.faster(args.optim, found), options
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, except that ``fp16_full_eval`` and ``bf16_full_eval`` never convert the weights.
 
