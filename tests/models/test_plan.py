@@ -52,7 +52,7 @@ def test_planning_changes_nothing_and_prints_what_would_change():
     assert "LlamaForCausalLM (family llama, not applied)" in text
     assert "model.layers.{0..1}.mlp" in text and "LlamaMLP" in text and "gate_proj, up_proj, down_proj together" in text
     left = text.split("Left alone")[1]
-    assert "model.embed_tokens" in left and "a look-up" in left
+    assert "model.embed_tokens" in left and "a look-up" in left and "lm_head" in left
 
 
 def test_calls_are_counted_and_shown():

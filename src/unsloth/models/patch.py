@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from unsloth.core.errors import PlanError
+from unsloth.core.errors import PlanError, UnslothError
 from unsloth.layers import packed_attention
 from unsloth.layers.fast import ATTRIBUTE, Fast, has_foreign_forward, is_swapped
 
@@ -247,7 +247,7 @@ def _all_or_none(
         for replacement in replacements:
             do(replacement)
             done.append(replacement)
-    except PlanError:
+    except UnslothError:
         for replacement in reversed(done):
             reverse(replacement)
         raise

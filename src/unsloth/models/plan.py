@@ -59,8 +59,8 @@ def plan(
         if attention or (attention is None and inner.device.type == "cuda"):
             _add_scores(draft, family)
     _add_linears(draft)
-    for replacement in also:
-        draft.replacements.append(replacement)
+    draft.replacements += also
+    _leave_head(draft)
     return PatchPlan(
         model=type(inner).__name__,
         family=family.name if family else None,
@@ -297,6 +297,14 @@ def _add_linears(draft: _Draft) -> None:
             draft.leave(path, module, found)
         else:
             draft.swap(path, linear.forward, None, "base and adapter together", "fewer passes over memory")
+
+
+def _leave_head(draft: _Draft) -> None:
+    """Say of the output head, too, that it stays, unless something is in its place."""
+    head = draft.model.get_output_embeddings()
+    path = next((path for path, module in draft.model.named_modules() if module is head), None)
+    if path is not None and path not in {replacement.path for replacement in draft.replacements}:
+        draft.leave(path, head, "the loss decides how its logits are computed")
 
 
 def _and(names: Sequence[str]) -> str:
