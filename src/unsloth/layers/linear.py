@@ -21,7 +21,7 @@ from unsloth.layers.fast import Fast, is_untouched
 from unsloth.quant import nf4
 
 FEW_TOKENS = 64
-"""Without gradients, a quantized weight pays for its dequantization from this many tokens on."""
+"""Without gradients, taking several products together pays from about this many tokens on."""
 
 _LORA = {("peft.tuners.lora.layer", "Linear"), ("peft.tuners.lora.bnb", "Linear4bit")}
 
@@ -127,8 +127,7 @@ def _fitting(linears: Sequence[Frozen | str], x: torch.Tensor) -> list[Frozen] |
         if linear.quantized and linear.base.compute_dtype not in (None, dtype):
             return "a 4-bit layer that computes in another dtype"
         found.append(linear)
-    few = not torch.is_grad_enabled() and x.numel() < FEW_TOKENS * x.shape[-1]
-    if few and any(linear.quantized for linear in found):
+    if not torch.is_grad_enabled() and x.numel() < FEW_TOKENS * x.shape[-1]:
         return "few tokens"
     return found
 

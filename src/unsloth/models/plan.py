@@ -53,7 +53,9 @@ def plan(
     family = family or families.find(inner)
     draft = _Draft(inner)
     if family is None:
-        draft.leave("", inner, f"no spec for {inner.config.model_type}: blocks run as transformers wrote them")
+        draft.leave(
+            "", inner, f"no spec for {inner.config.model_type} in this form: blocks run as transformers wrote them"
+        )
     else:
         _Family(draft, family).add()
         if attention or (attention is None and inner.device.type == "cuda"):

@@ -47,7 +47,11 @@ SPECS: tuple[ModelSpec, ...] = (
 
 
 def find(model: PreTrainedModel) -> ModelSpec | None:
-    """The spec of a transformers model's family; None where there is none, or the code is not transformers' own."""
-    if not type(model).__module__.startswith("transformers."):
+    """The spec of a transformers model's family.
+
+    None where there is none, where the code is not transformers' own, and for a bare decoder without a head, in which
+    the paths of specs do not lead anywhere.
+    """
+    if not type(model).__module__.startswith("transformers.") or model.base_model is model:
         return None
     return next((spec for spec in SPECS if model.config.model_type in spec.model_types), None)
