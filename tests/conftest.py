@@ -34,6 +34,16 @@ FAMILIES = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", action="store_true", help="run the long forms of the reliability tests")
+
+
+@pytest.fixture(scope="session")
+def soak(request: pytest.FixtureRequest) -> bool:
+    """Whether the long forms of tests were asked for (``make soak``)."""
+    return request.config.getoption("--soak")
+
+
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, and ChatML's special tokens: 260 in all."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

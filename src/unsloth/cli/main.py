@@ -175,6 +175,18 @@ def demo(
     run(DemoOptions(output=output, steps=steps, seed=seed))
 
 
+@app.command()
+def checkpoints(
+    folder: Annotated[str, typer.Argument(help="The output folder of a run.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read every file and compare it with its manifest.")] = False,
+    prune: Annotated[int | None, typer.Option(help="Delete all but this many whole ones, and the best.")] = None,
+) -> None:
+    """List the checkpoints of a run."""
+    from unsloth.cli.checkpoints import CheckpointsOptions, run
+
+    run(CheckpointsOptions(folder=folder, verify=verify, prune=prune))
+
+
 def main() -> None:
     """Entry point of the `unsloth` command: runs it, and turns errors into one clear sentence.
 

@@ -51,6 +51,12 @@ def offline() -> bool:
     return flag("HF_HUB_OFFLINE") or flag("TRANSFORMERS_OFFLINE")
 
 
+def loader_environment() -> dict[str, str]:
+    """The one variable that some installations of Python need to start at all: where their shared libraries are."""
+    value = os.environ.get("LD_LIBRARY_PATH")
+    return {"LD_LIBRARY_PATH": value} if value else {}
+
+
 def prefer_stable_downloads() -> None:
     """With ``UNSLOTH_STABLE_DOWNLOADS=1``, tell huggingface_hub to download without parallel transfers.
 

@@ -12,8 +12,10 @@ from trl.trainer.sft_config import SFTConfig as TRLConfig
 from unsloth.core.errors import ConfigError
 from unsloth.models.record import LoadRecord
 from unsloth.train.spellings import accepts_earlier_names
+from unsloth.train.survival import SurvivalArguments
 
 _FOLLOWING_THE_MODEL = ("bf16", "gradient_checkpointing", "activation_checkpointing", "max_length")
+_OTHER_DEFAULT = ("logging_nan_inf_filter",)
 
 
 @accepts_earlier_names
@@ -24,11 +26,12 @@ class TrainingArguments(PlainArguments):
 
 @accepts_earlier_names
 @dataclass
-class SFTConfig(TRLConfig):
+class SFTConfig(SurvivalArguments, TRLConfig):
     """TRL's ``SFTConfig``, with defaults that follow the model.
 
     Everything of ``trl.SFTConfig`` and ``transformers.TrainingArguments`` is accepted, under today's names or those
-    of earlier releases (:mod:`unsloth.train.spellings`). What differs:
+    of earlier releases (:mod:`unsloth.train.spellings`), and the fields of
+    :class:`unsloth.train.survival.SurvivalArguments`. What differs:
 
     Attributes:
         max_length: Longest row in tokens; longer rows are cut, and counted in the log. None means the
@@ -115,6 +118,7 @@ def from_training_arguments(args: PlainArguments | None) -> SFTConfig:
     for name, own in args.__dataclass_fields__.items():
         value = getattr(args, name)
         untouched = name in _FOLLOWING_THE_MODEL and (value == own.default or value is False)
+        untouched |= name in _OTHER_DEFAULT and value == own.default
         if own.init and name in ours and not untouched:
             values[name] = value
     return SFTConfig(**values, logging_dir=getattr(args, "logging_dir", None))

@@ -19,19 +19,22 @@ from unsloth.core.errors import ConfigError, TrainingError
 from unsloth.core.log import get_logger
 from unsloth.data import masking
 from unsloth.data.collate import Collator
-from unsloth.data.prepare import PrepareOptions, Rows, prepare
+from unsloth.data.encode import PrepareOptions, TrainOn
+from unsloth.data.prepare import Rows, prepare
 from unsloth.data.render import FormattingFunction
 from unsloth.models import modes, record
 from unsloth.train import config, masters, optim, spellings
 from unsloth.train.progress import TrainingProgress
+from unsloth.train.surviving import SurvivingTrainer
 
 logger = get_logger(__name__)
 
 
-class SFTTrainer(TRLTrainer):
+class SFTTrainer(SurvivingTrainer, TRLTrainer):
     """Trains a language model on texts or conversations.
 
-    A subclass of ``trl.SFTTrainer``: its loop, losses and callbacks, with our own way from rows to batches.
+    A subclass of ``trl.SFTTrainer``: its loop, losses and callbacks, with our own way from rows to batches, and with
+    checkpoints that a run can rely on (:class:`unsloth.train.surviving.SurvivingTrainer`).
     Adapters are trained in float32. The mathematics is that of plain transformers and PEFT.
 
     Args:
@@ -100,7 +103,7 @@ class SFTTrainer(TRLTrainer):
             max_length=args.max_length,
             text_field=args.dataset_text_field,
             formatting=formatting_func,
-            responses=masking.find_markers(tokenizer) if args.assistant_only_loss else None,
+            train_on="responses" if args.assistant_only_loss else "all",
             packing=args.packing,
             padding_free=args.padding_free,
             num_proc=args.dataset_num_proc,
@@ -195,9 +198,15 @@ class SFTTrainer(TRLTrainer):
             eval_dataset = self._prepared_eval(eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[arg-type]
 
-    def train_on_responses(self, markers: masking.ResponseMarkers) -> None:
-        """Prepare the data sets again, with every token outside the assistant's turns masked."""
-        self._prepare_options = replace(self._prepare_options, responses=markers)
+    def train_on_responses(self, markers: masking.ResponseMarkers | None = None, last_only: bool = False) -> None:
+        """Prepare the data sets again, with every token outside the assistant's turns masked.
+
+        Args:
+            markers: The texts that start turns; None reads whose text is whose off the chat template.
+            last_only: Train only the last of the assistant's turns in each row.
+        """
+        train_on: TrainOn = "last_response" if last_only else "responses"
+        self._prepare_options = replace(self._prepare_options, responses=markers, train_on=train_on)
         self.train_dataset = self._prepared(self._given["train"], "train")
         self.eval_dataset = self._prepared_eval(self._given["eval"])
 
