@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unsloth.core.errors import ConfigError
 from unsloth.export.save import attach_methods
 from unsloth.memory.checkpointing import Policy
-from unsloth.models import adapters, load, modes, placement
+from unsloth.models import adapters, load, modes, placement, plan
 from unsloth.models.options import DEFAULT_LENGTH
 
 # Documented arguments that only matter once something else is switched on; that something is refused below.
@@ -58,6 +58,7 @@ class FastLanguageModel:
         auto_model: type | None = None,
         gguf_file: str | None = None,
         attn_implementation: str | None = None,
+        fast_layers: bool = True,
         **kwargs: Any,
     ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
         """Load a model and its tokenizer.
@@ -89,6 +90,7 @@ class FastLanguageModel:
             auto_model: Class of transformers to load with; None means ``AutoModelForCausalLM``.
             gguf_file: A GGUF file in the folder or repository, used instead of safetensors weights.
             attn_implementation: As in transformers.
+            fast_layers: Swap layers for faster ones of the same mathematics, see ``print(model.unsloth_plan)``.
             **kwargs: Passed on to transformers' ``from_pretrained``.
 
         Returns:
@@ -121,6 +123,8 @@ class FastLanguageModel:
         )
         model, tokenizer = load.load(options)
         attach_methods(model)
+        if fast_layers:
+            plan.install(model)
         return model, tokenizer
 
     @staticmethod
@@ -143,11 +147,13 @@ class FastLanguageModel:
         loftq_config: dict[str, Any] | None = None,
         task_type: str = "CAUSAL_LM",
         qat_scheme: str | None = None,
+        fast_layers: bool | None = None,
     ) -> PeftModel | PreTrainedModel:
         """Add a trainable LoRA adapter; a model loaded for full fine-tuning is returned as it is.
 
-        ``max_seq_length`` is accepted for compatibility; the value given to ``from_pretrained`` holds. All other
-        arguments are described at :class:`unsloth.models.adapters.AdapterOptions`.
+        ``max_seq_length`` is accepted for compatibility; the value given to ``from_pretrained`` holds. ``fast_layers``
+        is as in ``from_pretrained``; None leaves it as it was there. All other arguments are described at
+        :class:`unsloth.models.adapters.AdapterOptions`.
 
         Raises:
             ConfigError: A hyperparameter out of range.
@@ -171,8 +177,13 @@ class FastLanguageModel:
             use_gradient_checkpointing=use_gradient_checkpointing,
             random_state=random_state,
         )
+        if fast_layers is None:
+            fast_layers = plan.installed(model) is not None
         adapted = adapters.add(model, options)
         attach_methods(adapted)
+        plan.remove(adapted)
+        if fast_layers:
+            plan.install(adapted)
         return adapted
 
     for_inference = staticmethod(modes.for_inference)
