@@ -19,8 +19,8 @@ SWITCHES = {"4bit": "load_in_4bit", "8bit": "load_in_8bit", "16bit": "load_in_16
 def measured(folder, precision, policy, dtype, length, **training):
     """Bytes of the model, and of what came on top of it in two training steps."""
     model, tokenizer = FastLanguageModel.from_pretrained(
-        str(folder), max_seq_length=256, dtype=dtype, **{SWITCHES[precision]: True}
-    )
+        str(folder), max_seq_length=256, dtype=dtype, fast_layers=False, **{SWITCHES[precision]: True}
+    )  # the estimate is of the layers as transformers and PEFT have them
     model = FastLanguageModel.get_peft_model(model, r=8, use_gradient_checkpointing=policy)
     batch = training["per_device_train_batch_size"]
     # One row of a batch has the full length, the others are padded to it.

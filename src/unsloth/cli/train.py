@@ -159,8 +159,6 @@ def prepare_run(config: RunConfig, *, trust_remote_code: bool = False) -> Run:
         _tokenizer_location(found, loading),
         max_seq_length=training.max_length,
         fix=loading.fix_tokenizer,
-        revision=loading.revision if found.adapter_base is None else None,
-        token=loading.token,
         trust_remote_code=trust_remote_code,
     )
     prepared = _prepared(rows, loaded_tokenizer, training, config.data)

@@ -49,6 +49,10 @@ class AdapterError(UnslothError):
     """An adapter does not fit the model, or cannot be built as asked."""
 
 
+class PlanError(UnslothError):
+    """A model does not have the structure that its family promises, or its layers cannot be swapped as asked."""
+
+
 class TokenizerError(UnslothError):
     """A tokenizer lacks something that the task needs, such as a chat template."""
 

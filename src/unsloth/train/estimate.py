@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
-from unsloth.models import adapters, load, modes, record, source
+from unsloth.models import adapters, load, modes, record
 from unsloth.train import skeleton
 from unsloth.train.allocations import Allocations
 from unsloth.train.config import SFTConfig
@@ -96,16 +96,7 @@ def read_config(options: load.LoadOptions) -> PretrainedConfig:
     Raises:
         UnslothError: As in :func:`unsloth.models.load.load`.
     """
-    found = source.resolve(options.model_name, revision=options.revision, token=options.token)
-    revision = options.revision
-    if found.adapter_base is not None:
-        found, revision = source.resolve(found.adapter_base, token=options.token), None
-    try:
-        return AutoConfig.from_pretrained(
-            found.location, revision=revision, token=options.token, trust_remote_code=options.trust_remote_code
-        )
-    except OSError as error:
-        raise source.explain_hub_error(found.name, error) from error
+    return load.read_config(options)
 
 
 def estimate(
