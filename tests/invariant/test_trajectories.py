@@ -124,6 +124,11 @@ SAME = {
     "fused head, responses only": (RESPONSES, {**RESPONSES, **FUSED}),
     "fused head of TRL": ({}, {**FUSED, "model.fused_head": False}),
     "fused head, full training": (FULL, {**FULL, **FUSED}),
+    "transformers' own layers": ({}, {"model.fast_layers": False}),
+    "transformers' own layers and head, packed": (
+        {**WHOLE, "model.fast_layers": False, "model.fused_head": False},
+        {**WHOLE, **FUSED, "training.packing": True},
+    ),
     "multiple of eight": ({}, {"training.pad_to_multiple_of": 8}),
     "4 bits, padding-free, fused": (QLORA, {**QLORA, **FUSED, "training.padding_free": True}),
 }

@@ -445,7 +445,11 @@ def test_loading_and_adapting_apply_a_plan_unless_told_otherwise(request):
 
     def load(**more):
         return FastLanguageModel.from_pretrained(
-            str(request.getfixturevalue("tiny")("qwen2")), max_seq_length=64, dtype=torch.float32, **more
+            str(request.getfixturevalue("tiny")("qwen2")),
+            max_seq_length=64,
+            dtype=torch.float32,
+            fused_head=False,
+            **more,
         )[0]
 
     def adapt(model, **more):

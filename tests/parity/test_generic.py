@@ -1,4 +1,4 @@
-"""Every causal language model class of transformers that can be built tiny: with our head, equal to plain PEFT.
+"""Every causal language model class of transformers that can be built tiny: with our head and layers, plain PEFT's.
 
 The long form goes through all of them and compares the result with docs/families-coverage.md, which
 ``python -m pytest tests/parity/test_generic.py -m soak --write-coverage`` writes.
@@ -18,6 +18,7 @@ import transformers
 
 from unsloth.layers import fused_head
 from unsloth.layers.lazy_logits import LazyLogits
+from unsloth.models import plan
 
 PAGE = Path(__file__).parents[2] / "docs" / "families-coverage.md"
 IMPORTANT = [
@@ -37,6 +38,7 @@ class Outcome:
         name: The class.
         built: Whether a tiny model could be built and adapted; if not, ``note`` says why.
         fused: Whether head and loss ran in one.
+        layers: How many parts the plan swapped.
         equal: Whether loss and adapter gradients equal those of plain transformers and PEFT.
         note: Why the model was left alone, or what differs.
     """
@@ -44,6 +46,7 @@ class Outcome:
     name: str
     built: bool
     fused: bool = False
+    layers: int = 0
     equal: bool = False
     note: str = ""
 
@@ -59,6 +62,7 @@ def examine(model_type: str) -> Outcome:
         except (ValueError, RuntimeError, TypeError, AttributeError) as error:
             return Outcome(built.name, False, note=f"plain PEFT fails: {str(error).splitlines()[0][:120]}")
         found = fused_head.install(built.model)
+        swapped = len(plan.install(adapted).replacements)
         ours = loss_and_gradients(adapted)
         if found.applies and ours.pending is False:
             note = "its forward uses the logits itself"
@@ -69,7 +73,7 @@ def examine(model_type: str) -> Outcome:
             adapted.double()
             difference = compare(loss_and_gradients(adapted), loss_without(built.model, adapted))
             note = note or ("equal in float64 only" if not difference else difference)
-    return Outcome(built.name, True, ours.pending, not difference, note)
+    return Outcome(built.name, True, ours.pending, swapped, not difference, note)
 
 
 @dataclass(frozen=True)
@@ -85,15 +89,17 @@ def adapt(model):
     head = model.get_output_embeddings()
     linear = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
     targets = [name for name, module in model.named_modules() if type(module) in linear and module is not head]
-    try:
-        adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, lora_alpha=4))
-    except ValueError:  # PEFT refuses the output projection of Mamba layers, which go round its forward
-        targets = [name for name in targets if not name.endswith("out_proj")]
-        adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, lora_alpha=4))
+    # PEFT refuses the output projection of Mamba layers, which go round its forward.
+    targets = [name for name in targets if not (name.endswith("out_proj") and beside_a_convolution(model, name))]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, lora_alpha=4))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     return adapted.eval()
+
+
+def beside_a_convolution(model, name):
+    return hasattr(model.get_submodule(name.rpartition(".")[0]), "conv1d")
 
 
 def loss_and_gradients(adapted) -> Result:
@@ -107,6 +113,7 @@ def loss_and_gradients(adapted) -> Result:
 
 def loss_without(model, adapted) -> Result:
     fused_head.remove(model)
+    plan.remove(adapted)
     return loss_and_gradients(adapted)
 
 
@@ -142,6 +149,7 @@ def test_loss_and_gradients_equal_those_of_plain_peft(model_type):
     assert outcome.equal, outcome
     if model_type in IMPORTANT:
         assert outcome.fused == (model_type != "bart"), outcome
+        assert outcome.layers > 0 or model_type == "gpt2", outcome  # its linear layers are Conv1D
 
 
 def test_a_wrong_loss_would_be_noticed(monkeypatch):
@@ -164,20 +172,23 @@ def test_every_class_is_as_the_coverage_page_says(request):
 def render(outcomes: list[Outcome]) -> str:
     built = [o for o in outcomes if o.built]
     lines = [
-        "# Model classes and the fused head",
+        "# Model classes: what is swapped, and whether it is equal",
         "",
         "Every causal language model class of transformers, built tiny with random weights and a LoRA adapter on its "
-        "linear layers. With the fused head (`unsloth.layers.fused_head`) its loss must equal that of plain "
-        "transformers and PEFT within 1e-6, and every adapter gradient within 1e-5 (relative, float32). A class whose "
-        "head or loss is of another kind keeps its own; it trains all the same.",
+        "linear layers. With the [fused head](losses.md) and the [plan](plan.md) its loss must equal that of plain "
+        "transformers and PEFT within 1e-6, and every adapter gradient within 1e-5 (relative, float32; where rounding "
+        "is amplified beyond that, in float64). A class whose head or loss is of another kind keeps its own; it trains "
+        "all the same. The third column counts the parts that the plan swapped in a model of two to eight layers.",
         "",
         f"Generated with transformers {transformers.__version__}, PEFT {peft.__version__}: {len(outcomes)} classes, "
-        f"{len(built)} of them built, {sum(o.fused for o in built)} fused, {sum(o.equal for o in built)} equal.",
+        f"{len(built)} of them built, {sum(o.fused for o in built)} with the fused head, "
+        f"{sum(o.layers > 0 for o in built)} with swapped layers, {sum(o.equal for o in built)} equal.",
         "",
-        "| class | fused head | equal | note |",
-        "|---|---|---|---|",
+        "| class | fused head | parts swapped | equal | note |",
+        "|---|---|---|---|---|",
     ]
     for o in sorted(outcomes, key=lambda o: o.name):
-        fused, equal = ("yes" if o.fused else "no", "yes" if o.equal else "no") if o.built else ("", "")
-        lines.append(f"| {o.name} | {fused} | {equal} | {'' if o.built else 'not built: '}{o.note.replace('|', '/')} |")
+        results = ("yes" if o.fused else "no", o.layers, "yes" if o.equal else "no") if o.built else ("", "", "")
+        note = o.note.replace("|", "/") if o.built else f"not built: {o.note.replace('|', '/')}"
+        lines.append("| " + " | ".join(map(str, (o.name, *results, note))) + " |")
     return "\n".join(lines) + "\n"
