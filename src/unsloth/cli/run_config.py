@@ -187,7 +187,7 @@ def parse_memory(text: str) -> int:
 def sections() -> dict[str, dict[str, schema.Key]]:
     """The keys of each section, by name."""
     switch = schema.Key(frozenset({"bool", "none"}))
-    model = schema.keys_of(schema.ClassSource("unsloth", "models/load.py", "LoadOptions"))
+    model = schema.keys_of(schema.ClassSource("unsloth", "models/options.py", "LoadOptions"))
     # The precision has its documented switches; code from a repository is allowed on the command line only.
     model = {name: key for name, key in model.items() if name not in ("precision", "trust_remote_code")}
     model["dtype"] = schema.Key(frozenset({"str", "none"}))

@@ -147,6 +147,7 @@ def prepare_run(config: RunConfig, *, trust_remote_code: bool = False) -> Run:
             f"{config.origin} has no section 'data'", do="Add data: and, indented below, path: with your file."
         )
     loading = options.load_options(config, trust_remote_code)
+    adapter = options.adapter_options(config, loading)
     training = options.training_options(config)
     found = source.resolve(loading.model_name, revision=loading.revision, token=loading.token)
     rows = read_rows(config.data, config.data.path, config.data.split)
@@ -163,7 +164,6 @@ def prepare_run(config: RunConfig, *, trust_remote_code: bool = False) -> Run:
     )
     prepared = _prepared(rows, loaded_tokenizer, training, config.data)
     evaluation = None if held_out is None else _prepared(held_out, loaded_tokenizer, training, config.data)
-    adapter = options.adapter_options(config, loading)
     built = skeleton.build(model_config, loading, adapter)
     memory = estimate.estimate(
         loading,
