@@ -18,7 +18,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES.keys())
-def test_unusual_names(runs, tiny, tmp_path, assert_equal, whole_run, name):
+def test_unusual_names(runs, tiny, tmp_path, name):
     output = tmp_path / name
     trainer = runs.build(str(tiny()), str(output), max_steps=4, save_total_limit=1)
     trainer.train()
