@@ -5,6 +5,7 @@ import signal
 import time
 
 import pytest
+from datasets import Dataset
 from transformers import TrainerCallback
 
 from unsloth.core.errors import DataError, TrainingError
@@ -74,7 +75,7 @@ def test_a_tokenizing_worker_that_is_killed(runs, tiny, tmp_path):
         SFTTrainer(
             model=trainer.model,
             tokenizer=trainer.processing_class,
-            train_dataset=[{"number": i} for i in range(800)],
+            train_dataset=Dataset.from_list([{"number": i} for i in range(800)]),
             formatting_func=formatting,
             args=SFTConfig(output_dir=str(tmp_path), dataset_num_proc=2, use_cpu=True),
         )

@@ -57,6 +57,7 @@ def adapter_options(config: RunConfig, options: load.LoadOptions) -> adapters.Ad
     if config.is_full_finetuning:
         return None
     values = adapter_arguments(config)
+    adapters.AdapterOptions(**values)  # what is wrong with the section is said before the hub is asked for the model
     found = source.resolve(options.model_name, revision=options.revision, token=options.token)
     if found.adapter_base is not None and found.is_local:
         values = {**_saved_adapter(Path(found.location)), **values}

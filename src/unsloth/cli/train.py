@@ -147,8 +147,8 @@ def prepare_run(config: RunConfig, *, trust_remote_code: bool = False) -> Run:
             f"{config.origin} has no section 'data'", do="Add data: and, indented below, path: with your file."
         )
     loading = options.load_options(config, trust_remote_code)
-    adapter = options.adapter_options(config, loading)
     training = options.training_options(config)
+    adapter = options.adapter_options(config, loading)
     found = source.resolve(loading.model_name, revision=loading.revision, token=loading.token)
     rows = read_rows(config.data, config.data.path, config.data.split)
     rows, held_out = _hold_out(config.data, rows)

@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import PretrainedConfig
 
 from unsloth.models import adapters, load, modes, record
-from unsloth.train import skeleton
+from unsloth.train import memory_error, skeleton
 from unsloth.train.allocations import Allocations
 from unsloth.train.config import SFTConfig
 
@@ -243,7 +243,7 @@ def _measure(built: skeleton.Skeleton, step: _Step, optimizer: _Optimizer) -> Me
             parameter.grad = None
     peak = allocations.peak()
     gradients = sum(parameter.nbytes for parameter in trained)
-    updating = gradients + optimizer.working_bytes(trained)
+    updating = gradients + optimizer.working_bytes(trained) + memory_error.snapshot_bytes(trained)
     if updating > sum(peak.values()):
         peak = Counter({_GRADIENTS: gradients, _ACTIVATIONS: updating - gradients})
     return MemoryEstimate(

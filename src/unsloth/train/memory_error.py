@@ -22,6 +22,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(_MESSAGES.search(str(error)))
 
 
+def snapshot_bytes(parameters: Sequence[torch.Tensor]) -> int:
+    """Bytes of the copy that :class:`Snapshot` keeps of ``parameters`` while a step runs; 0 if it keeps none."""
+    size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    return size if size <= _SNAPSHOT_LIMIT else 0
+
+
 class Snapshot:
     """The trainable weights as they were before an optimizer step, to go back to if the step fails half way.
 
@@ -36,9 +42,9 @@ class Snapshot:
         self._parameters = parameters
         self._versions = [parameter._version for parameter in parameters]
         self._copies: list[torch.Tensor] | None = None
-        size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        size = snapshot_bytes(parameters)
         free = device.free_memory(parameters[0].device) if parameters else None
-        if size <= _SNAPSHOT_LIMIT and (free is None or size < free):
+        if size and (free is None or size < free):
             self._copies = [parameter.detach().clone() for parameter in parameters]
 
     @torch.no_grad()
