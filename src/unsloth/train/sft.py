@@ -173,7 +173,7 @@ class SFTTrainer(SurvivingTrainer, TRLTrainer):
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:
         """As in transformers, except that ``adamw_8bit`` on a GPU is ours; ``adamw_bnb_8bit`` stays bitsandbytes'."""
         found, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        return optim.faster(args.optim, found), options
+        return optim.faster(args.optim, found, options, torch.cuda.is_available() and not args.use_cpu)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, except that ``fp16_full_eval`` and ``bf16_full_eval`` never convert the weights.
