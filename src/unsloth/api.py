@@ -187,10 +187,7 @@ class FastLanguageModel:
             random_state=random_state,
         )
         if fast_layers is None:
-            # With recomputation every layer runs three times a step, and what the plan's own Python costs three times
-            # was more than its kernels save (docs/performance-log.md, "The plan on a GPU").
-            slower = model.device.type == "cuda" and bool(use_gradient_checkpointing)
-            fast_layers = plan.installed(model) is not None and not slower
+            fast_layers = plan.installed(model) is not None
         inner = record.transformers_model(model)
         fused = head_layer.find(inner) is not None
         head_layer.remove(inner)  # PEFT copies a head that is to be trained
