@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import yaml
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from transformers import AutoModelForCausalLM
@@ -63,6 +63,7 @@ def test_a_dry_run_shows_the_run_and_writes_nothing(run_file, tmp_path, monkeypa
     shown = capsys.readouterr().out
     assert sorted(os.listdir(tmp_path)) == before
     assert "2 of 2 x 1 rows" in shown and "activations" in shown
+    assert "Plan for LlamaForCausalLM (family llama" in shown and "gate_proj, up_proj, down_proj together" in shown
     # The answer and the end of its turn are trained, the question is not.
     assert "<|im_start|>user↵\nSay·well:·0<|im_end|>↵\n<|im_start|>assistant↵\n[[well·0<|im_end|>↵\n]]" in shown
 
@@ -113,16 +114,17 @@ def write_rows(folder, rows):
     data.to_parquet(folder / "a.parquet")
     data.to_json(folder / "a.json", lines=False)
     data.save_to_disk(folder / "saved")
+    DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(folder / "splits")
     (folder / "a.data").write_text((folder / "a.csv").read_text())
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.parquet", "a.json", "saved", "a.data"])
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.parquet", "a.json", "saved", "splits", "a.data"])
 def test_rows_of_every_kind_of_file(tmp_path, name):
     rows = [{"text": f"one {i}"} for i in range(5)]
     write_rows(tmp_path, rows)
     kind = "csv" if name == "a.data" else None
     data = run_config.DataOptions(path=str(tmp_path / name), rows=3, format=kind)
-    assert train.read_rows(data, data.path, "train").to_list() == rows[:3]
+    assert [dict(row) for row in train.read_rows(data, data.path, "train")] == rows[:3]
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -136,12 +138,12 @@ def test_files_that_cannot_be_read(tmp_path):
 
     with pytest.raises(ConfigError, match="Did you mean .*a.csv"):
         read("b.csv")
-    with pytest.raises(ConfigError, match="Add format"):
+    with pytest.raises(DataError, match=r"files of this kind cannot be read.*\.csv"):
         read("a.data")
-    with pytest.raises(DataError, match="no rows"):
+    with pytest.raises(DataError, match="the file is empty"):
         read("empty.jsonl")
-    with pytest.raises(DataError, match="broken.jsonl cannot be read"):
-        read("broken.jsonl")
+    with pytest.raises(DataError, match="broken.jsonl, line 2"):
+        list(read("broken.jsonl"))
 
 
 @pytest.mark.parametrize(("section", "kept"), [("model", True), ("adapter", True), (None, False)])

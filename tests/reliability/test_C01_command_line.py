@@ -26,7 +26,11 @@ FILES = {
     "a word for a switch": (f"{MODEL}  load_in_4bit: maybe\n", "line 3", "must be true or false: got 'maybe'"),
     "a list for a number": (f"{TRAINING}max_steps: [1]\n", "line 4", "must be a whole number: got [1]"),
     "a number for text": (f"{TRAINING}run_name: 7\n", "line 4", "Put it in quotes"),
-    "an unknown file format": (f"{MODEL}data:\n  path: x\n  format: xml\n", "line 5", "json, csv, tsv, parquet"),
+    "an unknown file format": (
+        f"{MODEL}data:\n  path: x\n  format: xml\n",
+        "line 5",
+        "json, jsonl, csv, tsv, xlsx, parquet",
+    ),
     "a tab": (f"{MODEL}training:\n\tmax_steps: 1\n", "line 4", "Indent with spaces"),
     "an open bracket": (f"{TRAINING}max_steps: [1\n", "is not YAML", "brackets are closed"),
     "no space after the colon": (f"{TRAINING}max_steps:1\n", "line 3", "Put a space after each colon"),

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from unsloth import FastLanguageModel, SFTConfig, SFTTrainer
 from unsloth.models.adapters import AdapterOptions
 from unsloth.models.load import LoadOptions
-from unsloth.train import fit
+from unsloth.train import fit, skeleton
 from unsloth.train.estimate import estimate, read_config
 
 SWITCHES = {"4bit": "load_in_4bit", "8bit": "load_in_8bit", "16bit": "load_in_16bit", "full": "full_finetuning"}
@@ -77,6 +77,19 @@ def test_the_estimate_is_what_is_allocated(tiny, tmp_path, precision, policy, dt
     assert found.static == pytest.approx(static, rel=0.03)
     assert found.total - found.static == pytest.approx(working, rel=0.1)
     assert sum(found.parts().values()) == found.total
+
+
+@pytest.mark.parametrize("precision", ["4bit", "16bit", "full"])
+def test_the_plan_of_a_skeleton_is_that_of_the_loaded_model(tiny, precision):
+    options = LoadOptions(str(tiny()), 128, torch.float32, precision=precision)
+    adapter = None if precision == "full" else AdapterOptions(r=4)
+    found = skeleton.build(read_config(options), options, adapter).plan
+    model, _ = FastLanguageModel.from_pretrained(
+        str(tiny()), max_seq_length=128, dtype=torch.float32, **{SWITCHES[precision]: True}
+    )
+    model = FastLanguageModel.get_peft_model(model, r=4)
+    # the first line says whether it is applied
+    assert str(found).splitlines()[1:] == str(model.unsloth_plan).splitlines()[1:]
 
 
 @pytest.fixture

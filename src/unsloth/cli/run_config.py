@@ -27,7 +27,8 @@ class DataOptions:
     """The rows to train on.
 
     Attributes:
-        path: A file (JSON, JSONL, CSV, TSV, Parquet), a folder saved by ``datasets``, or a hub id.
+        path: A file (JSON, JSONL, CSV, TSV, Excel, Parquet, text), a folder of files or saved by ``datasets``, or
+            a hub id.
         format: The file's format, where its name does not tell.
         split: Split of a folder or hub id.
         text_field: Column that holds text; the same as ``training.dataset_text_field``.
@@ -41,7 +42,7 @@ class DataOptions:
     """
 
     path: str
-    format: Literal["json", "csv", "tsv", "parquet"] | None = None
+    format: Literal["json", "jsonl", "csv", "tsv", "xlsx", "parquet", "txt"] | None = None
     split: str = "train"
     text_field: str | None = None
     rows: int | None = None

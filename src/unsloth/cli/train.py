@@ -25,8 +25,8 @@ from unsloth.api import FastLanguageModel
 from unsloth.cli import options, screen
 from unsloth.cli.run_config import DataOptions, RunConfig
 from unsloth.core import device
-from unsloth.core.errors import ConfigError, DataError, StorageError, UnslothError
-from unsloth.data import masking, packing, prepare
+from unsloth.core.errors import ConfigError, StorageError
+from unsloth.data import masking, packing, prepare, sources
 from unsloth.models import adapters, load, source, tokenizer
 from unsloth.train import estimate, skeleton
 from unsloth.train.config import SFTConfig
@@ -34,7 +34,6 @@ from unsloth.train.history import plot_loss
 from unsloth.train.progress import TrainingProgress
 from unsloth.train.sft import SFTTrainer
 
-_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 _SHOWN_TOKENS = 400
 
 
@@ -173,41 +172,29 @@ def prepare_run(config: RunConfig, *, trust_remote_code: bool = False) -> Run:
         sequence_length=training.max_length if training.packing else prepared.longest,
         padded=False if prepared.shortest == prepared.longest else None,
     )
-    plan = getattr(built.model, "unsloth_plan", None)
-    return Run(loading, adapter, training, loaded_tokenizer, prepared, evaluation, memory, plan)
+    return Run(loading, adapter, training, loaded_tokenizer, prepared, evaluation, memory, built.plan)
 
 
-def read_rows(data: DataOptions, path: str, split: str) -> Dataset:
-    """The rows of a file, of a folder saved by ``datasets``, or of a hub id.
+def read_rows(data: DataOptions, path: str, split: str) -> sources.Rows:
+    """The rows of a file, a folder or a hub id; a file that is not there gets the nearest name.
 
     Raises:
-        ConfigError: There is no such file, or its format cannot be told.
-        DataError: It cannot be read.
+        ConfigError: There is no such file.
+        DataError: It cannot be read; names the line.
     """
     place = Path(path).expanduser()
-    looks_local = place.suffix.lower() in _FORMATS or path.startswith((".", "/", "~")) or path.count("/") > 1
+    looks_local = place.suffix.lower() in sources.SUFFIXES or path.startswith((".", "/", "~")) or path.count("/") > 1
     if not place.exists() and looks_local:
         near = difflib.get_close_matches(place.name, [p.name for p in place.parent.glob("*")], 1, 0.6)
         do = f"Did you mean {place.with_name(near[0])}?" if near else "Paths start at the folder you are in."
         raise ConfigError("no such data file", got=path, do=do)
-    try:
-        if place.is_file():
-            rows = _read_file(place, data.format)
-        elif place.is_dir():
-            loaded = datasets.load_from_disk(str(place))
-            rows = loaded if isinstance(loaded, Dataset) else loaded[split]
-        else:
-            rows = datasets.load_dataset(path, split=split)
-    except KeyError as error:
-        raise ConfigError("no such split", got=split, do=f"{path} has: {', '.join(loaded)}.") from error
-    except UnslothError:
-        raise
-    except StopIteration as error:
-        raise DataError("the data set has no rows", got=path, do="Check that the file is the right one.") from error
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise DataError(f"the data in {path} cannot be read: {reason}") from error
-    return rows if data.rows is None else rows.select(range(min(data.rows, len(rows))))
+    rows = sources.load_rows(path, split=split, kind=data.format)
+    return rows if data.rows is None else _part(rows, 0, data.rows)
+
+
+def _part(rows: sources.Rows, start: int, stop: int) -> sources.Rows:
+    stop = min(stop, len(rows))
+    return rows.select(range(start, stop)) if isinstance(rows, Dataset) else rows[start:stop]
 
 
 def first_row(console: Console, run: Run) -> Text:
@@ -246,19 +233,7 @@ def _console() -> Console:
     return console
 
 
-def _read_file(place: Path, given: str | None) -> Dataset:
-    kind = given or _FORMATS.get(place.suffix.lower())
-    if kind is None:
-        raise ConfigError(
-            "the format of the data cannot be told from the file's name",
-            got=place,
-            do="Add format: json, csv, tsv or parquet to the section 'data'.",
-        )
-    arguments = {"sep": "\t"} if kind == "tsv" else {}
-    return datasets.load_dataset("csv" if kind == "tsv" else kind, data_files=str(place), split="train", **arguments)
-
-
-def _hold_out(data: DataOptions, rows: Dataset) -> tuple[Dataset, Dataset | None]:
+def _hold_out(data: DataOptions, rows: sources.Rows) -> tuple[sources.Rows, sources.Rows | None]:
     """The training rows and the held-out ones."""
     if data.eval_path or data.eval_split:
         whole = replace(data, rows=None)
@@ -272,10 +247,10 @@ def _hold_out(data: DataOptions, rows: Dataset) -> tuple[Dataset, Dataset | None
             do=f"Use at most {max(len(rows) // 2, 1)}.",
         )
     cut = len(rows) - data.eval_rows
-    return rows.select(range(cut)), rows.select(range(cut, len(rows)))
+    return _part(rows, 0, cut), _part(rows, cut, len(rows))
 
 
-def _prepared(rows: Dataset, tokens: PreTrainedTokenizerBase, training: SFTConfig, data: DataOptions) -> Rows:
+def _prepared(rows: sources.Rows, tokens: PreTrainedTokenizerBase, training: SFTConfig, data: DataOptions) -> Rows:
     markers = None
     if data.instruction_part is not None and data.response_part is not None:
         markers = masking.ResponseMarkers(data.instruction_part, data.response_part)

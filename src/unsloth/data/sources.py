@@ -41,6 +41,7 @@ def load_rows(
     source: str | os.PathLike[str],
     *,
     split: str = "train",
+    kind: str | None = None,
     name: str | None = None,
     sheet: str | None = None,
     delimiter: str | None = None,
@@ -55,7 +56,8 @@ def load_rows(
 
     Args:
         source: A path, or a hub id.
-        split: Split of a hub data set.
+        split: Split of a hub data set, or of a folder that ``datasets`` saved with several.
+        kind: Format of a file whose name does not tell: a suffix without its dot, such as ``"csv"``.
         name: Configuration of a hub data set.
         sheet: Sheet of an Excel file.
         delimiter: Of a CSV file; found out if not given.
@@ -71,9 +73,9 @@ def load_rows(
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        return _folder(path, sheet, delimiter)
+        return _folder(path, split, sheet, delimiter)
     if path.is_file():
-        return _file(path, sheet, delimiter)
+        return _file(path, sheet, delimiter, kind)
     text = os.fspath(source)
     if path.suffix.lower() in (*SUFFIXES, ".gz", ".xls") or text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise DataError(
@@ -82,10 +84,11 @@ def load_rows(
     return _hub(text, split, name, revision, token, streaming)
 
 
-def _file(path: Path, sheet: str | None, delimiter: str | None) -> Rows:
+def _file(path: Path, sheet: str | None, delimiter: str | None, given: str | None = None) -> Rows:
     if path.stat().st_size == 0:
         raise DataError("the file is empty", got=path, do="Check how it was written.")
     kind = Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
+    kind = f".{given}" if given else kind
     readers: dict[str, Callable[[Path], Rows]] = {
         ".jsonl": json_rows.read_jsonl,
         ".ndjson": json_rows.read_jsonl,
@@ -113,9 +116,14 @@ def _text(path: Path) -> list[dict[str, str]]:
         ) from None
 
 
-def _folder(path: Path, sheet: str | None, delimiter: str | None) -> Rows:
+def _folder(path: Path, split: str, sheet: str | None, delimiter: str | None) -> Rows:
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
         return datasets.load_from_disk(str(path))
+    if (path / "dataset_dict.json").is_file():
+        splits = datasets.load_from_disk(str(path))
+        if split not in splits:
+            raise DataError("the folder has no such split", got=split, do=f"It has {', '.join(splits)}.")
+        return splits[split]
     files = [file for file in sorted(path.rglob("*")) if file.is_file() and _readable(file)]
     if not files:
         raise DataError("the folder has no file that can be read", got=path, do=f"Readable are {', '.join(SUFFIXES)}.")

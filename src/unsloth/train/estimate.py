@@ -311,5 +311,7 @@ def _bytes(tensors: Sequence[torch.Tensor]) -> int:
 
 
 def _count_parameters(model: torch.nn.Module) -> int:
-    packed = {id(m.weight): m.in_features * m.out_features for m in model.modules() if isinstance(m, skeleton.Packed)}
+    packed = {
+        id(m.weight): m.in_features * m.out_features for m in model.modules() if isinstance(m, skeleton.Linear4bit)
+    }
     return sum(packed.get(id(parameter), parameter.numel()) for parameter in model.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes
@@ -15,7 +16,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from unsloth.core import device
-from unsloth.models import adapters, load, record
+from unsloth.models import adapters, load, plan, record
+from unsloth.models.patch import PatchPlan
 
 _ATTENTION = "unsloth_shapes"
 _BLOCK, _NESTED_BLOCK = 64, 256  # of NF4 with double quantization, see quant/nf4.py
@@ -23,10 +25,17 @@ _BLOCK, _NESTED_BLOCK = 64, 256  # of NF4 with double quantization, see quant/nf
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A model as shapes, and the mode that its tensors belong to: operations on them must run under it."""
+    """A model as shapes.
+
+    Attributes:
+        model: The model.
+        shapes: The mode that its tensors belong to: operations on them must run under it.
+        plan: What would be swapped in the loaded model; the skeleton itself keeps its layers.
+    """
 
     model: PreTrainedModel | PeftModel
     shapes: FakeTensorMode
+    plan: PatchPlan
 
 
 def build(config: PretrainedConfig, options: load.LoadOptions, adapter: adapters.AdapterOptions | None) -> Skeleton:
@@ -68,10 +77,11 @@ def build(config: PretrainedConfig, options: load.LoadOptions, adapter: adapters
             ),
         )
         adapted = model if precision == "full" else adapters.add(model, adapter or adapters.AdapterOptions())
+    planned = plan.plan(adapted)  # while its weights are still of the classes that loaded ones have
     shapes = FakeTensorMode(allow_non_fake_inputs=True)
     with shapes:
         _give_shapes(adapted)
-    return Skeleton(adapted, shapes)
+    return Skeleton(adapted, shapes, planned)
 
 
 def precision_of(config: PretrainedConfig, options: load.LoadOptions) -> record.Precision:
@@ -124,14 +134,14 @@ def _quantize(model: PreTrainedModel, precision: record.Precision, dtype: torch.
         if type(module) is not torch.nn.Linear or any(path == key or path.endswith(f".{key}") for key in kept):
             continue
         parent, _, name = path.rpartition(".")
-        stand_in = Packed(module, dtype) if precision == "4bit" else _Linear8bit(module, dtype)
+        stand_in = Linear4bit(module, dtype) if precision == "4bit" else _Linear8bit(module, dtype)
         setattr(model.get_submodule(parent), name, stand_in)
     model.is_loaded_in_4bit = precision == "4bit"
     model.is_loaded_in_8bit = precision == "8bit"
     model.is_quantized = True
 
 
-class Packed(bitsandbytes.nn.Linear4bit):
+class Linear4bit(bitsandbytes.nn.Linear4bit):
     """As large as a layer of bitsandbytes, and keeps what that keeps for the backward pass: nothing of its input."""
 
     def __init__(self, linear: torch.nn.Linear, dtype: torch.dtype) -> None:
@@ -142,7 +152,7 @@ class Packed(bitsandbytes.nn.Linear4bit):
         blocks = -(-count // _BLOCK)
         self.weight = torch.nn.Parameter(torch.empty((-(-count // 2), 1), dtype=torch.uint8), requires_grad=False)
         self.weight.compress_statistics, self.weight.quant_type = True, "nf4"
-        self.weight.quant_state = None
+        self.weight.quant_state = SimpleNamespace(shape=(self.out_features, self.in_features))
         self.absmax = torch.nn.Buffer(torch.empty(blocks, dtype=torch.uint8))
         self.nested_absmax = torch.nn.Buffer(torch.empty(-(-blocks // _NESTED_BLOCK)))
         self.codes = torch.nn.Buffer(torch.empty(16 + 256 + 1))

@@ -101,6 +101,7 @@ def _serve(setup: dict[str, Any]) -> None:
     builtins.__import__ = _ImportGuard(builtins.__import__, frozenset(setup["available"]))  # type: ignore[assignment]
     number = _receive()
     with _Outcome() as outcome:
+        # Running the generated code is what this process exists for; it has been locked in before this line.
         exec(compile(setup["source"], "<generated>", "exec", dont_inherit=True), namespace)  # noqa: S102
         outcome.value = callable(namespace.get(setup["name"]))
     _send(outcome.message(number, printed))
