@@ -66,7 +66,7 @@ def test_values_of_another_type_are_refused(kinds, value, said):
 def test_a_literal_lists_its_values():
     key = run_config.sections()["data"]["format"]
     assert schema.convert(None, key, "here") is None
-    with pytest.raises(ConfigError, match="one of json, csv, tsv, parquet"):
+    with pytest.raises(ConfigError, match="one of json, jsonl, csv, tsv, xlsx, parquet, txt"):
         schema.convert("xml", key, "here")
 
 
