@@ -394,6 +394,19 @@ def test_generation_with_a_cache_gives_the_same_tokens(family):
     assert fast_calls(made) > 100
 
 
+def test_a_cache_under_a_later_name_is_left_to_the_original_forward():
+    """One that was overlooked would make every token see itself alone, without a word."""
+    model = adapted()
+    install(model)
+    inner = model.get_base_model()
+    layer = inner.model.layers[0].self_attn
+    hidden = torch.randn(1, 3, inner.config.hidden_size)
+    tables = inner.model.rotary_emb(hidden, torch.arange(3)[None])
+    with torch.no_grad():
+        layer(hidden_states=hidden, position_embeddings=tables, attention_mask=None, store=transformers.DynamicCache())
+    assert layer.unsloth_fast.declined == {"a cache under a name that is not known": 1}
+
+
 def test_a_compiled_model_gives_the_same():
     model = adapted()
     plain = tiny.run(model)

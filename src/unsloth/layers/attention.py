@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from unsloth.kernels.qk_norm_rope import qk_norm_rope
@@ -23,6 +24,8 @@ from unsloth.kernels.rope import rope
 from unsloth.layers.fast import Fast, is_untouched
 from unsloth.layers.linear import multiply, read_all
 from unsloth.layers.norm import NormOptions
+
+_CACHE_NAMES = ("cache", "past_key_values")
 
 
 @dataclass(frozen=True)
@@ -65,26 +68,29 @@ def forward(
     hidden_states: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
     attention_mask: torch.Tensor | None = None,
-    past_key_values: Any = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The forward of an attention module: (B, T, K) to (B, T, K) and, from some implementations, the scores."""
+    """The forward of an attention module: (B, T, K) to (B, T, K) and, from some implementations, the scores.
+
+    transformers passes the cache of keys and values as ``past_key_values``, from 5.24 on as ``cache``. Under a name
+    that is not known here it would be overlooked, and every token would see itself alone; so then, as for compiled
+    code, the original forward runs.
+    """
+    given = {"position_embeddings": position_embeddings, "attention_mask": attention_mask, **kwargs}
     if torch.compiler.is_compiling():
-        return type(self).forward(
-            self,
-            hidden_states,
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
+        return type(self).forward(self, hidden_states, **given)
     fast: Fast = self.unsloth_fast
+    name = next((name for name in _CACHE_NAMES if name in kwargs), None)
+    cache = None if name is None else kwargs.pop(name)
+    if any(isinstance(value, Cache) for value in kwargs.values()):
+        return fast.decline(self, "a cache under a name that is not known", hidden_states, **given)
     options: AttentionOptions = fast.options
     (q, k, v), left = _project(self, options, hidden_states)
     q, k = _position(self, options, q, k, position_embeddings)
     v = v.transpose(1, 2)
-    if past_key_values is not None:
-        k, v = past_key_values.update(k, v, self.layer_idx)
+    if cache is not None:
+        context = {"kwargs": kwargs} if name == "cache" else {}
+        k, v = cache.update(k, v, self.layer_idx, **context)
     more = {} if options.softcap is None else {"softcap": options.softcap}
     if options.window is not None:
         more["sliding_window"] = options.window

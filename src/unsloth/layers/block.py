@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from unsloth.layers.fast import Fast, is_untouched
@@ -62,7 +63,7 @@ def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -
     fast.took()
     if _must_checkpoint(self):
         # a block that is computed twice must not write to a cache; transformers says so to the user
-        kwargs |= {"past_key_values": None, "use_cache": False}
+        kwargs = {name: value for name, value in kwargs.items() if not isinstance(value, Cache)} | {"use_cache": False}
         return self._gradient_checkpointing_func(partial(_block, self, **kwargs), hidden_states)
     return _block(self, hidden_states, **kwargs)
 
