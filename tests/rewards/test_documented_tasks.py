@@ -146,7 +146,7 @@ def strategy(board):
 REPLIES = {
     "plays well": (CORNER, [1.0, 1.0, 20.0]),
     "always the same": ('def strategy(board):\n    return "W"', [1.0, 1.0, 2.0]),
-    "imports Python's": ('def strategy(board):\n    import random\n    return random.choice("WA")', [1.0, 1.0, 2.0]),
+    "imports Python's": ('def strategy(board):\n    import random\n    return random.choice("WW")', [1.0, 1.0, 2.0]),
     "imports NumPy": ('def strategy(board):\n    from numpy import matmul\n    return "W"', [-0.5, -20.0, 0.0]),
     "no Python": ("def strategy(board):\n    return W W", [-2.0, -20.0, 0.0]),
     "uses a global": ("def strategy(board):\n    return MOVES[0]", [-0.5, 1.0, 0.0]),
