@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import accumulate, chain, islice
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,15 @@ from transformers import PreTrainedTokenizerBase
 from unsloth.core.errors import ConfigError, DataError
 from unsloth.core.log import get_logger
 from unsloth.data import encode, formats, masking, packing, render, sources
-from unsloth.data.encode import Encoder, PrepareOptions
+from unsloth.data.encode import Encoder, PrepareOptions, Work
 from unsloth.data.json_rows import LazyRows, as_row
 from unsloth.data.sources import Rows
 from unsloth.data.turns import end_token
 
 __all__ = ["PrepareOptions", "PrepareReport", "Rows", "prepare"]
 
-_BATCH = 256  # rows tokenized at a time
+_BATCH = 512  # rows tokenized at a time
+_AHEAD = 1  # batches being tokenized while the next is rendered
 _STREAMED_BATCH = 16  # of a stream, where an error loses the batch that is being read
 _LOOK_AT = 8  # rows looked at before the work begins
 
@@ -214,17 +216,45 @@ def _mapped(rows: Dataset, encoder: Encoder) -> Dataset:
 
 
 def _collected(rows: Sequence[Mapping[str, Any]], encoder: Encoder) -> Dataset:
-    """Encode a list, in this process; its rows need no common schema."""
+    """Encode rows in this process; those of a list need no common schema."""
     columns: dict[str, list[pa.Array]] = {}
-    for start in range(0, len(rows), _BATCH):
-        batch = encoder.encode(rows[start : start + _BATCH], range(start, min(start + _BATCH, len(rows))))
+    for batch in _pipelined(_batches(rows), encoder):
         for name, column in batch.items():
             columns.setdefault(name, []).append(_arrow(column))
     return Dataset(pa.table({name: pa.chunked_array(chunks) for name, chunks in columns.items()}))
 
 
+def _batches(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Sequence[Mapping[str, Any]], range]]:
+    for start in range(0, len(rows), _BATCH):
+        yield rows[start : start + _BATCH], range(start, min(start + _BATCH, len(rows)))
+
+
+def _pipelined(
+    batches: Iterable[tuple[Sequence[Mapping[str, Any]], Sequence[int]]], encoder: Encoder
+) -> Iterator[dict[str, list[Any]]]:
+    """Encode batches in order; while one is tokenized, on all cores, the next is rendered."""
+    with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as tokenizing:
+        waiting: deque[tuple[Work, Future[None]]] = deque()
+        for rows, numbers in batches:
+            work = encoder.begin(rows, numbers)
+            waiting.append((work, tokenizing.submit(work.tokenize)))
+            if len(waiting) > _AHEAD:
+                yield _finished(encoder, *waiting.popleft())
+        while waiting:
+            yield _finished(encoder, *waiting.popleft())
+
+
+def _finished(encoder: Encoder, work: Work, tokenized: Future[None]) -> dict[str, list[Any]]:
+    tokenized.result()
+    return encoder.finish(work)
+
+
 def _arrow(column: list[Any]) -> pa.Array:
-    return pa.array(column, type=pa.list_(pa.int32()) if column and isinstance(column[0], list) else pa.int64())
+    if not column or not isinstance(column[0], list):
+        return pa.array(column, pa.int64())
+    ends = np.fromiter(accumulate(map(len, column), initial=0), np.int32, len(column) + 1)
+    values = np.fromiter(chain.from_iterable(column), np.int32, int(ends[-1]))
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array(values))
 
 
 def _finish(
