@@ -1,0 +1,1 @@
+"""Losses as pure functions of hidden states or log-probabilities."""
