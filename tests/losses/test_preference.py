@@ -124,7 +124,12 @@ def test_f_divergences_are_their_equations(name, divergence):
         constants = [torch.tensor(v, dtype=torch.float64) for v in (REF_CHOSEN, REF_REJECTED, *LENGTHS)]
         return dpo_loss(Pairs(c, r, *constants), name, options)
 
-    check_against(ours, lambda c, r: by_hand(name, c, r, REF_CHOSEN, REF_REJECTED, *LENGTHS, options), CHOSEN, REJECTED)
+    check_against(
+        ours,
+        lambda c, r: by_hand(name, c, r, REF_CHOSEN, REF_REJECTED, *LENGTHS, options),
+        [x + 0.2 for x in REF_CHOSEN],
+        [x - 0.3 for x in REF_REJECTED],
+    )
 
 
 def test_alpha_divergence_tends_to_reverse_kl():
