@@ -12,10 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unsloth.api import FastLanguageModel as FastLanguageModel
+    from unsloth.compat import PatchDPOTrainer as PatchDPOTrainer
+    from unsloth.compat import PatchFastRL as PatchFastRL
     from unsloth.core.device import is_bfloat16_supported as is_bfloat16_supported
     from unsloth.core.errors import UnslothError as UnslothError
     from unsloth.train.config import SFTConfig as SFTConfig
+    from unsloth.train.cpo import CPOConfig as CPOConfig
+    from unsloth.train.cpo import CPOTrainer as CPOTrainer
+    from unsloth.train.dpo import DPOConfig as DPOConfig
+    from unsloth.train.dpo import DPOTrainer as DPOTrainer
+    from unsloth.train.kto import KTOConfig as KTOConfig
+    from unsloth.train.kto import KTOTrainer as KTOTrainer
+    from unsloth.train.orpo import ORPOConfig as ORPOConfig
+    from unsloth.train.orpo import ORPOTrainer as ORPOTrainer
     from unsloth.train.responses import train_on_responses_only as train_on_responses_only
+    from unsloth.train.reward import RewardConfig as RewardConfig
+    from unsloth.train.reward import RewardTrainer as RewardTrainer
     from unsloth.train.sft import SFTTrainer as SFTTrainer
     from unsloth.trainer import UnslothTrainer as UnslothTrainer
     from unsloth.trainer import UnslothTrainingArguments as UnslothTrainingArguments
@@ -25,6 +37,18 @@ __version__ = "0.1.0"
 # Public name: (module, name in it)
 _PUBLIC = {
     "FastLanguageModel": ("unsloth.api", "FastLanguageModel"),
+    "PatchDPOTrainer": ("unsloth.compat", "PatchDPOTrainer"),
+    "PatchFastRL": ("unsloth.compat", "PatchFastRL"),
+    "CPOConfig": ("unsloth.train.cpo", "CPOConfig"),
+    "CPOTrainer": ("unsloth.train.cpo", "CPOTrainer"),
+    "DPOConfig": ("unsloth.train.dpo", "DPOConfig"),
+    "DPOTrainer": ("unsloth.train.dpo", "DPOTrainer"),
+    "KTOConfig": ("unsloth.train.kto", "KTOConfig"),
+    "KTOTrainer": ("unsloth.train.kto", "KTOTrainer"),
+    "ORPOConfig": ("unsloth.train.orpo", "ORPOConfig"),
+    "ORPOTrainer": ("unsloth.train.orpo", "ORPOTrainer"),
+    "RewardConfig": ("unsloth.train.reward", "RewardConfig"),
+    "RewardTrainer": ("unsloth.train.reward", "RewardTrainer"),
     "SFTConfig": ("unsloth.train.config", "SFTConfig"),
     "SFTTrainer": ("unsloth.train.sft", "SFTTrainer"),
     "UnslothTrainer": ("unsloth.trainer", "UnslothTrainer"),

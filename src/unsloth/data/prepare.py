@@ -103,7 +103,7 @@ def prepare(
         DataError: No rows, an unknown layout, a row that cannot be used, or nothing left to train.
         TokenizerError: Conversations without a chat template.
     """
-    dataset = _as_dataset(rows)
+    dataset = as_dataset(rows)
     first = next(iter(dataset), None)
     if first is None:
         raise DataError("the data set has no rows", do="Check the file, and any filter applied to it.")
@@ -128,7 +128,8 @@ def prepare(
     return _finish(tokenized, dataset, tokenizer, options)
 
 
-def _as_dataset(rows: Rows) -> Dataset | IterableDataset:
+def as_dataset(rows: Rows) -> Dataset | IterableDataset:
+    """``rows`` as a data set, or raise :class:`DataError` if it is none and no list of mappings."""
     if isinstance(rows, Dataset | IterableDataset):
         return rows
     if isinstance(rows, Iterable) and not isinstance(rows, str | bytes | Mapping):

@@ -26,10 +26,14 @@ def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def conversation(tokenizer: PreTrainedTokenizerBase, row: Conversation, number: int) -> str:
+def conversation(
+    tokenizer: PreTrainedTokenizerBase, row: Conversation, number: int, add_generation_prompt: bool = False
+) -> str:
     """Row ``number`` as the text that the tokenizer's chat template makes of it."""
     try:
-        return tokenizer.apply_chat_template(row.messages, tools=row.tools, tokenize=False)
+        return tokenizer.apply_chat_template(
+            row.messages, tools=row.tools, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
     except Exception as error:
         roles = [message["role"] for message in row.messages]
         raise DataError(

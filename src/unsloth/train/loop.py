@@ -1,0 +1,41 @@
+"""What every trainer of this library does around a run and around an evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from unsloth.core.device import is_bfloat16_supported
+from unsloth.models import modes, record
+
+
+class ModelLoop(Trainer):
+    """A base for trainers, before TRL's class: ``class SFTTrainer(ModelLoop, trl.SFTTrainer)``."""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, in the mode and with the memory policy that the model was given; as in transformers."""
+        loaded = record.find(self.model)
+        if loaded is not None:
+            # The arguments say whether to checkpoint, the model says how.
+            modes.for_training(self.model, self.args.gradient_checkpointing and (loaded.gradient_checkpointing or True))
+        return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, except that ``fp16_full_eval`` and ``bf16_full_eval`` never convert the weights.
+
+        Converted adapters would come back from an evaluation without the digits that 16 bits cannot hold. Computing
+        under autocast saves the same memory for activations.
+        """
+        flags = {"fp16_full_eval": self.args.fp16_full_eval, "bf16_full_eval": self.args.bf16_full_eval}
+        for name in flags:
+            setattr(self.args, name, False)
+        dtype = torch.bfloat16 if is_bfloat16_supported() else torch.float16
+        halved = any(flags.values()) and self.model.device.type != "cpu"
+        try:
+            with torch.autocast(self.model.device.type, dtype, enabled=halved):
+                return super().evaluation_loop(*args, **kwargs)
+        finally:
+            for name, value in flags.items():
+                setattr(self.args, name, value)
