@@ -39,9 +39,9 @@ def pairs(rows: list[dict], chatter: list[str]) -> list[dict]:
 
 
 METHODS = {  # trainer, and what is particular to it
-    "dpo": ("DPO", {"beta": 0.1, "learning_rate": 5e-4}),
+    "dpo": ("DPO", {"beta": 0.1, "learning_rate": 2e-4}),
     "orpo": ("ORPO", {"beta": 0.5, "learning_rate": 1e-3}),
-    "kto": ("KTO", {"beta": 0.1, "learning_rate": 5e-4, "per_device_train_batch_size": 8}),
+    "kto": ("KTO", {"beta": 0.1, "learning_rate": 4e-4, "per_device_train_batch_size": 8}),
     "simpo": ("CPO", {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 0.0, "learning_rate": 5e-4}),
 }
 name, particular = METHODS[method]
@@ -49,7 +49,7 @@ heldout = pairs(demo.heldout_rows(), HELDOUT_CHATTER)[: 4 if smoke else None]
 model, tokenizer = FastLanguageModel.from_pretrained("embedded:SmolLM2-135M-Instruct", max_seq_length=256)
 model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=32, use_gradient_checkpointing=False)
 settings = {
-    "max_steps": 2 if smoke else 24,
+    "max_steps": 2 if smoke else 12,
     "per_device_train_batch_size": 4,
     "warmup_steps": 2,
     "logging_steps": 1,
