@@ -186,6 +186,7 @@ class _Tokenize:
             start = self._ids(prompt, special=True)
             whole = [self._ids(prompt + text, special=True) for text in texts]
         else:
+            render.require_template(self.tokenizer)
             tools = row.get("tools") or None
             start = self._ids(self._text(prompt, tools, number, prompt=True))
             whole = [self._ids(self._text(prompt + answer, tools, number)) for answer in answers]
@@ -227,7 +228,7 @@ class _TokenizePairs(_Tokenize):
     def rows(self, row: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
         prompt, chosen, rejected = pair_of(row, number)
         encoded = self.encode(prompt, [chosen, rejected], row, number)
-        return [_columns(encoded, identical=encoded.answers[0] == encoded.answers[1])]
+        return [_columns(encoded, identical=_same(encoded))]
 
 
 class _TokenizeApart(_Tokenize):
@@ -236,11 +237,10 @@ class _TokenizeApart(_Tokenize):
     def rows(self, row: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
         prompt, chosen, rejected = pair_of(row, number)
         pair = self.encode(prompt, [chosen, rejected], row, number)
-        same = pair.answers[0] == pair.answers[1]
         halves = []
         for answer, label in zip(pair.answers, (True, False), strict=True):
             half = _Row(pair.prompt, [answer], pair.prompt_cut, pair.truncated, pair.filled)
-            halves.append({**_columns(half, identical=same), "label": label})
+            halves.append({**_columns(half, identical=_same(pair)), "label": label})
         return halves
 
 
@@ -251,6 +251,10 @@ class _TokenizeRated(_Tokenize):
             raise DataError(f"row {number}: 'label' must be true or false", got=label, do=_REPAIR)
         prompt, answer = rated_of(row, number)
         return [{**_columns(self.encode(prompt, [answer], row, number)), "label": bool(label)}]
+
+
+def _same(pair: _Row) -> bool:
+    return not pair.filled and pair.answers[0] == pair.answers[1]
 
 
 def _columns(row: _Row, identical: bool = False) -> dict[str, Any]:
