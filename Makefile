@@ -51,7 +51,7 @@ test: $(VENV)/.installed $(OVERLAY)/.installed
 	$(PYTEST) --ignore tests/kernels
 	$(PYTEST) tests/kernels
 	PYTHONPATH=$(OVERLAY) $(PYTEST) -m "not model" \
-	  tests/models tests/train tests/export tests/parity
+	  tests/models tests/quant tests/reliability tests/train tests/export tests/parity
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

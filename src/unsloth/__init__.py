@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unsloth.api import FastLanguageModel as FastLanguageModel
+    from unsloth.api import FastModel as FastModel
     from unsloth.compat import PatchDPOTrainer as PatchDPOTrainer
     from unsloth.compat import PatchFastRL as PatchFastRL
     from unsloth.core.device import is_bfloat16_supported as is_bfloat16_supported
     from unsloth.core.errors import UnslothError as UnslothError
+    from unsloth.models.vocabulary import add_new_tokens as add_new_tokens
     from unsloth.train.config import SFTConfig as SFTConfig
     from unsloth.train.cpo import CPOConfig as CPOConfig
     from unsloth.train.cpo import CPOTrainer as CPOTrainer
@@ -37,6 +39,7 @@ __version__ = "0.1.0"
 # Public name: (module, name in it)
 _PUBLIC = {
     "FastLanguageModel": ("unsloth.api", "FastLanguageModel"),
+    "FastModel": ("unsloth.api", "FastModel"),
     "PatchDPOTrainer": ("unsloth.compat", "PatchDPOTrainer"),
     "PatchFastRL": ("unsloth.compat", "PatchFastRL"),
     "CPOConfig": ("unsloth.train.cpo", "CPOConfig"),
@@ -54,13 +57,14 @@ _PUBLIC = {
     "UnslothTrainer": ("unsloth.trainer", "UnslothTrainer"),
     "UnslothTrainingArguments": ("unsloth.trainer", "UnslothTrainingArguments"),
     "UnslothError": ("unsloth.core.errors", "UnslothError"),
+    "add_new_tokens": ("unsloth.models.vocabulary", "add_new_tokens"),
     "is_bf16_supported": ("unsloth.core.device", "is_bfloat16_supported"),
     "is_bfloat16_supported": ("unsloth.core.device", "is_bfloat16_supported"),
     "train_on_responses_only": ("unsloth.train.responses", "train_on_responses_only"),
 }
 
 # Names that scripts use before they import trainers from trl.
-_BINDS = frozenset({"FastLanguageModel"})
+_BINDS = frozenset({"FastLanguageModel", "FastModel"})
 
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
 

@@ -12,27 +12,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unsloth.core.errors import ConfigError
 from unsloth.export.save import attach_methods
 from unsloth.memory.checkpointing import Policy
-from unsloth.models import adapters, load, modes
+from unsloth.models import adapters, load, modes, placement
+from unsloth.models.options import DEFAULT_LENGTH
 
 # Documented arguments that only matter once something else is switched on; that something is refused below.
 _WITHOUT_EFFECT = {
     "gpu_memory_utilization",
     "max_lora_rank",
     "disable_log_stats",
-    "use_exact_model_name",
     "unsloth_force_compile",
 }
-# Documented arguments that this version cannot honour; any other value than the neutral one is an error.
-_UNAVAILABLE = {
-    "fast_inference": False,
-    "float8_kv_cache": False,
-    "offload_embedding": False,
-    "offload_embeddings": False,
-    "qat_scheme": None,
-    "rope_scaling": None,
-    "resize_model_vocab": None,
-    "auto_model": None,
-    "gguf_file": None,
+# Documented arguments that this version cannot honour: the neutral value, any other being an error, and a remedy.
+_UNAVAILABLE: dict[str, tuple[Any, str]] = {
+    "fast_inference": (False, "Leave it out; model.generate works without it."),
+    "float8_kv_cache": (False, "Leave it out; it belongs to fast_inference."),
+    "qat_scheme": (None, "Leave it out; load_in_4bit=True trains on quantized weights."),
 }
 
 
@@ -42,20 +36,27 @@ class FastLanguageModel:
     @staticmethod
     def from_pretrained(
         model_name: str,
-        max_seq_length: int = 2048,
+        max_seq_length: int = DEFAULT_LENGTH,
         dtype: torch.dtype | str | None = None,
         load_in_4bit: bool | None = None,
         load_in_8bit: bool | None = None,
         load_in_16bit: bool | None = None,
         full_finetuning: bool | None = None,
         token: str | bool | None = None,
-        device_map: str | Mapping[str, Any] | torch.device = "sequential",
+        device_map: placement.DeviceMap = "sequential",
+        rope_scaling: Mapping[str, Any] | None = None,
         fix_tokenizer: bool = True,
         trust_remote_code: bool = False,
         use_gradient_checkpointing: Policy = "unsloth",
+        resize_model_vocab: int | None = None,
         revision: str | None = None,
-        random_state: int = 3407,
+        use_exact_model_name: bool = False,
+        offload_embedding: bool = False,
+        offload_embeddings: bool = False,
         float32_mixed_precision: bool | None = None,
+        random_state: int = 3407,
+        auto_model: type | None = None,
+        gguf_file: str | None = None,
         attn_implementation: str | None = None,
         **kwargs: Any,
     ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
@@ -64,7 +65,8 @@ class FastLanguageModel:
         Args:
             model_name: A local folder, a hub id, a saved adapter (folder or hub id), or
                 ``"embedded:SmolLM2-135M-Instruct"``.
-            max_seq_length: Longest training sequence, in tokens.
+            max_seq_length: Longest training sequence, in tokens (2048 if left out, or the model's own if that is less).
+                Beyond the model's own length, its rotary position embedding is scaled (``models/rope.py``).
             dtype: Of computation; None chooses bfloat16 where supported.
             load_in_4bit: NF4 weights with double quantization. The default if no other is named.
             load_in_8bit: LLM.int8() weights.
@@ -72,12 +74,20 @@ class FastLanguageModel:
             full_finetuning: Weights to be trained themselves, in float32 with computation in ``dtype``.
             token: Hub token.
             device_map: As in transformers; ``"sequential"`` means the current GPU, or the CPU without one.
+            rope_scaling: Scaling of the positions to use instead of the one that would be chosen, such as
+                ``{"rope_type": "yarn", "factor": 4.0}``.
             fix_tokenizer: Give the tokenizer a padding token of its own.
             trust_remote_code: Whether code in the repository may run.
             use_gradient_checkpointing: ``"unsloth"`` or True recompute activations, False keeps them.
+            resize_model_vocab: Rows that the embedding and the head are to have at least.
             revision: Hub revision.
-            random_state: Seed of the adapters' initial values.
+            use_exact_model_name: Accepted; a name is never exchanged for another one here.
+            offload_embedding: Hold the input embedding in host memory: without a GPU it is; on one, refused.
+            offload_embeddings: The same.
             float32_mixed_precision: For full fine-tuning; False holds the weights in ``dtype`` too.
+            random_state: Seed of the adapters' initial values.
+            auto_model: Class of transformers to load with; None means ``AutoModelForCausalLM``.
+            gguf_file: A GGUF file in the folder or repository, used instead of safetensors weights.
             attn_implementation: As in transformers.
             **kwargs: Passed on to transformers' ``from_pretrained``.
 
@@ -86,7 +96,7 @@ class FastLanguageModel:
 
         Raises:
             UnslothError: In one of its kinds, before anything is half done: ConfigError, ModelNotFoundError,
-                NetworkError, CheckpointError, AdapterError.
+                NetworkError, CheckpointError, AdapterError, TokenizerError.
         """
         options = load.LoadOptions(
             model_name=model_name,
@@ -102,6 +112,11 @@ class FastLanguageModel:
             revision=revision,
             random_state=random_state,
             attn_implementation=attn_implementation,
+            rope_scaling=rope_scaling,
+            resize_model_vocab=resize_model_vocab,
+            auto_model=auto_model,
+            gguf_file=gguf_file,
+            offload_embedding=offload_embedding or offload_embeddings,
             more=_supported(kwargs),
         )
         model, tokenizer = load.load(options)
@@ -164,13 +179,55 @@ class FastLanguageModel:
     for_training = staticmethod(modes.for_training)
 
 
+class FastModel(FastLanguageModel):
+    """As :class:`FastLanguageModel`, with the parts to be trained chosen by what they do."""
+
+    @staticmethod
+    def get_peft_model(  # type: ignore[override]
+        model: PreTrainedModel,
+        r: int = 16,
+        target_modules: Iterable[str] | str | None = None,
+        finetune_vision_layers: bool = True,
+        finetune_language_layers: bool = True,
+        finetune_attention_modules: bool = True,
+        finetune_mlp_modules: bool = True,
+        **kwargs: Any,
+    ) -> PeftModel | PreTrainedModel:
+        """Add a trainable LoRA adapter to the chosen parts of the model.
+
+        Args:
+            model: A loaded model.
+            r: Rank of the update.
+            target_modules: Names of the layers to adapt, of which those of the chosen parts are; None means all
+                linear layers of the chosen parts.
+            finetune_vision_layers: Accepted; a model without a vision part has none to train.
+            finetune_language_layers: Train the language model.
+            finetune_attention_modules: Of it, the attention layers.
+            finetune_mlp_modules: Of it, the feed-forward layers.
+            **kwargs: As for :meth:`FastLanguageModel.get_peft_model`.
+
+        Raises:
+            ConfigError: Nothing is left to train, or a hyperparameter is out of range.
+            AdapterError: The model has an adapter already, or a target names none of its modules.
+        """
+        parts = adapters.Parts(
+            vision=finetune_vision_layers,
+            language=finetune_language_layers,
+            attention=finetune_attention_modules,
+            mlp=finetune_mlp_modules,
+        )
+        targets = adapters.targets_in(model, parts, target_modules)
+        return FastLanguageModel.get_peft_model(model, r=r, target_modules=targets, **kwargs)
+
+
 def _supported(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments to pass on; refuses those that this version would have to ignore."""
     passed_on = {}
     for name, value in arguments.items():
         if name in _UNAVAILABLE:
-            if value != _UNAVAILABLE[name]:
-                raise ConfigError(f"{name} is not available in this version", got=value, do="Leave it out.")
+            neutral, remedy = _UNAVAILABLE[name]
+            if value != neutral:
+                raise ConfigError(f"{name} is not available in this version", got=value, do=remedy)
         elif name not in _WITHOUT_EFFECT:
             passed_on[name] = value
     return passed_on

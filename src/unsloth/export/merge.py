@@ -88,7 +88,8 @@ def _module_tensors(path: str, module: torch.nn.Module) -> Iterator[tuple[str, t
         trained = (
             module.modules_to_save[module.active_adapters[0]] if module.active_adapters else module.original_module
         )
-        yield from trained.state_dict().items()
+        yield from trained.named_parameters()  # parameters, so that a tied one is recognized
+        yield from trained.named_buffers()
     elif isinstance(module, LoraLayer):
         yield from _lora_tensors(path, module)
     elif isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):

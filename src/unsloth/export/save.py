@@ -17,7 +17,7 @@ from unsloth.core import artifact
 from unsloth.core.errors import AdapterError, ConfigError
 from unsloth.core.log import get_logger
 from unsloth.export import merge, verify
-from unsloth.models import record
+from unsloth.models import adapter_base, record
 
 logger = get_logger(__name__)
 
@@ -62,8 +62,13 @@ def save_pretrained(
         raise _no_hub_yet()
     kind = "adapter" if isinstance(self, PeftModel) else "model"
     needed = sum(p.numel() * p.element_size() for p in self.parameters() if p.requires_grad or kind == "model")
+    loaded = record.find(self)
+    if kind == "adapter" and loaded is not None and loaded.vocabulary_resized:
+        kwargs.setdefault("save_embedding_layers", True)
     with artifact.stage(save_directory, kind=kind, existing="extend", needed_bytes=needed) as staging:
         type(self).save_pretrained(self, str(staging), *args, **kwargs)
+        if kind == "adapter":
+            adapter_base.write(staging, self)
 
 
 def save_pretrained_merged(

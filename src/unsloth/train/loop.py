@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from unsloth.core.device import is_bfloat16_supported
 from unsloth.models import modes, record
+from unsloth.train import optim
 
 
 class ModelLoop(Trainer):
@@ -21,6 +22,12 @@ class ModelLoop(Trainer):
             # The arguments say whether to checkpoint, the model says how.
             modes.for_training(self.model, self.args.gradient_checkpointing and (loaded.gradient_checkpointing or True))
         return super().train(*args, **kwargs)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """As in transformers, except that ``adamw_8bit`` on a GPU is ours; ``adamw_bnb_8bit`` stays bitsandbytes'."""
+        found, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return optim.faster(args.optim, found), options
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, except that ``fp16_full_eval`` and ``bf16_full_eval`` never convert the weights.

@@ -1,0 +1,98 @@
+import copy
+
+import pytest
+import torch
+
+from unsloth.core.errors import ConfigError
+from unsloth.kernels.adamw_8bit import AdamWStep, Moments, adamw_8bit, adamw_8bit_reference, dequantize
+
+functional = pytest.importorskip("bitsandbytes.functional")
+
+SHAPES = [(1,), (7, 33), (16, 16), (3, 700), (2100,)]
+
+
+def codes(device):
+    tables = [functional.create_dynamic_map(signed=signed) for signed in (True, False)]
+    return torch.stack(tables).to(device, torch.float32)
+
+
+def fresh(parameter, zero):
+    blocks = -(-parameter.numel() // 256)
+    indices = [torch.full(parameter.shape, z, dtype=torch.uint8, device=parameter.device) for z in zero]
+    return Moments(*indices, *(torch.zeros(blocks, device=parameter.device) for _ in range(2)))
+
+
+def problem(device, dtype, shapes=SHAPES):
+    parameters = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+    zero = [int(table.abs().argmin()) for table in codes(device)]
+    return parameters, [fresh(parameter, zero) for parameter in parameters]
+
+
+def steps(n, **changes):
+    return [AdamWStep(**{"learning_rate": 0.01, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1,
+                         "step": t + 1, **changes}) for t in range(n)]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_kernel_equals_the_reference(device, dtype):
+    parameters, moments = problem(device, dtype)
+    expected, expected_moments = copy.deepcopy((parameters, moments))
+    for step in steps(3):
+        gradients = [torch.randn_like(parameter) for parameter in parameters]
+        adamw_8bit(parameters, gradients, moments, codes(device), step)
+        for p, g, s in zip(expected, gradients, expected_moments, strict=True):
+            adamw_8bit_reference(p, g, s, codes(device), step)
+    tolerance = max(torch.finfo(dtype).eps, 1e-6)
+    for p, e, s, es in zip(parameters, expected, moments, expected_moments, strict=True):
+        assert torch.allclose(p.float(), e.float(), rtol=4 * tolerance, atol=4 * tolerance)
+        # a last bit of float32 may tip a value that lies halfway between two numbers of the table
+        for ours, theirs in ((s.first, es.first), (s.second, es.second)):
+            assert (ours.int() - theirs.int()).abs().max() <= 1
+            assert (ours != theirs).float().mean() <= 0.01
+        assert torch.allclose(s.first_scale, es.first_scale, rtol=1e-5)
+        assert torch.allclose(s.second_scale, es.second_scale, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_it_follows_adamw(device, fast):
+    """With one block whose values are alike, 8 bits lose little, so the weights stay near those of exact AdamW."""
+    parameters, moments = problem(device, torch.float32, [(16, 64)])
+    exact = [torch.nn.Parameter(parameters[0].clone())]
+    adamw = torch.optim.AdamW(exact, lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    start = parameters[0].clone()
+    for step in steps(10):
+        exact[0].grad = torch.sign(start) * (1 + 0.1 * torch.rand_like(start))
+        adamw_8bit(parameters, [exact[0].grad], moments, codes(device), step, fast=fast)
+        adamw.step()
+    moved = (exact[0] - start).norm()
+    assert (parameters[0] - exact[0]).norm() < 0.02 * moved
+
+
+def test_the_states_are_those_of_bitsandbytes(device):
+    parameters, moments = problem(device, torch.float32, [(64, 96)])
+    theirs = torch.nn.Parameter(parameters[0].clone())
+    from bitsandbytes.optim import AdamW8bit
+
+    optimizer = AdamW8bit([theirs], lr=0.01, weight_decay=0.1, min_8bit_size=1)
+    for step in steps(4):
+        theirs.grad = torch.randn_like(theirs)
+        adamw_8bit(parameters, [theirs.grad.clone()], moments, codes(device), step)
+        optimizer.step()
+    state = optimizer.state[theirs]
+    for ours, scale, name, table in (
+        (moments[0].first, moments[0].first_scale, "1", codes(device)[0]),
+        (moments[0].second, moments[0].second_scale, "2", codes(device)[1]),
+    ):
+        expected = dequantize(state["state" + name], state["absmax" + name], table)
+        assert (dequantize(ours, scale, table) - expected).norm() <= 0.02 * expected.norm()
+    # the two round some values to different neighbours in the table
+    assert ((parameters[0] - theirs).abs() > 1e-5).float().mean() <= 0.05
+
+
+def test_what_cannot_be_updated_together_is_refused(device):
+    parameters, moments = problem(device, torch.float32, [(4, 4)])
+    with pytest.raises(ConfigError, match="equal shapes"):
+        adamw_8bit(parameters, [torch.zeros(4, 5, device=device)], moments, codes(device), steps(1)[0])
+    with pytest.raises(ConfigError, match="not contiguous"):
+        adamw_8bit([parameters[0].T], [torch.zeros(4, 4, device=device)], moments, codes(device), steps(1)[0])
+    adamw_8bit([], [], [], codes(device), steps(1)[0])
