@@ -28,7 +28,7 @@ help:
 	@echo "make demo   fine-tune a small real model, and see what changed (about 5 minutes on two cores)"
 	@echo "make test   all tests (at most 12 minutes on two cores)"
 	@echo "make check  lint, types, layers"
-	@echo "make soak   the long forms of tests (there are none yet: the tests as they are)"
+	@echo "make soak   the tests in their long forms (200 kills of a run; about an hour)"
 	@echo "make bench  measurements on a GPU, written to bench/results"
 
 $(VENV)/.installed: pyproject.toml
@@ -48,10 +48,10 @@ demo: $(VENV)/.installed
 	$(BIN)/unsloth demo
 
 test: $(VENV)/.installed $(OVERLAY)/.installed
-	$(PYTEST) --ignore tests/kernels
+	$(PYTEST) -m "not soak" --ignore tests/kernels
 	$(PYTEST) tests/kernels
-	PYTHONPATH=$(OVERLAY) $(PYTEST) -m "not model" \
-	  tests/models tests/quant tests/reliability tests/train tests/export tests/parity
+	PYTHONPATH=$(OVERLAY) $(PYTEST) -m "not model and not soak" \
+	  tests/layers tests/models tests/quant tests/reliability tests/train tests/export tests/parity
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -60,7 +60,7 @@ check: $(VENV)/.installed
 	$(BIN)/lint-imports
 
 soak: $(VENV)/.installed
-	$(PYTEST) --ignore tests/kernels
+	$(PYTEST) --soak --ignore tests/kernels
 	$(PYTEST) tests/kernels
 
 bench: $(VENV)/.installed

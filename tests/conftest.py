@@ -34,6 +34,24 @@ FAMILIES = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", action="store_true", help="run the long forms of the reliability tests")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--soak") or "soak" in (config.getoption("-m") or ""):
+        return
+    for item in items:
+        if item.get_closest_marker("soak") is not None:
+            item.add_marker(pytest.mark.skip(reason="a long form, run by make soak"))
+
+
+@pytest.fixture(scope="session")
+def soak(request: pytest.FixtureRequest) -> bool:
+    """Whether the long forms of tests were asked for (``make soak``)."""
+    return request.config.getoption("--soak")
+
+
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, and ChatML's special tokens: 260 in all."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

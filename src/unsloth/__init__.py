@@ -13,11 +13,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from unsloth.api import FastLanguageModel as FastLanguageModel
     from unsloth.api import FastModel as FastModel
+    from unsloth.chat_templates import CHAT_TEMPLATES as CHAT_TEMPLATES
+    from unsloth.chat_templates import apply_chat_template as apply_chat_template
+    from unsloth.chat_templates import construct_chat_template as construct_chat_template
+    from unsloth.chat_templates import get_chat_template as get_chat_template
+    from unsloth.chat_templates import standardize_data_formats as standardize_data_formats
+    from unsloth.chat_templates import standardize_sharegpt as standardize_sharegpt
+    from unsloth.chat_templates import to_sharegpt as to_sharegpt
     from unsloth.compat import PatchDPOTrainer as PatchDPOTrainer
     from unsloth.compat import PatchFastRL as PatchFastRL
     from unsloth.core.device import is_bfloat16_supported as is_bfloat16_supported
     from unsloth.core.errors import UnslothError as UnslothError
     from unsloth.models.vocabulary import add_new_tokens as add_new_tokens
+    from unsloth.rewards.locked_down import create_locked_down_function as create_locked_down_function
+    from unsloth.rewards.source_check import check_python_modules as check_python_modules
+    from unsloth.rewards.time_limit import execute_with_time_limit as execute_with_time_limit
     from unsloth.train.config import SFTConfig as SFTConfig
     from unsloth.train.cpo import CPOConfig as CPOConfig
     from unsloth.train.cpo import CPOTrainer as CPOTrainer
@@ -38,6 +48,7 @@ __version__ = "0.1.0"
 
 # Public name: (module, name in it)
 _PUBLIC = {
+    "CHAT_TEMPLATES": ("unsloth.chat_templates", "CHAT_TEMPLATES"),
     "FastLanguageModel": ("unsloth.api", "FastLanguageModel"),
     "FastModel": ("unsloth.api", "FastModel"),
     "PatchDPOTrainer": ("unsloth.compat", "PatchDPOTrainer"),
@@ -54,12 +65,21 @@ _PUBLIC = {
     "RewardTrainer": ("unsloth.train.reward", "RewardTrainer"),
     "SFTConfig": ("unsloth.train.config", "SFTConfig"),
     "SFTTrainer": ("unsloth.train.sft", "SFTTrainer"),
+    "UnslothError": ("unsloth.core.errors", "UnslothError"),
     "UnslothTrainer": ("unsloth.trainer", "UnslothTrainer"),
     "UnslothTrainingArguments": ("unsloth.trainer", "UnslothTrainingArguments"),
-    "UnslothError": ("unsloth.core.errors", "UnslothError"),
     "add_new_tokens": ("unsloth.models.vocabulary", "add_new_tokens"),
+    "check_python_modules": ("unsloth.rewards.source_check", "check_python_modules"),
+    "create_locked_down_function": ("unsloth.rewards.locked_down", "create_locked_down_function"),
+    "execute_with_time_limit": ("unsloth.rewards.time_limit", "execute_with_time_limit"),
+    "apply_chat_template": ("unsloth.chat_templates", "apply_chat_template"),
+    "construct_chat_template": ("unsloth.chat_templates", "construct_chat_template"),
+    "get_chat_template": ("unsloth.chat_templates", "get_chat_template"),
     "is_bf16_supported": ("unsloth.core.device", "is_bfloat16_supported"),
     "is_bfloat16_supported": ("unsloth.core.device", "is_bfloat16_supported"),
+    "standardize_data_formats": ("unsloth.chat_templates", "standardize_data_formats"),
+    "standardize_sharegpt": ("unsloth.chat_templates", "standardize_sharegpt"),
+    "to_sharegpt": ("unsloth.chat_templates", "to_sharegpt"),
     "train_on_responses_only": ("unsloth.train.responses", "train_on_responses_only"),
 }
 

@@ -10,10 +10,14 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unsloth.core.errors import ConfigError
+from unsloth.core.log import get_logger
 from unsloth.export.save import attach_methods
+from unsloth.layers import fused_head as head_layer
 from unsloth.memory.checkpointing import Policy
-from unsloth.models import adapters, load, modes, placement
+from unsloth.models import adapters, load, modes, placement, plan, record
 from unsloth.models.options import DEFAULT_LENGTH
+
+logger = get_logger(__name__)
 
 # Documented arguments that only matter once something else is switched on; that something is refused below.
 _WITHOUT_EFFECT = {
@@ -58,6 +62,8 @@ class FastLanguageModel:
         auto_model: type | None = None,
         gguf_file: str | None = None,
         attn_implementation: str | None = None,
+        fast_layers: bool = True,
+        fused_head: bool = True,
         **kwargs: Any,
     ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
         """Load a model and its tokenizer.
@@ -89,6 +95,9 @@ class FastLanguageModel:
             auto_model: Class of transformers to load with; None means ``AutoModelForCausalLM``.
             gguf_file: A GGUF file in the folder or repository, used instead of safetensors weights.
             attn_implementation: As in transformers.
+            fast_layers: Swap layers for faster ones of the same mathematics, see ``print(model.unsloth_plan)``.
+            fused_head: Whether a forward with labels computes output head and loss together, without whole logits
+                (see :mod:`unsloth.layers.fused_head`). ``return_logits=True`` in that forward computes them too.
             **kwargs: Passed on to transformers' ``from_pretrained``.
 
         Returns:
@@ -121,6 +130,10 @@ class FastLanguageModel:
         )
         model, tokenizer = load.load(options)
         attach_methods(model)
+        if fast_layers:
+            plan.install(model)
+        if fused_head:
+            _fuse_head(record.transformers_model(model))
         return model, tokenizer
 
     @staticmethod
@@ -143,11 +156,13 @@ class FastLanguageModel:
         loftq_config: dict[str, Any] | None = None,
         task_type: str = "CAUSAL_LM",
         qat_scheme: str | None = None,
+        fast_layers: bool | None = None,
     ) -> PeftModel | PreTrainedModel:
         """Add a trainable LoRA adapter; a model loaded for full fine-tuning is returned as it is.
 
-        ``max_seq_length`` is accepted for compatibility; the value given to ``from_pretrained`` holds. All other
-        arguments are described at :class:`unsloth.models.adapters.AdapterOptions`.
+        ``max_seq_length`` is accepted for compatibility; the value given to ``from_pretrained`` holds. ``fast_layers``
+        is as in ``from_pretrained``; None leaves it as it was there. All other arguments are described at
+        :class:`unsloth.models.adapters.AdapterOptions`.
 
         Raises:
             ConfigError: A hyperparameter out of range.
@@ -171,8 +186,20 @@ class FastLanguageModel:
             use_gradient_checkpointing=use_gradient_checkpointing,
             random_state=random_state,
         )
-        adapted = adapters.add(model, options)
+        if fast_layers is None:
+            fast_layers = plan.installed(model) is not None
+        inner = record.transformers_model(model)
+        fused = head_layer.find(inner) is not None
+        head_layer.remove(inner)  # PEFT copies a head that is to be trained
+        try:
+            adapted = adapters.add(model, options)
+        finally:
+            if fused:
+                _fuse_head(inner)
         attach_methods(adapted)
+        plan.remove(adapted)
+        if fast_layers:
+            plan.install(adapted)
         return adapted
 
     for_inference = staticmethod(modes.for_inference)
@@ -218,6 +245,12 @@ class FastModel(FastLanguageModel):
         )
         targets = adapters.targets_in(model, parts, target_modules)
         return FastLanguageModel.get_peft_model(model, r=r, target_modules=targets, **kwargs)
+
+
+def _fuse_head(model: PreTrainedModel) -> None:
+    found = head_layer.install(model)
+    if not found.applies:
+        logger.info("output head and loss of %s stay as they are: %s", type(model).__name__, found.text)
 
 
 def _supported(arguments: Mapping[str, Any]) -> dict[str, Any]:

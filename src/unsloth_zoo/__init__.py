@@ -1,1 +1,7 @@
-"""The second package that documented snippets import from; re-exports of :mod:`unsloth`, none so far."""
+"""The second package that documented snippets import from; re-exports of :mod:`unsloth`."""
+
+from __future__ import annotations
+
+from unsloth.data.harmony import encode_conversations_with_harmony
+
+__all__ = ["encode_conversations_with_harmony"]

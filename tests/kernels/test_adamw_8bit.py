@@ -96,3 +96,12 @@ def test_what_cannot_be_updated_together_is_refused(device):
     with pytest.raises(ConfigError, match="not contiguous"):
         adamw_8bit([parameters[0].T], [torch.zeros(4, 4, device=device)], moments, codes(device), steps(1)[0])
     adamw_8bit([], [], [], codes(device), steps(1)[0])
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_torch_knows_that_the_parameters_have_changed(device, fast):
+    parameters, moments = problem(device, torch.float32)
+    before = [parameter._version for parameter in parameters]
+    gradients = [torch.randn_like(parameter) for parameter in parameters]
+    adamw_8bit(parameters, gradients, moments, codes(device), steps(1)[0], fast=fast)
+    assert all(parameter._version > version for parameter, version in zip(parameters, before, strict=True))

@@ -39,7 +39,8 @@ def change(adapter, changes):
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_it_is_refused_before_the_base_is_loaded(adapter, monkeypatch, case):
+def test_it_is_refused_before_the_base_is_loaded(adapter, tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
     changes, message = WRONG[case]
     change(adapter, changes)
     monkeypatch.setattr(loading, "_load_base", lambda *args: pytest.fail("the base model was loaded"))

@@ -75,7 +75,7 @@ def test_the_advice_works_as_it_is_written(pickled, tmp_path, tiny):
     ids = torch.arange(4, 40)[None]
     plain = AutoModelForCausalLM.from_pretrained(tiny(), dtype=torch.bfloat16)
     model, _ = FastLanguageModel.from_pretrained(
-        str(converted), max_seq_length=64, load_in_16bit=True, dtype=torch.bfloat16
+        str(converted), max_seq_length=64, load_in_16bit=True, dtype=torch.bfloat16, fast_layers=False
     )
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)

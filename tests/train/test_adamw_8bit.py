@@ -2,8 +2,11 @@ import copy
 
 import torch
 from bitsandbytes.optim import AdamW8bit as Theirs
+from transformers import Trainer
 
+from unsloth import SFTConfig
 from unsloth.train.adamw_8bit import AdamW8bit
+from unsloth.train.optim import faster
 
 
 def run(optimizer, parameters, seed, steps):
@@ -59,3 +62,13 @@ def test_a_state_of_bitsandbytes_goes_on_with_ours():
     before = ours.param_groups[0]["params"][0].clone()
     run(ours, ours.param_groups[0]["params"], 2, 1)
     assert 0 < (ours.param_groups[0]["params"][0] - before).abs().max() < 0.05
+
+
+def test_it_takes_what_transformers_gives_its_optimizer(tmp_path):
+    args = SFTConfig(output_dir=str(tmp_path), optim="adamw_8bit", learning_rate=3e-4, adam_beta2=0.95)
+    found, options = Trainer.get_optimizer_cls_and_kwargs(args)
+    assert faster(args.optim, found, options, on_gpu=False) == (found, options)
+    chosen, options = faster(args.optim, found, options, on_gpu=True)
+    group = chosen(make(), **options).param_groups[0]
+    assert chosen is AdamW8bit and (group["lr"], group["betas"]) == (3e-4, (0.9, 0.95))
+    assert faster("adamw_bnb_8bit", found, {}, on_gpu=True)[0] is found

@@ -184,3 +184,69 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tiny, conversations
     resumed = run("parts", 6, resume=True)
     for (name, expected), actual in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(actual, expected), name
+
+
+def metrics_run(tiny, rows, tmp_path, fused_by, **changes):
+    """(evaluation metrics, shape of the logits seen) with the head of this library, TRL's, or the plain one."""
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(tiny()), max_seq_length=256, dtype=torch.float32, load_in_16bit=True, fused_head=fused_by == "us"
+    )
+    model = FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=False)
+    seen = []
+    trainer = SFTTrainer(
+        model=model,
+        tokenizer=tokenizer,
+        train_dataset=rows,
+        eval_dataset=rows[:6],
+        args=config(tmp_path, fused_head=fused_by is not None, per_device_eval_batch_size=3, **changes),
+        preprocess_logits_for_metrics=lambda logits, labels: seen.append(logits.shape[-1]) or logits.argmax(-1),
+        compute_metrics=lambda p: {"hits": float((p.predictions[:, :-1] == p.label_ids[:, 1:]).sum())},
+    )
+    return trainer.evaluate(), seen
+
+
+@pytest.mark.filterwarnings("ignore:`return_outputs=True`")
+def test_metrics_see_real_logits_whoever_computes_the_loss(tiny, conversations, tmp_path):
+    runs = {by: metrics_run(tiny, conversations, tmp_path, by) for by in (None, "us", "trl")}
+    plain, _ = runs[None]
+    assert plain["eval_hits"] > 0
+    for metrics, seen in runs.values():
+        assert seen == [260, 260]
+        assert metrics["eval_hits"] == plain["eval_hits"]
+        assert metrics["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-5)
+        assert metrics["eval_mean_token_accuracy"] == pytest.approx(plain["eval_mean_token_accuracy"], rel=1e-5)
+
+
+def test_logits_are_there_when_asked_for(tiny, conversations, tmp_path, monkeypatch):
+    model, tokenizer = adapted(tiny())
+
+    def logits(**changes):
+        trainer = SFTTrainer(
+            model=model, tokenizer=tokenizer, train_dataset=conversations, args=config(tmp_path, **changes)
+        )
+        batch = trainer.data_collator(list(trainer.train_dataset))
+        return trainer.compute_loss(model, dict(batch), return_outputs=True)[1].logits
+
+    assert type(logits(fused_head=True)) is not torch.Tensor
+    assert type(logits(fused_head=True, return_logits=True)) is torch.Tensor
+    assert type(logits()) is torch.Tensor  # on the CPU
+    monkeypatch.setenv("UNSLOTH_RETURN_LOGITS", "1")
+    assert type(logits(fused_head=True)) is torch.Tensor
+    assert type(logits(fused_head=True, return_logits=False)) is not torch.Tensor
+
+
+def test_the_fused_heads_of_trl_and_of_the_model_do_not_meet(tiny, conversations, tmp_path):
+    losses = []
+    for fused in (True, False):
+        model, tokenizer = FastLanguageModel.from_pretrained(
+            str(tiny()), max_seq_length=256, dtype=torch.float32, load_in_16bit=True, fused_head=fused
+        )
+        model = FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=False)
+        trainer = SFTTrainer(
+            model=model, tokenizer=tokenizer, train_dataset=conversations, args=config(tmp_path, loss_type="dft")
+        )
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        labels = torch.tensor([[5, 6, 7]])
+        assert type(model(input_ids=labels).logits) is torch.Tensor
+    assert losses[0] == losses[1]

@@ -15,6 +15,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import uuid
@@ -23,11 +24,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError
+
 from unsloth.core.errors import StorageError
 from unsloth.core.log import get_logger
 
 MANIFEST = "manifest.json"
-_FORMAT = 1
+_FORMAT = 2  # 1 had no checksum of its own
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100  # fcntl.h
 
@@ -49,7 +52,7 @@ def stage(
     *,
     kind: str,
     details: Mapping[str, Any] | None = None,
-    existing: Literal["replace", "extend"] = "replace",
+    existing: Literal["replace", "overwrite", "extend"] = "replace",
     needed_bytes: int = 0,
 ) -> Iterator[Path]:
     """Yield an empty folder to write into; commit it as ``target`` when the block ends without an exception.
@@ -59,7 +62,8 @@ def stage(
         kind: What the folder is ("adapter", "merged_16bit"); written to the manifest.
         details: Further JSON values for the manifest. May be filled by the caller until the block ends.
         existing: What to do with a folder that is already there. ``"replace"`` replaces it whole, and refuses if
-            it holds files that no manifest of ours lists; ``"extend"`` keeps the files that are not written anew.
+            it holds files that no manifest of ours lists; ``"overwrite"`` replaces it whatever it holds;
+            ``"extend"`` keeps the files that are not written anew.
         needed_bytes: Space that the result will take; checked before anything is written.
 
     Raises:
@@ -67,15 +71,15 @@ def stage(
             the target was changed, and no staging folder is left behind.
     """
     target = Path(os.path.realpath(Path(target).expanduser()))
-    with _readable_os_errors(target):
+    with readable_os_errors(target, needed_bytes):
         target.parent.mkdir(parents=True, exist_ok=True)
         _check_target(target, existing)
         _remove_abandoned(target)
         check_space(target.parent, needed_bytes)
-        staging = target.parent / f".{target.name[:100]}.stage-{_owner_tag()}-{uuid.uuid4().hex[:8]}"
+        staging = target.parent / f"{_staging_prefix(target)}{_owner_tag()}-{uuid.uuid4().hex[:8]}"
         staging.mkdir()
     try:
-        with _readable_os_errors(target):
+        with readable_os_errors(target, needed_bytes):
             yield staging
             if existing == "extend" and target.is_dir():
                 _carry_over(target, staging)
@@ -88,8 +92,19 @@ def stage(
 
 
 def write_manifest(folder: Path, *, kind: str, details: Mapping[str, Any]) -> list[FileRecord]:
-    """Write ``manifest.json``, which lists every other file in ``folder``, and return its records."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+    """Write ``manifest.json``, which lists every other file in ``folder``, and return its records.
+
+    Folders inside it that have a manifest of their own (checkpoints in an output folder) are not listed.
+    """
+    own = {p.parent for p in folder.rglob(MANIFEST)} - {folder}
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and path != folder / MANIFEST
+        and own.isdisjoint(path.parents)
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
     records = [FileRecord(p.relative_to(folder).as_posix(), p.stat().st_size, sha256(p)) for p in paths]
     content = {
         "format": _FORMAT,
@@ -97,7 +112,8 @@ def write_manifest(folder: Path, *, kind: str, details: Mapping[str, Any]) -> li
         "details": dict(details),
         "files": [asdict(record) for record in records],
     }
-    (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
+    content["checksum"] = _checksum(json.loads(json.dumps(content)))
+    (folder / MANIFEST).write_text(_text(content))
     return records
 
 
@@ -105,17 +121,22 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The folder's manifest as a mapping, or None if it has none.
 
     Raises:
-        StorageError: The file is there but is not a manifest of ours.
+        StorageError: The file is there but is damaged, or is not a manifest of ours.
     """
     path = folder / MANIFEST
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text())
+        text = path.read_text()
+        content = json.loads(text)
+        if content["format"] not in (1, _FORMAT):
+            raise ValueError(content["format"])
+        if content["format"] != 1 and (text != _text(content) or content.pop("checksum") != _checksum(content)):
+            raise ValueError("checksum")
         content["files"] = [FileRecord(**record) for record in content["files"]]
     except (ValueError, KeyError, TypeError) as error:
         raise StorageError(
-            "unreadable manifest", got=path, do="Delete it if the folder comes from elsewhere."
+            "damaged or foreign manifest", got=path, do="Delete it if the folder comes from elsewhere."
         ) from error
     return content
 
@@ -137,6 +158,16 @@ def verify(folder: Path) -> list[str]:
     return problems
 
 
+def _text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's values, so that a damaged manifest is told from a true one."""
+    values = {key: value for key, value in content.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file in hexadecimal, read in pieces."""
     with path.open("rb") as file:
@@ -154,28 +185,39 @@ def check_space(folder: Path, needed_bytes: int) -> None:
 
 
 @contextlib.contextmanager
-def _readable_os_errors(target: Path) -> Iterator[None]:
+def readable_os_errors(target: Path, needed_bytes: int = 0) -> Iterator[None]:
     """Turn the operating system's refusals about the target into :class:`StorageError`."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        number = _errno(error)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = shutil.disk_usage(_nearest_existing(target)).free
+            needed = f"{needed_bytes:,} bytes needed, " if needed_bytes else ""
+            reason = "the disk became full" if number == errno.ENOSPC else os.strerror(number)
             raise StorageError(
-                f"the disk became full while writing {target} ({free:,} bytes free)",
+                f"{reason} while writing {target} ({needed}{free:,} bytes free)",
                 do="Nothing of the target was changed. Free some space, or choose another folder, and save again.",
             ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG):
+        if number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
             raise StorageError(
-                f"cannot write {target} ({os.strerror(error.errno)})", do="Choose a folder that you can write to."
+                f"cannot write {target} ({os.strerror(number)})", do="Choose a folder that you can write to."
             ) from error
         raise
+
+
+def _errno(error: OSError | SafetensorError) -> int | None:
+    """The system's error number; safetensors has it in its message only."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else None
 
 
 def _check_target(target: Path, existing: str) -> None:
     if target.exists() and not target.is_dir():
         raise StorageError("the target is a file, not a folder", got=target, do="Choose another folder name.")
-    if existing == "extend" or not target.is_dir():
+    if existing != "replace" or not target.is_dir():
         return
     manifest = read_manifest(target)
     ours = {record.name for record in manifest["files"]} | {MANIFEST} if manifest else set()
@@ -196,18 +238,53 @@ def _owner_tag() -> str:
     return f"{socket.gethostname()}-{os.getpid()}"
 
 
+def _staging_prefix(target: Path) -> str:
+    """The start of the names of a target's staging folders, short enough for names of 255 bytes."""
+    return f".{os.fsdecode(os.fsencode(target.name)[:100])}.stage-"
+
+
 def _remove_abandoned(target: Path) -> None:
     """Delete staging folders of this target whose process, on this host, no longer runs."""
-    prefix = f".{target.name[:100]}.stage-{socket.gethostname()}-"
-    for path in target.parent.glob(f".{_glob_escape(target.name[:100])}.stage-*"):
+    prefix = f"{_staging_prefix(target)}{socket.gethostname()}-"
+    for path in target.parent.iterdir():
         pid = path.name.removeprefix(prefix).split("-")[0]
         if path.name.startswith(prefix) and pid.isdigit() and not _is_running(int(pid)):
             logger.info("removing %s, left behind by a save that was killed", path)
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _glob_escape(text: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in text)
+@contextlib.contextmanager
+def utf8_path(folder: Path) -> Iterator[Path]:
+    """A path to an existing folder for libraries that only open names in UTF-8, whatever its real name is."""
+    try:
+        os.fsencode(folder).decode()
+    except UnicodeDecodeError:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            yield Path(f"/proc/self/fd/{descriptor}")
+        finally:
+            os.close(descriptor)
+    else:
+        yield folder
+
+
+def retire(folder: Path) -> None:
+    """Delete a folder such that no reader finds half of it under its name: it is renamed first."""
+    hidden = folder.with_name(f".{folder.name}.retired-{uuid.uuid4().hex[:8]}")
+    folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def remove_leftovers(parent: Path, name: str) -> None:
+    """Delete what killed saves and deletions left of targets named ``name*`` in ``parent``.
+
+    For a caller who holds a lock on ``parent``: whatever process they belonged to, it is not at work any more.
+    """
+    pattern = re.compile(rf"\.{re.escape(name)}.*\.(stage|retired)-")
+    for path in parent.iterdir():
+        if pattern.match(path.name):
+            logger.info("removing %s, left behind by a run that was killed", path)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_running(pid: int) -> bool:

@@ -49,6 +49,10 @@ class AdapterError(UnslothError):
     """An adapter does not fit the model, or cannot be built as asked."""
 
 
+class PlanError(UnslothError):
+    """A model does not have the structure that its family promises, or its layers cannot be swapped as asked."""
+
+
 class TokenizerError(UnslothError):
     """A tokenizer lacks something that the task needs, such as a chat template."""
 
@@ -67,6 +71,38 @@ class ExportError(UnslothError):
 
 class StorageError(UnslothError):
     """The disk is full, read-only, or holds something that must not be overwritten."""
+
+
+class RewardError(UnslothError, ValueError):
+    """A reward function failed, or returned something other than one finite number a completion."""
+
+
+class SandboxError(UnslothError):
+    """Generated code could not be run, or not to its end. Base of the errors below."""
+
+
+class SandboxUnavailableError(SandboxError):
+    """The sandbox itself failed or cannot be had here: says nothing about the generated code."""
+
+
+class SandboxTimeoutError(SandboxError, TimeoutError):
+    """Generated code, or a loop around it, took longer than its limit."""
+
+
+class SandboxKilledError(SandboxError, RuntimeError):
+    """Generated code ended its process: it crashed the interpreter or left through a back door."""
+
+
+class GeneratedCodeError(SandboxError, ValueError):
+    """Generated code is not allowed, or gave something that cannot be taken as a result."""
+
+
+class RefusedImportError(GeneratedCodeError, ImportError):
+    """Generated code imports a module that it may not have."""
+
+
+class RefusedNameError(GeneratedCodeError, NameError):
+    """Generated code uses or makes a global name."""
 
 
 def _shorten(value: object, limit: int = 200) -> str:

@@ -18,17 +18,22 @@ class _CurrentStderr(logging.StreamHandler):
         super().emit(record)
 
 
-class _OncePerMessage(logging.Filter):
-    """Lets a record marked ``extra={"once": True}`` through the first time only."""
+class _Printable(logging.Filter):
+    """Makes messages that any handler can write, and lets a repeated one through once if it asks for that.
+
+    A byte of a file name that is not UTF-8 has no encoding; it is written as an escape. A record marked
+    ``extra={"once": True}`` passes the first time only.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._seen: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage().encode("utf-8", "backslashreplace").decode("utf-8")
+        record.msg, record.args = message, ()
         if not getattr(record, "once", False):
             return True
-        message = record.getMessage()
         if message in self._seen:
             return False
         self._seen.add(message)
@@ -48,6 +53,6 @@ def get_logger(name: str) -> logging.Logger:
         root.propagate = False
     root.setLevel(logging.DEBUG if settings.verbose_logging() else logging.INFO)
     logger = logging.getLogger(name)
-    if name.startswith(_ROOT) and not any(isinstance(f, _OncePerMessage) for f in logger.filters):
-        logger.addFilter(_OncePerMessage())
+    if name.startswith(_ROOT) and not any(isinstance(f, _Printable) for f in logger.filters):
+        logger.addFilter(_Printable())
     return logger

@@ -37,6 +37,11 @@ def verbose_logging() -> bool:
     return flag("UNSLOTH_ENABLE_LOGGING")
 
 
+def return_logits() -> bool:
+    """``UNSLOTH_RETURN_LOGITS=1`` makes a forward with labels compute the logits beside the loss."""
+    return flag("UNSLOTH_RETURN_LOGITS")
+
+
 def cache_folder() -> Path:
     """Where converted models are kept: ``UNSLOTH_CACHE``, else the user's cache folder."""
     explicit = os.environ.get("UNSLOTH_CACHE")
@@ -49,6 +54,12 @@ def cache_folder() -> Path:
 def offline() -> bool:
     """Whether the Hugging Face libraries were told to stay off the network."""
     return flag("HF_HUB_OFFLINE") or flag("TRANSFORMERS_OFFLINE")
+
+
+def loader_environment() -> dict[str, str]:
+    """The one variable that some installations of Python need to start at all: where their shared libraries are."""
+    value = os.environ.get("LD_LIBRARY_PATH")
+    return {"LD_LIBRARY_PATH": value} if value else {}
 
 
 def prefer_stable_downloads() -> None:

@@ -23,11 +23,11 @@ class Collator:
     shape [1, N]: positions start anew at each document, by which attention keeps documents apart.
 
     Attributes:
-        pad_token_id: Fills ``input_ids`` where the attention mask is 0.
+        pad_token_id: Fills ``input_ids`` where the attention mask is 0; any token does, so None is 0.
         pad_to_multiple_of: Round T up to a multiple of this.
     """
 
-    pad_token_id: int
+    pad_token_id: int | None
     pad_to_multiple_of: int | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -41,7 +41,7 @@ class Collator:
         multiple = self.pad_to_multiple_of or 1
         width = -(-longest // multiple) * multiple
         batch = {
-            "input_ids": torch.full((len(rows), width), self.pad_token_id),
+            "input_ids": torch.full((len(rows), width), self.pad_token_id or 0),
             "attention_mask": torch.zeros((len(rows), width), dtype=torch.int64),
             "labels": torch.full((len(rows), width), IGNORED),
         }

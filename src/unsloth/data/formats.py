@@ -3,95 +3,193 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
-from unsloth.core.errors import DataError
+from unsloth.core.errors import ConfigError, DataError
+from unsloth.data.conversation import Conversation, is_missing, parse_json, parse_messages
 
-Layout = Literal["tokens", "conversation", "text"]
+Layout = Literal["tokens", "text", "conversation", "alpaca", "completion", "preference", "unpaired", "prompt"]
 
-CONVERSATION_COLUMNS = ("messages", "conversations")
+CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
+TEMPLATE_COLUMNS = ("reasoning_effort", "enable_thinking", "documents")
+"""Columns that are passed on to the chat template, row by row."""
 
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-_ACCEPTED = (
-    "a text column; 'messages' (or 'conversations') with a list of {'role', 'content'} or {'from', 'value'}; "
-    "or 'input_ids' with an optional 'labels'"
+ACCEPTED = (
+    "a text column; 'messages' or 'conversations' with a list of {'role', 'content'} or {'from', 'value'}; "
+    "'instruction', 'output' and optionally 'input'; 'prompt' and 'completion'; 'input_ids' and optionally 'labels'"
 )
+# Names that other libraries and data sets use for the two columns of a completion.
+_PROMPTS = ("prompt",)
+_COMPLETIONS = ("completion", "response")
+_OTHER_TRAINERS = {
+    "preference": "These rows are pairs for preference training: use DPOTrainer or ORPOTrainer.",
+    "unpaired": "These rows are judged answers: use KTOTrainer.",
+    "prompt": "These rows have no answer to learn by heart: use GRPOTrainer, or rename the columns to "
+    "'instruction' and 'output'.",
+}
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """Messages in order, each a mapping with at least ``role`` and ``content``; and the tools on offer, if any."""
+class Detection:
+    """What a data set's rows are.
 
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None = None
+    Attributes:
+        layout: The layout.
+        reason: By which columns it was recognized.
+        columns: The columns that are used, by what they are used for.
+    """
+
+    layout: Layout
+    reason: str
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
-def detect(columns: Sequence[str], text_field: str) -> Layout:
+def detect(columns: Sequence[str], text_field: str = "text", layout: Layout | None = None) -> Detection:
     """Recognize the layout of a data set by its columns.
 
     Args:
         columns: The data set's column names.
         text_field: Name of the column that holds text, where there is one.
+        layout: Overrides the recognition; the columns it needs must be there.
 
     Raises:
+        ConfigError: No such layout.
         DataError: No known layout; says which columns were found and which layouts are accepted.
     """
-    if "input_ids" in columns:
-        return "tokens"
-    if text_field in columns:
-        return "text"
-    if any(name in columns for name in CONVERSATION_COLUMNS):
-        return "conversation"
+    if layout is not None and layout not in get_args(Layout):
+        raise ConfigError(f"layout must be one of {', '.join(get_args(Layout))}", got=layout)
+    found = {d.layout: d for d in _candidates(list(columns), text_field)}
+    if layout is not None:
+        if layout in found:
+            return found[layout]
+        raise DataError(f"the rows do not have the columns of the layout '{layout}'", got=list(columns))
+    if found:
+        return next(iter(found.values()))
     raise DataError(
-        f"the data set has neither a '{text_field}' column nor conversations",
+        f"the data set has neither a '{text_field}' column nor another known layout",
         got=list(columns),
-        do=f"Accepted are {_ACCEPTED}. Name another text column with dataset_text_field=..., "
+        do=f"Accepted are {ACCEPTED}. Name another text column with dataset_text_field=..., "
         "or build the text with formatting_func=...",
     )
 
 
+def _candidates(columns: list[str], text_field: str) -> list[Detection]:
+    """The layouts that fit, the likeliest first."""
+    have = set(columns)
+    found = []
+
+    def add(layout: Layout, reason: str, **used: str | None) -> None:
+        found.append(Detection(layout, reason, {key: value for key, value in used.items() if value}))
+
+    if "input_ids" in have:
+        add("tokens", "the column 'input_ids'", input_ids="input_ids")
+    if text_field in have:
+        add("text", f"the column '{text_field}'", text=text_field)
+    messages = _first(CONVERSATION_COLUMNS, have)
+    if messages:
+        add("conversation", f"the column '{messages}'", messages=messages, tools=_first(("tools",), have))
+    if {"chosen", "rejected"} <= have:
+        add("preference", "the columns 'chosen' and 'rejected'", prompt=_first(_PROMPTS, have))
+    prompt, completion = _first(_PROMPTS, have), _first(_COMPLETIONS, have)
+    if prompt and completion and "label" in have:
+        add("unpaired", f"the columns '{prompt}', '{completion}' and 'label'", prompt=prompt, completion=completion)
+    if {"instruction", "output"} <= have:
+        add("alpaca", "the columns 'instruction' and 'output'", input=_first(("input",), have))
+    if prompt and completion:
+        add("completion", f"the columns '{prompt}' and '{completion}'", prompt=prompt, completion=completion)
+    question = _first(("prompt", "question"), have)
+    if question:
+        add("prompt", f"the column '{question}' without a completion", prompt=question)
+    return found
+
+
+def _first(names: Sequence[str], have: set[str]) -> str | None:
+    return next((name for name in names if name in have), None)
+
+
+def refuse_for_sft(detection: Detection, columns: Sequence[str]) -> None:
+    """Raise :class:`DataError` if rows of this layout belong to another trainer."""
+    if detection.layout in _OTHER_TRAINERS:
+        raise DataError(
+            f"rows with {detection.reason} are not for supervised fine-tuning",
+            got=list(columns),
+            do=f"{_OTHER_TRAINERS[detection.layout]} Accepted here are {ACCEPTED}.",
+        )
+
+
 def text_of(row: Mapping[str, Any], text_field: str, number: int) -> str:
     """The text of row ``number`` (counted from 0); raise :class:`DataError` unless it is a non-empty string."""
-    text = row[text_field]
+    text = row.get(text_field)
     if not isinstance(text, str) or not text.strip():
         raise DataError(
             f"row {number}: column '{text_field}' must hold non-empty text",
             got=text,
-            do="Remove or repair the row: dataset.filter(lambda row: row[...]).",
+            do=f"Remove such rows: dataset = dataset.filter(lambda row: row[{text_field!r}]).",
         )
     return text
 
 
-def conversation_of(row: Mapping[str, Any], number: int) -> Conversation:
-    """The conversation of row ``number`` (counted from 0), with ShareGPT's keys and roles translated.
+def conversation_of(row: Mapping[str, Any], number: int, detection: Detection | None = None) -> Conversation:
+    """The conversation of row ``number`` (counted from 0): messages, or instruction, input and output.
 
     Raises:
         DataError: Names the row, the message and what is wrong with it.
     """
-    column = next(name for name in CONVERSATION_COLUMNS if name in row)
-    messages = row[column]
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise DataError(f"row {number}: '{column}' must be a non-empty list of messages", got=messages)
-    parsed = [_message(message, number, position) for position, message in enumerate(messages)]
-    return Conversation(parsed, row.get("tools") or None)
+    detection = detection or detect(list(row))
+    variables = template_variables(row)
+    if detection.layout == "alpaca":
+        return Conversation(_alpaca(row, number), None, variables)
+    column = detection.columns["messages"]
+    return Conversation(parse_messages(row.get(column), number, column), tools_of(row, number), variables)
 
 
-def _message(message: Any, number: int, position: int) -> dict[str, Any]:
-    where = f"row {number}, message {position}"
-    if not isinstance(message, Mapping):
-        raise DataError(f"{where}: a message must be a mapping with 'role' and 'content'", got=message)
-    if "role" in message:
-        parsed = {key: value for key, value in message.items() if value is not None}
-    elif "from" in message and "value" in message:
-        role = message["from"]
-        parsed = {"role": _SHAREGPT_ROLES.get(role, role), "content": message["value"]}
-    else:
-        raise DataError(
-            f"{where}: a message needs 'role' and 'content', or 'from' and 'value'", got=sorted(map(str, message))
-        )
-    if not isinstance(parsed.get("role"), str):
-        raise DataError(f"{where}: the role must be text", got=parsed.get("role"))
-    if not isinstance(parsed.get("content"), str) and not parsed.get("tool_calls"):
-        raise DataError(f"{where}: the content must be text", got=message.get("content", message.get("value")))
-    return parsed
+def completion_of(row: Mapping[str, Any], number: int, detection: Detection) -> tuple[Any, Any]:
+    """Prompt and completion of row ``number``: both text, or both lists of messages.
+
+    Raises:
+        DataError: They are missing or of two kinds.
+    """
+    columns = [detection.columns[name] for name in ("prompt", "completion")]
+    prompt, completion = (row.get(column) for column in columns)
+    if isinstance(prompt, str) and isinstance(completion, str) and completion.strip():
+        return prompt, completion
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return parse_messages(prompt, number, columns[0]), parse_messages(completion, number, columns[1])
+    raise DataError(
+        f"row {number}: '{columns[0]}' and '{columns[1]}' must both be text, or both lists of messages",
+        got={column: row.get(column) for column in columns},
+        do="Remove or repair the row.",
+    )
+
+
+def _alpaca(row: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
+    for column in ("instruction", "output"):
+        if not isinstance(row.get(column), str) or is_missing(row[column]):
+            raise DataError(
+                f"row {number}: column '{column}' must hold non-empty text",
+                got=row.get(column),
+                do=f"Remove such rows: dataset = dataset.filter(lambda row: row[{column!r}]).",
+            )
+    asked = row["instruction"]
+    if not is_missing(row.get("input")):
+        asked = f"{asked}\n\n{row['input']}"
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
+    if isinstance(row.get("system"), str) and not is_missing(row["system"]):
+        messages.insert(0, {"role": "system", "content": row["system"]})
+    return messages
+
+
+def template_variables(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``row`` passes on to the chat template."""
+    return {name: row[name] for name in TEMPLATE_COLUMNS if row.get(name) is not None}
+
+
+def tools_of(row: Mapping[str, Any], number: int) -> list[dict[str, Any]] | None:
+    """The tools that row ``number`` offers; raise :class:`DataError` unless they are a list of JSON schemas."""
+    tools = row.get("tools") or None
+    if isinstance(tools, str):
+        tools = parse_json(tools, number, "tools") or None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise DataError(f"row {number}: 'tools' must be a list of JSON schemas", got=tools)
+    return tools

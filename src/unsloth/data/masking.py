@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -87,6 +88,39 @@ def label_spans(ids: list[int], offsets: list[tuple[int, int]], spans: list[tupl
         if current < len(spans) and end > start >= spans[current][0]:
             labels[position] = ids[position]
     return labels
+
+
+def label_encoding(ids: list[int], encoding: Any, spans: list[tuple[int, int]]) -> list[int]:
+    """As :func:`label_spans`, from the encoding of a fast tokenizer: only the ends of spans are looked up.
+
+    Args:
+        ids: Token ids.
+        encoding: The ``tokenizers.Encoding`` they are from.
+        spans: Sorted, disjoint character ranges to train.
+    """
+    labels = [IGNORED] * len(ids)
+    for start, end in spans:
+        first = _token_from(encoding, start, end)
+        if first is None:
+            continue
+        last = encoding.char_to_token(end)
+        if last is None:  # the text's end, or a character that no token has
+            last = len(ids)
+            while last > first and not start <= encoding.offsets[last - 1][0] < end:
+                last -= 1
+        elif encoding.token_to_chars(last)[0] < end:
+            last += 1
+        labels[first:last] = ids[first:last]
+    return labels
+
+
+def _token_from(encoding: Any, start: int, end: int) -> int | None:
+    """The first token whose text begins within ``[start, end)``."""
+    for character in range(start, end):
+        token = encoding.char_to_token(character)
+        if token is not None and encoding.token_to_chars(token)[0] >= start:
+            return token
+    return None
 
 
 def count_trained(labels: list[int]) -> int:

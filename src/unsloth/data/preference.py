@@ -7,6 +7,8 @@ messages.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -17,8 +19,12 @@ from transformers import PreTrainedTokenizerBase
 
 from unsloth.core.errors import ConfigError, DataError
 from unsloth.core.log import get_logger
-from unsloth.data import formats, render
-from unsloth.data.prepare import Rows, as_dataset
+from unsloth.data.conversation import Conversation, parse_messages
+from unsloth.data.encode import rows_of
+from unsloth.data.formats import template_variables, tools_of
+from unsloth.data.prepare import encoded, encoded_stream, opened
+from unsloth.data.render import ChatRenderer
+from unsloth.data.sources import Rows
 
 PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 RATED_COLUMNS = ("prompt_ids", "completion_ids", "label")
@@ -91,53 +97,51 @@ class PreferenceReport:
 
 
 def prepare_pairs(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase, options: PreferenceOptions
+    rows: Rows | str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase, options: PreferenceOptions
 ) -> tuple[Dataset | IterableDataset, PreferenceReport | None]:
     """Tokenize pairs.
 
     Args:
-        rows: A data set, or a list of mappings.
+        rows: A data set, a list of mappings, or what :func:`unsloth.data.sources.load_rows` can load.
         tokenizer: Tokenizer, with a chat template if the rows are messages.
         options: See :class:`PreferenceOptions`.
 
     Returns:
-        A data set with the columns :data:`PAIR_COLUMNS` and those of the rows; and what was counted, or None for a
-        streamed data set and for one that was prepared before.
+        A data set with the columns :data:`PAIR_COLUMNS`, and ``margin`` where the rows have one; and what was counted,
+        or None for a streamed data set and for one that was prepared before.
 
     Raises:
         DataError: No rows, a missing column, a row that cannot be used (named), or nothing left to train on.
         TokenizerError: Messages without a chat template.
     """
-    dataset, columns = _opened(rows)
+    rows, first = opened(rows)
+    columns = list(first[0])
     if set(PAIR_COLUMNS) <= set(columns):
-        return dataset, None
+        return _as_given(rows), None
     _require(columns, ("chosen", "rejected"), _PAIRS)
-    return _prepared(dataset, columns, _TokenizePairs(tokenizer, options))
+    return _prepared(rows, columns, _EncodePairs(tokenizer, options))
 
 
 def prepare_rated(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase, options: PreferenceOptions
+    rows: Rows | str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase, options: PreferenceOptions
 ) -> tuple[Dataset | IterableDataset, PreferenceReport | None]:
     """Tokenize rated answers; a pair becomes two of them, the chosen one good and the rejected one bad.
 
     As :func:`prepare_pairs`, with the columns :data:`RATED_COLUMNS`.
     """
-    dataset, columns = _opened(rows)
+    rows, first = opened(rows)
+    columns = list(first[0])
     if set(RATED_COLUMNS) <= set(columns):
-        return dataset, None
+        return _as_given(rows), None
     if "completion" in columns or "label" in columns:
         _require(columns, ("completion", "label"), _RATED)
-        return _prepared(dataset, columns, _TokenizeRated(tokenizer, options))
+        return _prepared(rows, columns, _EncodeRated(tokenizer, options))
     _require(columns, ("chosen", "rejected"), _RATED)
-    return _prepared(dataset, columns, _TokenizeApart(tokenizer, options))
+    return _prepared(rows, columns, _EncodeApart(tokenizer, options))
 
 
-def _opened(rows: Rows) -> tuple[Dataset | IterableDataset, list[str]]:
-    dataset = as_dataset(rows)
-    first = next(iter(dataset), None)
-    if first is None:
-        raise DataError("the data set has no rows", do="Check the file, and any filter applied to it.")
-    return dataset, list(first)
+def _as_given(rows: Rows) -> Dataset | IterableDataset:
+    return rows if isinstance(rows, Dataset | IterableDataset) else Dataset.from_list([dict(row) for row in rows])
 
 
 def _require(columns: Sequence[str], needed: Sequence[str], accepted: str) -> None:
@@ -161,35 +165,39 @@ class _Row:
     filled: bool
 
 
-class _Tokenize:
-    """The function that ``Dataset.map`` applies to a batch of rows; picklable, for worker processes."""
+class _Encode:
+    """A :class:`unsloth.data.encode.RowEncoder` of rows with preferences."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: PreferenceOptions) -> None:
         self.tokenizer = tokenizer
         self.options = options
+        self._renderer: ChatRenderer | None = None
+
+    @property
+    def num_proc(self) -> int | None:
+        return self.options.num_proc
 
     def __call__(self, columns: Mapping[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
-        made = []
-        for position, number in enumerate(numbers):
-            made += self.rows({key: values[position] for key, values in columns.items()}, number)
+        return self.encode(rows_of(columns, len(numbers)), numbers)
+
+    def encode(self, rows: Sequence[Mapping[str, Any]], numbers: Sequence[int]) -> dict[str, list[Any]]:
+        made = [part for row, number in zip(rows, numbers, strict=True) for part in self.rows(row, number)]
         return {key: [row[key] for row in made] for key in made[0]}
 
     def rows(self, row: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
         """What becomes of one row."""
         raise NotImplementedError
 
-    def encode(self, prompt: Any, answers: Sequence[Any], row: Mapping[str, Any], number: int) -> _Row:
+    def tokens(self, prompt: Any, answers: Sequence[Any], row: Mapping[str, Any], number: int) -> _Row:
         """Token ids of a prompt (text or messages) and of its answers, cut to the limits."""
         if isinstance(prompt, str):
             eos = self.tokenizer.eos_token or ""
-            texts = [answer if answer.endswith(eos) else answer + eos for answer in answers]
-            start = self._ids(prompt, special=True)
-            whole = [self._ids(prompt + text, special=True) for text in texts]
+            begin = not (self.tokenizer.bos_token and prompt.startswith(self.tokenizer.bos_token))
+            start = self._ids(prompt, begin)
+            whole = [self._ids(prompt + (text if text.endswith(eos) else text + eos), begin) for text in answers]
         else:
-            render.require_template(self.tokenizer)
-            tools = row.get("tools") or None
-            start = self._ids(self._text(prompt, tools, number, prompt=True))
-            whole = [self._ids(self._text(prompt + answer, tools, number)) for answer in answers]
+            start = self._ids(self._text(prompt, row, number, prompt=True))
+            whole = [self._ids(self._text(prompt + answer, row, number)) for answer in answers]
         shared = min(_common(start, ids) for ids in whole)
         if shared < len(start):
             # Tokens that merge across the boundary, or a template that renders the end of a prompt otherwise when
@@ -202,11 +210,14 @@ class _Tokenize:
             )
         return self._cut(start[:shared], [ids[shared:] for ids in whole])
 
-    def _ids(self, text: str, special: bool = False) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    def _ids(self, text: str, begin: bool = False) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=begin, verbose=False)["input_ids"])
 
-    def _text(self, messages: _Messages, tools: Any, number: int, prompt: bool = False) -> str:
-        return render.conversation(self.tokenizer, formats.Conversation(messages, tools), number, prompt)
+    def _text(self, messages: _Messages, row: Mapping[str, Any], number: int, prompt: bool = False) -> str:
+        if self._renderer is None:
+            self._renderer = ChatRenderer(self.tokenizer)
+        conversation = Conversation(messages, tools_of(row, number), template_variables(row))
+        return self._renderer.render(conversation, number, add_generation_prompt=prompt).text
 
     def _cut(self, prompt: list[int], answers: list[list[int]]) -> _Row:
         options = self.options
@@ -224,19 +235,19 @@ class _Tokenize:
         return _Row(prompt, kept, prompt_cut, truncated, filled=not all(kept))
 
 
-class _TokenizePairs(_Tokenize):
+class _EncodePairs(_Encode):
     def rows(self, row: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
         prompt, chosen, rejected = pair_of(row, number)
-        encoded = self.encode(prompt, [chosen, rejected], row, number)
-        return [_columns(encoded, identical=_same(encoded))]
+        pair = self.tokens(prompt, [chosen, rejected], row, number)
+        return [{**_columns(pair, identical=_same(pair)), **_margin(row, number)}]
 
 
-class _TokenizeApart(_Tokenize):
+class _EncodeApart(_Encode):
     """Pairs, taken apart into one good and one bad answer."""
 
     def rows(self, row: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
         prompt, chosen, rejected = pair_of(row, number)
-        pair = self.encode(prompt, [chosen, rejected], row, number)
+        pair = self.tokens(prompt, [chosen, rejected], row, number)
         halves = []
         for answer, label in zip(pair.answers, (True, False), strict=True):
             half = _Row(pair.prompt, [answer], pair.prompt_cut, pair.truncated, pair.filled)
@@ -244,13 +255,13 @@ class _TokenizeApart(_Tokenize):
         return halves
 
 
-class _TokenizeRated(_Tokenize):
+class _EncodeRated(_Encode):
     def rows(self, row: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
         label = row["label"]
         if not isinstance(label, bool | int) or label not in (0, 1):
             raise DataError(f"row {number}: 'label' must be true or false", got=label, do=_REPAIR)
         prompt, answer = rated_of(row, number)
-        return [{**_columns(self.encode(prompt, [answer], row, number)), "label": bool(label)}]
+        return [{**_columns(self.tokens(prompt, [answer], row, number)), "label": bool(label)}]
 
 
 def _same(pair: _Row) -> bool:
@@ -269,32 +280,28 @@ def _columns(row: _Row, identical: bool = False) -> dict[str, Any]:
     }
 
 
+def _margin(row: Mapping[str, Any], number: int) -> dict[str, float]:
+    if "margin" not in row:
+        return {}
+    margin = row["margin"]
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+        raise DataError(f"row {number}: 'margin' must be a number", got=margin, do=_REPAIR)
+    return {"margin": float(margin)}
+
+
 def _prepared(
-    dataset: Dataset | IterableDataset, columns: list[str], tokenize: _Tokenize
+    rows: Rows, columns: list[str], encoder: _Encode
 ) -> tuple[Dataset | IterableDataset, PreferenceReport | None]:
-    remove = [name for name in columns if name != "margin"]
-    if isinstance(tokenize, _TokenizeApart):
-        remove = columns
     counted = ["identical", "filled", "prompt_cut", "truncated"]
-    if isinstance(dataset, IterableDataset):
-        streamed = dataset.map(tokenize, with_indices=True, batched=True, batch_size=64, remove_columns=remove)
-        return streamed.filter(_is_useful).remove_columns(counted), None
-    workers = tokenize.options.num_proc
-    encoded = dataset.map(
-        tokenize,
-        with_indices=True,
-        batched=True,
-        batch_size=64,
-        num_proc=workers if workers and workers > 1 else None,
-        remove_columns=remove,
-        desc="Tokenizing",
-    )
-    flags = {name: encoded[name][:] for name in counted}
-    kept = [i for i in range(len(encoded)) if not flags["identical"][i] and not flags["filled"][i]]
+    if isinstance(rows, IterableDataset):
+        return encoded_stream(rows, encoder, columns).filter(_is_useful).remove_columns(counted), None
+    made = encoded(rows, encoder)
+    flags = {name: made[name][:] for name in counted}
+    kept = [i for i in range(len(made)) if not flags["identical"][i] and not flags["filled"][i]]
     # A pair is one identical pair, also when it was taken apart.
-    halves = 2 if isinstance(tokenize, _TokenizeApart) else 1
+    halves = 2 if isinstance(encoder, _EncodeApart) else 1
     report = PreferenceReport(
-        rows=len(encoded),
+        rows=len(made),
         kept=len(kept),
         identical=sum(flags["identical"]) // halves,
         filled=sum(flags["filled"]),
@@ -306,8 +313,8 @@ def _prepared(
             f"no row is left to train on: {report}",
             do="Check that chosen and rejected differ, and that max_length leaves room for an answer.",
         )
-    encoded = encoded.remove_columns(counted)
-    return (encoded if len(kept) == len(encoded) else encoded.select(kept)), report
+    made = made.remove_columns(counted)
+    return (made if len(kept) == len(made) else made.select(kept)), report
 
 
 def _is_useful(row: Mapping[str, Any]) -> bool:
@@ -365,7 +372,7 @@ def _side(row: Mapping[str, Any], name: str, number: int) -> str | _Messages:
     if isinstance(value, str) and value.strip():
         return value
     if isinstance(value, Sequence) and not isinstance(value, str) and value:
-        return formats.conversation_of({"messages": list(value)}, number).messages
+        return parse_messages(list(value), number, name)
     shown = {key: cell for key, cell in row.items() if key in ("prompt", "chosen", "rejected", "completion", "label")}
     raise DataError(f"row {number}: '{name}' is empty, but must hold an answer", got=shown, do=_REPAIR)
 
@@ -377,7 +384,7 @@ def _turns(side: str | _Messages) -> _Messages:
 def _prompt_turns(prompt: Any, number: int) -> _Messages:
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
-    return formats.conversation_of({"messages": prompt}, number).messages
+    return parse_messages(prompt, number, "prompt")
 
 
 def _check_answer(answer: _Messages, name: str, row: Mapping[str, Any], number: int) -> None:

@@ -2,55 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from unsloth.core.errors import ConfigError, DataError, TokenizerError
+from unsloth.core.errors import ConfigError, DataError
 from unsloth.core.log import get_logger
-from unsloth.data import formats, masking, packing, render
-from unsloth.data.masking import IGNORED, ResponseMarkers
+from unsloth.data import encode, formats, masking, packing, render, sources
+from unsloth.data.encode import Encoder, PrepareOptions, RowEncoder
+from unsloth.data.json_rows import LazyRows, as_row
+from unsloth.data.sources import Rows
+from unsloth.data.turns import end_token
 
-Rows: TypeAlias = "Dataset | IterableDataset | Sequence[Mapping[str, Any]]"
+__all__ = ["PrepareOptions", "PrepareReport", "Rows", "prepare"]
 
 _BATCH = 256  # rows tokenized at a time
+_STREAMED_BATCH = 16  # of a stream, where an error loses the batch that is being read
+_LOOK_AT = 8  # rows looked at before the work begins
 
 logger = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class PrepareOptions:
-    """How rows become tokens.
-
-    Attributes:
-        max_length: Longest row in tokens; longer ones are cut at the end, and counted. None keeps all.
-        text_field: Column that holds text.
-        formatting: A user's function that makes the text of a row.
-        responses: Train only the assistant's turns, told apart by these markers.
-        packing: Let several documents share a row of ``max_length`` tokens.
-        padding_free: Mark rows so that a batch is collated without padding.
-        append_eos: End each row of a text column with the end-of-text token.
-        num_proc: Worker processes; None works in this one.
-    """
-
-    max_length: int | None
-    text_field: str = "text"
-    formatting: render.FormattingFunction | None = None
-    responses: ResponseMarkers | None = None
-    packing: bool = False
-    padding_free: bool = False
-    append_eos: bool = True
-    num_proc: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_length is not None and self.max_length < 2:
-            raise ConfigError("max_length must be at least 2 tokens", got=self.max_length)
-        if self.packing and self.max_length is None:
-            raise ConfigError("packing needs a row length", got=None, do="Set max_length=...")
 
 
 @dataclass(frozen=True)
@@ -63,7 +41,11 @@ class PrepareReport:
         truncated: Rows cut at the maximum length.
         tokens: Tokens of all rows kept.
         trained_tokens: Those of them that are trained.
-        batches_rows: Rows after packing.
+        batches_rows: Rows after packing, or after long ones were cut into several.
+        too_long: Rows above the maximum length, left out as asked.
+        control: Rows with the name of a control token within a message.
+        double_bos: Rows that began with two begin-of-text tokens; one was removed.
+        silent: Rows with an assistant's turn that says nothing; it is not trained.
     """
 
     rows: int
@@ -72,26 +54,35 @@ class PrepareReport:
     tokens: int
     trained_tokens: int
     batches_rows: int
+    too_long: int = 0
+    control: int = 0
+    double_bos: int = 0
+    silent: int = 0
 
     def __str__(self) -> str:
         share = self.trained_tokens / max(self.tokens, 1)
         text = f"{self.rows:,} rows, {self.tokens:,} tokens, {share:.0%} of them trained"
-        if self.batches_rows != self.rows - self.dropped:
+        if self.batches_rows < self.rows - self.dropped - self.too_long:
             text += f", packed into {self.batches_rows:,} rows"
-        if self.truncated:
-            text += f"; {self.truncated:,} rows were longer than the maximum and lost their end"
-        if self.dropped:
-            text += f"; {self.dropped:,} rows had no token to train and were left out"
-        return text
+        notes = {
+            "were longer than the maximum and lost their end": self.truncated,
+            "were longer than the maximum and were left out": self.too_long,
+            "had no token to train and were left out": self.dropped,
+            "began with two begin-of-text tokens, of which one was removed": self.double_bos,
+            "have an empty answer, which is not trained": self.silent,
+            "have the name of a control token within a message (escape_control_tokens writes it as text)": self.control,
+        }
+        return text + "".join(f"; {count:,} rows {note}" for note, count in notes.items() if count)
 
 
 def prepare(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase, options: PrepareOptions
+    rows: Rows | str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase, options: PrepareOptions
 ) -> tuple[Dataset | IterableDataset, PrepareReport | None]:
     """Tokenize, mask, truncate and pack a data set.
 
     Args:
-        rows: A data set, or a list of mappings.
+        rows: A data set, a list of mappings, or what :func:`unsloth.data.sources.load_rows` can load. Rows of a list
+            may differ in their columns within a layout.
         tokenizer: Tokenizer, with a chat template if the rows are conversations.
         options: See :class:`PrepareOptions`.
 
@@ -103,156 +94,204 @@ def prepare(
         DataError: No rows, an unknown layout, a row that cannot be used, or nothing left to train.
         TokenizerError: Conversations without a chat template.
     """
-    dataset = as_dataset(rows)
-    first = next(iter(dataset), None)
-    if first is None:
-        raise DataError("the data set has no rows", do="Check the file, and any filter applied to it.")
-    columns = list(first)
-    layout = "text" if options.formatting else formats.detect(columns, options.text_field)
-    _check_tokenizer(tokenizer, layout, options)
-    tokenize = _Tokenize(tokenizer, layout, options)
-    if isinstance(dataset, IterableDataset):
-        if options.packing:
-            raise ConfigError("packing needs a data set of known length", got="a streamed data set")
-        streamed = dataset.map(tokenize, with_indices=True, batched=True, batch_size=_BATCH, remove_columns=columns)
-        return streamed.remove_columns("truncated").filter(lambda row: masking.count_trained(row["labels"]) > 0), None
-    tokenized = dataset.map(
-        tokenize,
-        with_indices=True,
-        batched=True,
-        batch_size=_BATCH,
-        num_proc=options.num_proc if options.num_proc and options.num_proc > 1 else None,
-        remove_columns=dataset.column_names,
-        desc="Tokenizing",
-    )
-    return _finish(tokenized, dataset, tokenizer, options)
+    rows, first = opened(rows)
+    encoder = encoder_of(list(first[0]), tokenizer, options)
+    _look_at_first_rows(encoder, first)
+    if isinstance(rows, IterableDataset):
+        return _streamed(rows, encoder, first), None
+    return _finish(encoded(rows, encoder), len(rows), encoder, first)
 
 
-def as_dataset(rows: Rows) -> Dataset | IterableDataset:
-    """``rows`` as a data set, or raise :class:`DataError` if it is none and no list of mappings."""
-    if isinstance(rows, Dataset | IterableDataset):
+def opened(rows: Rows | str | os.PathLike[str]) -> tuple[Rows, list[Mapping[str, Any]]]:
+    """``rows`` as something to encode, loaded if they are named, and the first few of them.
+
+    Raises:
+        DataError: No rows, or nothing that holds rows.
+    """
+    rows = _checked(sources.load_rows(rows) if isinstance(rows, str | os.PathLike) else rows)
+    first = list(islice(_guarded(rows), _LOOK_AT))
+    if not first:
+        raise DataError(
+            "the data set has no rows", got=_columns(rows), do="Check the file, and any filter applied to it."
+        )
+    return rows, first
+
+
+def _checked(rows: Rows) -> Rows:
+    if isinstance(rows, Dataset | IterableDataset | LazyRows):
         return rows
     if isinstance(rows, Iterable) and not isinstance(rows, str | bytes | Mapping):
-        rows = list(rows)
-        bad = next((i for i, row in enumerate(rows) if not isinstance(row, Mapping)), None)
-        if bad is None:
-            return Dataset.from_list([dict(row) for row in rows])
-        raise DataError(f"row {bad} must be a mapping from column to value", got=rows[bad])
-    raise DataError("a data set must be a datasets.Dataset or a list of mappings", got=type(rows).__name__)
+        return [as_row(row, f"row {number}") for number, row in enumerate(rows)]
+    what = "is a dictionary of splits; pass one of them" if isinstance(rows, Mapping) else "has the wrong type"
+    raise DataError(
+        f"train_dataset {what}",
+        got=sorted(map(str, rows)) if isinstance(rows, Mapping) else type(rows).__name__,
+        do='Pass a datasets.Dataset or a list of mappings, such as dataset["train"].',
+    )
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, layout: formats.Layout, options: PrepareOptions) -> None:
-    if layout == "conversation":
-        render.require_template(tokenizer)
-    if options.responses is None:
+def _columns(rows: Rows) -> list[str]:
+    return list(getattr(rows, "column_names", None) or [])
+
+
+def _guarded(rows: Rows) -> Iterator[Any]:
+    return render.guarded(rows) if isinstance(rows, IterableDataset) else iter(rows)
+
+
+def encoder_of(columns: list[str], tokenizer: PreTrainedTokenizerBase, options: PrepareOptions) -> Encoder:
+    """The encoder for rows with these columns.
+
+    Raises:
+        DataError: No layout that supervised fine-tuning takes.
+        TokenizerError: The tokenizer lacks what the rows need.
+    """
+    if options.formatting:
+        return Encoder(tokenizer, formats.Detection("text", "formatting_func"), options)
+    detection = formats.detect(columns, options.text_field, options.layout)
+    formats.refuse_for_sft(detection, columns)
+    logger.debug("rows are read as %s, because of %s", detection.layout, detection.reason)
+    return Encoder(tokenizer, detection, options)
+
+
+def _look_at_first_rows(encoder: Encoder, first: list[Mapping[str, Any]]) -> None:
+    """Say what would go wrong quietly: an answer that never ends, or ends with another token than generation."""
+    if encoder.reader is None:
         return
-    if layout == "tokens":
-        raise DataError(
-            "training on responses only needs text or conversations, but the rows are token ids already",
-            do=f"Give them a 'labels' column with {IGNORED} for tokens not to train.",
+    tokenizer = encoder.tokenizer
+    looking = Encoder(
+        tokenizer,
+        encoder.detection,
+        replace(encoder.options, train_on="last_response", responses=None, max_length=None, packing=False),
+    )
+    labels = [row for row in looking.encode(first, range(len(first)))["labels"] if masking.count_trained(row)]
+    ends = Counter(end_token(tokenizer, row) for row in labels)
+    if not ends:
+        return
+    end, count = ends.most_common(1)[0]
+    if end is None:
+        logger.warning(
+            "%d of the first %d answers do not end with a token that ends a turn: the model would not learn to stop. "
+            "Set a template that writes one, such as tokenizer = get_chat_template(tokenizer, 'chatml')",
+            count,
+            len(labels),
         )
-    if not tokenizer.is_fast:
-        raise TokenizerError("training on responses only needs a fast tokenizer", got=type(tokenizer).__name__)
+    elif end != tokenizer.eos_token:
+        logger.warning(
+            "answers end with %r, but tokenizer.eos_token is %r, where generation would stop instead. "
+            "Set tokenizer.eos_token = %r, or use get_chat_template with map_eos_token=True",
+            end,
+            tokenizer.eos_token,
+            end,
+        )
 
 
-class _Tokenize:
-    """The function that ``Dataset.map`` applies to a batch of rows; picklable, for worker processes."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, layout: formats.Layout, options: PrepareOptions) -> None:
-        self.tokenizer = tokenizer
-        self.layout = layout
-        self.options = options
-
-    def __call__(self, columns: Mapping[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
-        rows = [{key: values[i] for key, values in columns.items()} for i in range(len(numbers))]
-        if self.layout == "tokens":
-            encoded = [_given_tokens(row, number) for row, number in zip(rows, numbers, strict=True)]
-        else:
-            encoded = self._encode(self._texts(rows, numbers))
-        limit = self.options.max_length
-        cut = [(ids[:limit], labels[:limit]) for ids, labels in encoded]
-        result: dict[str, list[Any]] = {
-            "input_ids": [ids for ids, _ in cut],
-            "labels": [labels for _, labels in cut],
-            "truncated": [limit is not None and len(ids) > limit for ids, _ in encoded],
-        }
-        if self.options.padding_free:
-            result["seq_lengths"] = [[len(ids)] for ids, _ in cut]
-        return result
-
-    def _texts(self, rows: list[dict[str, Any]], numbers: list[int]) -> list[str]:
-        if self.options.formatting:
-            texts = render.formatted(self.options.formatting, rows, numbers[0])
-        elif self.layout == "text":
-            texts = [formats.text_of(row, self.options.text_field, n) for row, n in zip(rows, numbers, strict=True)]
-        else:
-            return [
-                render.conversation(self.tokenizer, formats.conversation_of(row, n), n)
-                for row, n in zip(rows, numbers, strict=True)
-            ]
-        eos = self.tokenizer.eos_token
-        if self.options.append_eos and eos:
-            texts = [text if text.endswith(eos) else text + eos for text in texts]
-        return texts
-
-    def _encode(self, texts: list[str]) -> list[tuple[list[int], list[int]]]:
-        markers = self.options.responses
-        encoded = []
-        for text in texts:
-            # A template writes the begin-of-text token itself; the tokenizer must not add a second one.
-            bos = self.tokenizer.bos_token
-            special = self.layout == "text" and not (bos and text.startswith(bos))
-            tokens = self.tokenizer(
-                text, add_special_tokens=special, return_offsets_mapping=markers is not None, verbose=False
-            )
-            ids = tokens["input_ids"]
-            labels = list(ids)
-            if markers is not None:
-                spans = masking.response_spans(text, markers)
-                labels = masking.label_spans(ids, tokens["offset_mapping"], spans)
-            encoded.append((ids, labels))
-        return encoded
+def _streamed(rows: IterableDataset, encoder: Encoder, first: list[Mapping[str, Any]]) -> IterableDataset:
+    if encoder.options.packing:
+        raise ConfigError("packing needs a data set of known length", got="a streamed data set")
+    labels = encoder.encode(first, range(len(first)))["labels"]
+    if not any(masking.count_trained(row) for row in labels):
+        raise _nothing_to_train(encoder, first)
+    return encoded_stream(rows, encoder, list(first[0])).remove_columns("flags").filter(_is_trained)
 
 
-def _given_tokens(row: Mapping[str, Any], number: int) -> tuple[list[int], list[int]]:
-    ids = list(row["input_ids"])
-    labels = list(row["labels"]) if row.get("labels") is not None else list(ids)
-    if len(labels) != len(ids):
-        raise DataError(f"row {number}: {len(ids)} input_ids but {len(labels)} labels")
-    if row.get("labels") is None and row.get("attention_mask") is not None:
-        labels = [label if seen else IGNORED for label, seen in zip(labels, row["attention_mask"], strict=True)]
-    return ids, labels
+def _is_trained(row: Mapping[str, Any]) -> bool:
+    return masking.count_trained(row["labels"]) > 0
+
+
+def encoded_stream(rows: IterableDataset, encoder: RowEncoder, columns: list[str]) -> IterableDataset:
+    """What ``encoder`` makes of a streamed data set with these columns, as it is read."""
+    source = IterableDataset.from_generator(render.guarded, gen_kwargs={"rows": rows})
+    return source.map(encoder, with_indices=True, batched=True, batch_size=_STREAMED_BATCH, remove_columns=columns)
+
+
+def encoded(rows: Rows, encoder: RowEncoder) -> Dataset:
+    """What ``encoder`` makes of the rows of a data set or a list."""
+    return _mapped(rows, encoder) if isinstance(rows, Dataset) else _collected(rows, encoder)
+
+
+def _mapped(rows: Dataset, encoder: RowEncoder) -> Dataset:
+    workers = encoder.num_proc
+    try:
+        return rows.map(
+            encoder,
+            with_indices=True,
+            batched=True,
+            batch_size=_BATCH,
+            num_proc=workers if workers and workers > 1 else None,
+            remove_columns=rows.column_names,
+            desc="Tokenizing",
+        )
+    except RuntimeError as error:
+        if "abruptly died" not in str(error):
+            raise
+        raise DataError(
+            "a worker process that tokenized rows died",
+            do=f"Often memory ran out: lower dataset_num_proc (now {workers}).",
+        ) from error
+
+
+def _collected(rows: Sequence[Mapping[str, Any]], encoder: RowEncoder) -> Dataset:
+    """Encode a list, in this process; its rows need no common schema."""
+    columns: dict[str, list[pa.Array]] = {}
+    for start in range(0, len(rows), _BATCH):
+        batch = encoder.encode(rows[start : start + _BATCH], range(start, min(start + _BATCH, len(rows))))
+        for name, column in batch.items():
+            columns.setdefault(name, []).append(_arrow(column))
+    return Dataset(pa.table({name: pa.chunked_array(chunks) for name, chunks in columns.items()}))
+
+
+def _arrow(column: list[Any]) -> pa.Array:
+    return pa.array(column, type=pa.list_(pa.int32()) if column and isinstance(column[0], list) else None)
 
 
 def _finish(
-    tokenized: Dataset, original: Dataset, tokenizer: PreTrainedTokenizerBase, options: PrepareOptions
+    encoded: Dataset, received: int, encoder: Encoder, first: list[Mapping[str, Any]]
 ) -> tuple[Dataset, PrepareReport]:
     """Drop rows without a trained token, count, and pack."""
-    trained = [masking.count_trained(labels) for labels in tokenized["labels"][:]]
-    kept = [i for i, count in enumerate(trained) if count]
-    if not kept:
-        raise _nothing_to_train(original, tokenizer, options)
-    truncated = sum(tokenized["truncated"])
-    dropped = len(tokenized) - len(kept)
-    tokenized = tokenized.remove_columns("truncated")
-    if dropped:
-        tokenized = tokenized.select(kept)
-    lengths = [len(ids) for ids in tokenized["input_ids"][:]]
+    options = encoder.options
+    flags = np.array(encoded["flags"][:])
+    encoded = encoded.remove_columns("flags")
+    lengths, trained = _measure(encoded)
+    too_long = (flags & encode.DROPPED) > 0
+    kept = np.flatnonzero((trained > 0) & ~too_long)
+    if not len(kept):
+        raise _nothing_to_train(encoder, first)
+    dropped = int(((trained == 0) & ~too_long).sum())
+    if len(kept) < len(flags):
+        encoded = encoded.select(kept)
+    lengths = lengths[kept]
     if options.packing and options.max_length is not None:
-        tokenized = _pack(tokenized, lengths, options.max_length)
+        encoded = _pack(encoded, lengths.tolist(), options.max_length)
     report = PrepareReport(
-        rows=len(trained),
+        rows=received,
         dropped=dropped,
-        truncated=truncated,
-        tokens=sum(lengths),
-        trained_tokens=sum(trained),
-        batches_rows=len(tokenized),
+        truncated=int(((flags & encode.TRUNCATED) > 0).sum()),
+        tokens=int(lengths.sum()),
+        trained_tokens=int(trained[kept].sum()),
+        batches_rows=len(encoded),
+        too_long=int(too_long.sum()),
+        control=int(((flags & encode.CONTROL) > 0).sum()),
+        double_bos=int(((flags & encode.DOUBLE_BOS) > 0).sum()),
+        silent=int(((flags & encode.SILENT) > 0).sum()),
     )
-    return tokenized, report
+    return encoded, report
 
 
-def _pack(tokenized: Dataset, lengths: list[int], capacity: int) -> Dataset:
-    ids, labels = tokenized["input_ids"][:], tokenized["labels"][:]
+def _measure(encoded: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row the number of tokens, and of trained tokens (its first one never is)."""
+    lengths, trained = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for chunk in encoded.data.column("labels").chunks:
+        starts = chunk.offsets.to_numpy()
+        is_trained = chunk.values.to_numpy(zero_copy_only=False) != masking.IGNORED
+        sums = np.concatenate([[0], is_trained.cumsum()])
+        sizes = np.diff(starts)
+        lengths.append(sizes)
+        trained.append(sums[starts[1:]] - sums[starts[:-1] + (sizes > 0)])
+    return np.concatenate(lengths), np.concatenate(trained)
+
+
+def _pack(encoded: Dataset, lengths: list[int], capacity: int) -> Dataset:
+    ids, labels = encoded["input_ids"][:], encoded["labels"][:]
 
     def join(column: list[list[int]], row: list[int]) -> list[int]:
         return [token for document in row for token in column[document]]
@@ -267,16 +306,25 @@ def _pack(tokenized: Dataset, lengths: list[int], capacity: int) -> Dataset:
     )
 
 
-def _nothing_to_train(original: Dataset, tokenizer: PreTrainedTokenizerBase, options: PrepareOptions) -> DataError:
+def _nothing_to_train(encoder: Encoder, first: list[Mapping[str, Any]]) -> DataError:
     """Explain with the first row why no token is trained."""
-    plain = replace(options, responses=None, max_length=None)
-    layout = "text" if options.formatting else formats.detect(original.column_names, options.text_field)
-    batch = {key: list(islice(values, 1)) for key, values in original[:1].items()}
-    rendered = tokenizer.decode(_Tokenize(tokenizer, layout, plain)(batch, [0])["input_ids"][0])
-    if options.responses is None:
+    options = encoder.options
+    plain = Encoder(
+        encoder.tokenizer,
+        encoder.detection,
+        replace(options, train_on="all", responses=None, max_length=None, packing=False),
+    )
+    rendered = encoder.tokenizer.decode(plain.encode(first[:1], [0])["input_ids"][0])
+    if options.train_on == "all":
         return DataError(f"no row has a token to train; the first row is:\n{rendered}\n", do="Check the labels.")
+    if encoder.markers is None:
+        return DataError(
+            f"no row has a token to train: no answer of the assistant lies within {options.max_length} tokens; "
+            f"the first row is:\n{rendered}\n",
+            do="Check the roles, or raise the maximum length.",
+        )
     return DataError(
-        f"no row has a token to train: {options.responses.response!r} was not found, or nothing followed it within "
+        f"no row has a token to train: {encoder.markers.response!r} was not found, or nothing followed it within "
         f"{options.max_length} tokens; the first row is:\n{rendered}\n",
         do="Check instruction_part and response_part against it, or raise the maximum length.",
     )

@@ -144,6 +144,8 @@ def adamw_8bit(
             (codes[:, 1:] + codes[:, :-1]) / 2, *step.scalars, P=_TRITON_DTYPES[parameters[0].dtype],
             G=_TRITON_DTYPES[gradients[0].dtype], ROWS=_ROWS, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
+    # torch did not see the writes, and copies of the parameters elsewhere are renewed by their version
+    torch.autograd.graph.increment_version(parameters)
 
 
 def adamw_8bit_reference(

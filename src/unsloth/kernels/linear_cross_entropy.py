@@ -18,8 +18,11 @@ FLOPs: 4 N H V for the hidden gradient, 6 N H V with a trained head. Bytes besid
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
+from unsloth.kernels import dispatch
 from unsloth.kernels.head_chunks import (
     CHUNK_BYTES,
     TRAINED_CHUNK_BYTES,
@@ -32,6 +35,13 @@ from unsloth.kernels.head_chunks import (
 from unsloth.kernels.softmax_rows import HeadOptions, softmax_rows, softmax_rows_reference
 
 
+class CountedLoss(NamedTuple):
+    """A loss, and how many of the labels that count are the likeliest entry of their row (int64, no gradient)."""
+
+    loss: torch.Tensor
+    correct: torch.Tensor
+
+
 def linear_cross_entropy_reference(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -42,12 +52,25 @@ def linear_cross_entropy_reference(
     num_items: int | float | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The loss with whole logits, at the inputs' dtype, in plain torch."""
+    return counted_linear_cross_entropy_reference(hidden, weight, labels, bias, options=options, num_items=num_items)[0]
+
+
+def counted_linear_cross_entropy_reference(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    options: HeadOptions | None = None,
+    num_items: int | float | torch.Tensor | None = None,
+) -> CountedLoss:
+    """As :func:`linear_cross_entropy_reference`, with the number of correct predictions."""
     options = options or HeadOptions()
     flat, flat_labels = flatten_head_inputs(hidden, weight, labels, bias)
     dtype = product_dtype(hidden, weight)
     logits = torch.nn.functional.linear(flat.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    losses = softmax_rows_reference(logits, flat_labels, options).loss
-    return losses.sum() / _items(flat_labels, options, num_items, losses.dtype)
+    rows = softmax_rows_reference(logits, flat_labels, options)
+    return CountedLoss(rows.loss.sum() / _items(flat_labels, options, num_items, rows.loss.dtype), rows.top1.sum())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -57,14 +80,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, labels, options, dtype, needs, chunk_bytes):
         """See the module; ``needs`` says which of hidden, weight, bias want a gradient."""
         with torch.autocast(hidden.device.type, enabled=False):
-            total, grads = _loss_and_gradients(hidden, weight, bias, labels, options, dtype, needs, chunk_bytes)
+            total, correct, grads = _loss_and_gradients(
+                hidden, weight, bias, labels, options, dtype, needs, chunk_bytes
+            )
         ctx.save_for_backward(*grads)
+        ctx.mark_non_differentiable(correct)
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
-        return total
+        return total, correct
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_total):
+    def backward(ctx, grad_total, _):
         """The stored gradients times the incoming number."""
         grads: list[torch.Tensor | None] = []
         for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
@@ -84,12 +110,13 @@ def _loss_and_gradients(
     dtype: torch.dtype,
     needs: tuple[bool, bool, bool],
     chunk_bytes: int,
-) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """The summed loss, and the gradients of hidden (dtype of the product), weight and bias (float32)."""
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
+    """The summed loss, the hits, and the gradients of hidden (dtype of the product), weight and bias (float32)."""
     x, w = hidden.to(dtype), weight.to(dtype)
     chunks = HeadChunks(x, w, bias, chunk_bytes)
     wide = statistics_dtype(x)
     total = torch.zeros((), dtype=wide, device=x.device)
+    correct = torch.zeros((), dtype=torch.int64, device=x.device)
     grad_hidden = torch.empty_like(x) if needs[0] else None
     grad_weight = torch.empty(w.shape, dtype=wide, device=x.device) if needs[1] else None
     grad_bias = torch.zeros(bias.shape, dtype=wide, device=x.device) if bias is not None and needs[2] else None
@@ -98,7 +125,9 @@ def _loss_and_gradients(
     for rows in chunks.slices():
         logits = chunks.logits(rows)
         grad = chunks.gradient(logits) if any(needs) else None
-        total += softmax_rows(logits, labels[rows], options, grad=grad).loss.sum()
+        statistics = softmax_rows(logits, labels[rows], options, grad=grad)
+        total += statistics.loss.sum()
+        correct += statistics.top1.sum()
         if grad is None:
             continue
         if grad_hidden is not None:
@@ -107,7 +136,7 @@ def _loss_and_gradients(
             matmul_into(grad_weight, grad.t(), x[rows], accumulate=rows.start > 0)
         if grad_bias is not None:
             grad_bias += grad.sum(dim=0, dtype=wide)
-    return total, [grad_hidden, grad_weight, grad_bias]
+    return total, correct, [grad_hidden, grad_weight, grad_bias]
 
 
 def _items(
@@ -148,9 +177,37 @@ def linear_cross_entropy(
     Returns:
         The loss, a float32 number (float64 for float64 inputs).
     """
+    return counted_linear_cross_entropy(
+        hidden,
+        weight,
+        labels,
+        bias,
+        options=options,
+        num_items=num_items,
+        drop_ignored=drop_ignored,
+        chunk_bytes=chunk_bytes,
+        fast=fast,
+    )[0]
+
+
+def counted_linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    options: HeadOptions | None = None,
+    num_items: int | float | torch.Tensor | None = None,
+    drop_ignored: bool = False,
+    chunk_bytes: int | None = None,
+    fast: bool = True,
+) -> CountedLoss:
+    """As :func:`linear_cross_entropy`, with the number of correct predictions, which costs next to nothing more."""
     options = options or HeadOptions()
     if not fast:
-        return linear_cross_entropy_reference(hidden, weight, labels, bias, options=options, num_items=num_items)
+        return counted_linear_cross_entropy_reference(
+            hidden, weight, labels, bias, options=options, num_items=num_items
+        )
     flat, flat_labels = flatten_head_inputs(hidden, weight, labels, bias)
     if drop_ignored:
         kept = (flat_labels != options.ignore_index).nonzero()[:, 0]
@@ -161,7 +218,8 @@ def linear_cross_entropy(
     needs = tuple(enabled and t is not None and t.requires_grad for t in (flat, weight, bias))
     if chunk_bytes is None:
         chunk_bytes = TRAINED_CHUNK_BYTES if needs[1] else CHUNK_BYTES
-    total = _LinearCrossEntropy.apply(
-        flat, weight, bias, flat_labels, options, product_dtype(hidden, weight), needs, chunk_bytes
-    )
-    return total / _items(flat_labels, options, num_items, total.dtype)
+    dtype = product_dtype(hidden, weight)
+    if dtype != torch.float64 and flat.device.type == "cpu" and not dispatch.interpreting():
+        dtype = torch.float32  # few CPUs multiply 16-bit numbers; torch's product takes minutes on the others
+    total, correct = _LinearCrossEntropy.apply(flat, weight, bias, flat_labels, options, dtype, needs, chunk_bytes)
+    return CountedLoss(total / _items(flat_labels, options, num_items, total.dtype), correct)

@@ -78,10 +78,10 @@ class RowStatistics:
 
 def transform_logits(logits: torch.Tensor, options: HeadOptions) -> torch.Tensor:
     """Scale, soft cap and temperature, differentiable, at the dtype of ``logits``."""
-    z = logits * options.logit_scale
+    z = logits if options.logit_scale == 1 else logits * options.logit_scale
     if options.softcap:
         z = options.softcap * torch.tanh(z / options.softcap)
-    return z / options.temperature
+    return z if options.temperature == 1 else z / options.temperature
 
 
 def softmax_rows_reference(
@@ -371,17 +371,34 @@ def _row_shape(vocabulary: int) -> dict[str, int]:
 def _softmax_rows_torch(
     logits: torch.Tensor, labels: torch.Tensor, options: HeadOptions, grad: torch.Tensor | None, entropy: bool
 ) -> RowStatistics:
-    with torch.set_grad_enabled(grad is not None):
-        leaf = logits.detach().requires_grad_(grad is not None)
-        statistics = softmax_rows_reference(leaf, labels, options, entropy)
+    """The kernel's steps in torch: one exponential a logit, its gradient from the formulas above."""
+    with torch.no_grad():
+        z = transform_logits(logits.to(dispatch.compute_dtype(logits.dtype)), options)
+        counts = labels != options.ignore_index
+        index = torch.where(counts, labels, 0)
+        invalid = (index < 0) | (index >= z.shape[1])
+        index = torch.where(invalid, 0, index)[:, None]
+        top = z.amax(dim=1, keepdim=True)
+        e = torch.exp(z - top)
+        denominator = e.sum(dim=1, keepdim=True)
+        lse = (top + denominator.log())[:, 0]
+        z_label = torch.where(invalid, torch.nan, z.gather(1, index)[:, 0])
+        loss = lse - (1 - options.label_smoothing) * z_label + options.z_loss * lse**2
+        if options.label_smoothing:
+            loss -= options.label_smoothing * z.mean(dim=1)
+        zero = torch.zeros_like(loss)
+        spread = torch.where(counts, lse - (e * z).sum(dim=1) / denominator[:, 0], zero) if entropy else None
+        top1 = counts & (z_label >= top[:, 0])
         if grad is not None:
-            grad.copy_(torch.autograd.grad(statistics.loss.sum(), leaf)[0])
-    return RowStatistics(
-        statistics.loss.detach(),
-        statistics.lse.detach(),
-        None if statistics.entropy is None else statistics.entropy.detach(),
-        statistics.top1,
-    )
+            e *= torch.where(invalid, torch.nan, 1 + 2 * options.z_loss * lse)[:, None] / denominator
+            if options.label_smoothing:
+                e -= options.label_smoothing / z.shape[1]
+            e.scatter_add_(1, index, torch.full_like(lse, options.label_smoothing - 1)[:, None])
+            if options.softcap:
+                e *= 1 - (z * (options.temperature / options.softcap)) ** 2  # the slope of tanh, from its value
+            e *= counts[:, None] * (options.logit_scale / options.temperature)
+            grad.copy_(e)
+        return RowStatistics(torch.where(counts, loss, zero), torch.where(counts, lse, zero), spread, top1)
 
 
 def _softmax_rows_backward_torch(

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel, set_seed
 from unsloth.core.errors import AdapterError, ConfigError
 from unsloth.core.log import get_logger
 from unsloth.memory import checkpointing
-from unsloth.models import full_layers, record
+from unsloth.models import families, full_layers, record
+from unsloth.models.spec import resolve_targets
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The linear layers of a decoder block of the llama and qwen families."""
+"""The linear layers of a decoder block, in the words of the llama family."""
 
 ALL_LINEAR_PATTERN = "all-linear"
 """PEFT's word for every linear layer except the output head."""
@@ -37,7 +38,8 @@ class AdapterOptions:
         lora_alpha: The update is scaled by ``lora_alpha / r`` (``/ sqrt(r)`` with ``use_rslora``).
         lora_dropout: Dropout on the adapter's input.
         target_modules: Names of the layers to adapt, or ``"all-linear"``; ``lm_head`` and ``embed_tokens`` among
-            them are trained in full, as one weight if they are tied.
+            them are trained in full, as one weight if they are tied. The names of the llama family stand for what
+            the model's own family has in their place (``qkv_proj`` for ``q_proj`` on Phi-3).
         bias: Which biases to train: ``"none"``, ``"all"`` or ``"lora_only"``.
         layers_to_transform: Indices of the blocks to adapt; None adapts all.
         layers_pattern: Name of the module list that those indices count.
@@ -167,7 +169,7 @@ def targets_in(model: PreTrainedModel, parts: Parts, names: Iterable[str] | str 
             "a pattern for target_modules goes with all parts only", got=given, do="Give a list of names."
         )
     paths = [path for path, _ in model.named_modules()]
-    wanted = None if given is None else _fused(list(given), paths)
+    wanted = None if given is None else _fused(resolve_targets(families.find(model), given), paths)
     head = model.get_output_embeddings()
     chosen: list[str] = []
     for path, module in model.named_modules():
@@ -188,7 +190,7 @@ def _targets(model: PreTrainedModel, names: Iterable[str] | str) -> tuple[list[s
     """The layers to adapt (PEFT checks a pattern), and those to train in full."""
     if isinstance(names, str):
         return names, []  # "all-linear", or a regular expression
-    wanted = list(dict.fromkeys(names))
+    wanted = resolve_targets(families.find(model), names)
     full = [name for name in wanted if name.rsplit(".", 1)[-1] in full_layers.FULL]
     paths = [path for path, _ in model.named_modules()]
     found = _fused([name for name in wanted if name not in full], paths)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from transformers import BitsAndBytesConfig
 
+from unsloth.kernels.nf4 import NF4Weight, dequantize_nf4
+
 
 def quantization_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     """How transformers is to quantize a model while loading it.
@@ -34,6 +36,23 @@ def dequantize(module: torch.nn.Module) -> torch.Tensor:
     from bitsandbytes import functional
 
     return functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+
+
+def dequantize_into(module: torch.nn.Module, out: torch.Tensor) -> torch.Tensor:
+    """Write the values of a ``Linear4bit``'s weight into ``out``, which may be a corner of a larger matrix.
+
+    On a GPU by our kernel, on the CPU by bitsandbytes; both give the same bits.
+
+    Args:
+        module: Not touched.
+        out: [out_features, in_features] with adjacent columns, in any float dtype.
+
+    Returns:
+        ``out``.
+    """
+    if module.weight.is_cuda:
+        return dequantize_nf4(NF4Weight.from_quant_state(module.weight, module.weight.quant_state), out=out)
+    return out.copy_(dequantize(module))
 
 
 def keep_layout(model: torch.nn.Module) -> None:

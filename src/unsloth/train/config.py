@@ -11,6 +11,9 @@ from trl.trainer.sft_config import SFTConfig as TRLConfig
 from unsloth.core.errors import ConfigError
 from unsloth.train.follow import FOLLOWING_THE_MODEL, FollowsModel
 from unsloth.train.spellings import accepts_earlier_names
+from unsloth.train.survival import SurvivalArguments
+
+_OTHER_DEFAULT = ("logging_nan_inf_filter",)
 
 _Config = TypeVar("_Config", bound=FollowsModel)
 
@@ -23,11 +26,12 @@ class TrainingArguments(PlainArguments):
 
 @accepts_earlier_names
 @dataclass
-class SFTConfig(FollowsModel, TRLConfig):
+class SFTConfig(SurvivalArguments, FollowsModel, TRLConfig):
     """TRL's ``SFTConfig``, with defaults that follow the model.
 
     Everything of ``trl.SFTConfig`` and ``transformers.TrainingArguments`` is accepted, under today's names or those
-    of earlier releases (:mod:`unsloth.train.spellings`). What differs:
+    of earlier releases (:mod:`unsloth.train.spellings`), and the fields of
+    :class:`unsloth.train.survival.SurvivalArguments`. What differs:
 
     Attributes:
         max_length: Longest row in tokens; longer rows are cut, and counted in the log. None means the
@@ -36,9 +40,13 @@ class SFTConfig(FollowsModel, TRLConfig):
         bf16: Compute in bfloat16 under autocast. None means: if the model was loaded in bfloat16.
         fp16: Compute in float16 under autocast.
         gradient_checkpointing: None means: as the model was told in ``get_peft_model``.
-        fused_head: Compute output head and loss together, in chunks, so that the logits never exist as a whole
-            (TRL's fused head). None means: on a GPU, where it saves memory. On the CPU the model's own loss is
-            used, so that a run equals one of plain transformers bit for bit.
+        fused_head: Compute output head and loss together, in chunks, so that the logits never exist as a whole.
+            True means with the fused head of the model (:mod:`unsloth.layers.fused_head`), or with TRL's where the
+            model has none. None means TRL's on a GPU, where it saves memory; on the CPU the model's own loss, so
+            that a run equals one of plain transformers bit for bit.
+        return_logits: Compute the logits beside the loss, for callbacks and subclasses that read ``outputs.logits``.
+            None means: only where something asks for them, such as ``compute_metrics``, or with
+            ``UNSLOTH_RETURN_LOGITS=1``.
         embedding_learning_rate: Learning rate of the input embedding and of the output head, where they are
             trained (``embed_tokens`` and ``lm_head`` among the ``target_modules``, or full fine-tuning). None means
             ``learning_rate``. For continued pretraining, a tenth to a half of ``learning_rate`` is usual.
@@ -46,6 +54,7 @@ class SFTConfig(FollowsModel, TRLConfig):
     """
 
     fused_head: bool | None = field(default=None, metadata={"help": "Compute the loss without the whole logits."})
+    return_logits: bool | None = field(default=None, metadata={"help": "Compute the logits beside the loss."})
     embedding_learning_rate: float | None = field(default=None, metadata={"help": "Of embeddings and output head."})
 
     def __post_init__(self) -> None:
@@ -74,6 +83,7 @@ def from_training_arguments(args: PlainArguments | None, kind: type[_Config]) ->
     for name, own in args.__dataclass_fields__.items():
         value = getattr(args, name)
         untouched = name in FOLLOWING_THE_MODEL and (value == own.default or value is False)
+        untouched |= name in _OTHER_DEFAULT and value == own.default
         if own.init and name in ours and not untouched:
             values[name] = value
     return kind(**values, logging_dir=getattr(args, "logging_dir", None))  # type: ignore[call-arg]

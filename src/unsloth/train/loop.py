@@ -10,10 +10,14 @@ from transformers import Trainer, TrainingArguments
 from unsloth.core.device import is_bfloat16_supported
 from unsloth.models import modes, record
 from unsloth.train import optim
+from unsloth.train.surviving import SurvivingTrainer
 
 
-class ModelLoop(Trainer):
-    """A base for trainers, before TRL's class: ``class SFTTrainer(ModelLoop, trl.SFTTrainer)``."""
+class ModelLoop(SurvivingTrainer):
+    """A base for trainers, before TRL's class: ``class SFTTrainer(ModelLoop, trl.SFTTrainer)``.
+
+    Checkpoints are those of :class:`unsloth.train.surviving.SurvivingTrainer`.
+    """
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, in the mode and with the memory policy that the model was given; as in transformers."""
@@ -27,7 +31,7 @@ class ModelLoop(Trainer):
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:
         """As in transformers, except that ``adamw_8bit`` on a GPU is ours; ``adamw_bnb_8bit`` stays bitsandbytes'."""
         found, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        return optim.faster(args.optim, found), options
+        return optim.faster(args.optim, found, options, torch.cuda.is_available() and not args.use_cpu)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, except that ``fp16_full_eval`` and ``bf16_full_eval`` never convert the weights.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import torch
 
 from unsloth.core.errors import ConfigError
@@ -39,6 +42,16 @@ def separate_embeddings(optimizer: torch.optim.Optimizer, model: torch.nn.Module
             optimizer.add_param_group({**group, "params": embeddings, "lr": learning_rate})
 
 
-def faster(name: str, found: type) -> type:
-    """The optimizer class for ``optim=name``: our 8-bit AdamW for ``adamw_8bit`` on a GPU, else ``found``."""
-    return AdamW8bit if name == "adamw_8bit" and torch.cuda.is_available() else found
+def faster(name: str, found: type, options: dict[str, Any], on_gpu: bool) -> tuple[type, dict[str, Any]]:
+    """Class and arguments of the optimizer for ``optim=name``: on a GPU our 8-bit AdamW for ``adamw_8bit``.
+
+    Args:
+        name: The training argument.
+        found: The class that transformers would take.
+        options: The arguments it would be given.
+        on_gpu: Whether the model is trained on a GPU.
+    """
+    if name != "adamw_8bit" or not on_gpu:
+        return found, options
+    own = inspect.signature(AdamW8bit).parameters
+    return AdamW8bit, {option: value for option, value in options.items() if option in own}

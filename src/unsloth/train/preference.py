@@ -23,6 +23,7 @@ from unsloth.train import config, setup, spellings
 from unsloth.train.follow import FollowsModel
 from unsloth.train.loop import ModelLoop
 from unsloth.train.reference import AdapterFree
+from unsloth.train.survival import SurvivalArguments
 from unsloth.train.token_logprobs import TokenLogprobs
 
 # Legend: B rows of a batch, T tokens of the longest sequence.
@@ -35,7 +36,7 @@ logger = get_logger(__name__)
 
 
 @dataclass
-class PreferenceArguments(FollowsModel):
+class PreferenceArguments(SurvivalArguments, FollowsModel):
     """Fields that the trainers on preferences have in common.
 
     Attributes:

@@ -28,6 +28,7 @@ class TrainingProgress(TrainerCallback):
         self._tokens = 0
         self._first_loss: float | None = None
         self._last_loss: float | None = None
+        self._skipped = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -42,6 +43,7 @@ class TrainingProgress(TrainerCallback):
         self._first_step = state.global_step
         self._tokens = 0
         self._first_loss = self._last_loss = None
+        self._skipped = 0
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         if self._console.is_terminal or self._console.is_jupyter:
@@ -72,6 +74,7 @@ class TrainingProgress(TrainerCallback):
         """Take up the newest loss and token count; print a line if there is no bar."""
         logs = logs or {}
         self._tokens = int(logs.get("num_tokens", self._tokens))
+        self._skipped = int(logs.get("skipped_steps", self._skipped))
         if "loss" in logs:
             self._last_loss = logs["loss"]
             self._first_loss = self._last_loss if self._first_loss is None else self._first_loss
@@ -86,9 +89,7 @@ class TrainingProgress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Close the bar and print the summary."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        self.close()
         steps = state.global_step - self._first_step
         elapsed = time.monotonic() - self._started
         parts = [f"{steps} steps in {_clock(elapsed)}"]
@@ -98,7 +99,15 @@ class TrainingProgress(TrainerCallback):
             parts.append(f"{self.tokens_per_second:,.0f} tokens/s")
         if torch.cuda.is_available():
             parts.append(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+        if self._skipped:
+            parts.append(f"{self._skipped} of the steps not taken, their gradients were not finite")
         self._say(f"trained {', '.join(parts)}")
+
+    def close(self) -> None:
+        """Remove the bar, also when the run ends by an exception."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
     def _figures(self, state: TrainerState, logs: dict[str, float] | None = None) -> str:
         latest = logs or next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
@@ -109,6 +118,8 @@ class TrainingProgress(TrainerCallback):
             figures.append(f"lr {latest['learning_rate']:.2e}")
         if self._tokens:
             figures.append(f"{self.tokens_per_second:,.0f} tokens/s")
+        if self._skipped:
+            figures.append(f"{self._skipped} skipped")
         done = state.global_step - self._first_step
         if done:
             left = (time.monotonic() - self._started) / done * (state.max_steps - state.global_step)

@@ -15,17 +15,24 @@ def train_on_responses_only(
     response_part: str | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    last_response_only: bool = False,
+    num_proc: int | None = None,
+    force_match: bool = True,
 ) -> SFTTrainer:
     """Mask everything but the assistant's turns in the trainer's data sets.
 
     What follows ``response_part`` is trained, up to the next ``instruction_part``; the end-of-turn token is
-    included. Without parts, they are read off the chat template.
+    included. Without parts, whose text is whose is read off the chat template as it renders each conversation; rows
+    that are rendered already are searched for the texts that this template starts turns with.
 
     Args:
         trainer: An :class:`SFTTrainer` on text or conversations.
         instruction_part: The text that starts a user's turn.
         response_part: The text that starts an assistant's turn.
-        tokenizer: Replaces the trainer's tokenizer as the source of the chat template.
+        tokenizer: Read the texts that start turns off this tokenizer's chat template instead.
+        last_response_only: Train only the last of the assistant's turns in each row.
+        num_proc: Accepted for compatibility; ``dataset_num_proc`` of the trainer holds.
+        force_match: Accepted for compatibility; the parts always match exactly.
 
     Returns:
         The same trainer.
@@ -38,9 +45,10 @@ def train_on_responses_only(
         raise ConfigError("train_on_responses_only needs an SFTTrainer of unsloth", got=type(trainer).__name__)
     if (instruction_part is None) != (response_part is None):
         raise ConfigError("instruction_part and response_part go together", do="Give both, or neither.")
-    if instruction_part is None or response_part is None:
-        markers = masking.find_markers(tokenizer or trainer.processing_class)
-    else:
+    markers = None
+    if instruction_part is not None and response_part is not None:
         markers = masking.ResponseMarkers(instruction_part, response_part)
-    trainer.train_on_responses(markers)
+    elif tokenizer is not None and tokenizer is not trainer.processing_class:
+        markers = masking.find_markers(tokenizer)
+    trainer.train_on_responses(markers, last_only=last_response_only)
     return trainer

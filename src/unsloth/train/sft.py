@@ -17,8 +17,10 @@ from unsloth.core.errors import ConfigError
 from unsloth.core.log import get_logger
 from unsloth.data import masking
 from unsloth.data.collate import Collator
-from unsloth.data.prepare import PrepareOptions, Rows, prepare
+from unsloth.data.encode import PrepareOptions, TrainOn
+from unsloth.data.prepare import Rows, prepare
 from unsloth.data.render import FormattingFunction
+from unsloth.layers import fused_head
 from unsloth.models import record
 from unsloth.train import config, masters, optim, setup, spellings
 from unsloth.train.loop import ModelLoop
@@ -29,7 +31,8 @@ logger = get_logger(__name__)
 class SFTTrainer(ModelLoop, TRLTrainer):
     """Trains a language model on texts or conversations.
 
-    A subclass of ``trl.SFTTrainer``: its loop, losses and callbacks, with our own way from rows to batches.
+    A subclass of ``trl.SFTTrainer``: its loop, losses and callbacks, with our own way from rows to batches, and with
+    checkpoints that a run can rely on (:class:`unsloth.train.surviving.SurvivingTrainer`).
     Adapters are trained in float32. The mathematics is that of plain transformers and PEFT.
 
     Args:
@@ -98,7 +101,7 @@ class SFTTrainer(ModelLoop, TRLTrainer):
             max_length=args.max_length,
             text_field=args.dataset_text_field,
             formatting=formatting_func,
-            responses=masking.find_markers(tokenizer) if args.assistant_only_loss else None,
+            train_on="responses" if args.assistant_only_loss else "all",
             packing=args.packing,
             padding_free=args.padding_free,
             num_proc=args.dataset_num_proc,
@@ -120,19 +123,24 @@ class SFTTrainer(ModelLoop, TRLTrainer):
                 **more,
             )
         self._fused_head = args.fused_head if args.fused_head is not None else self.model.device.type != "cpu"
+        self._lazy_head = _has_lazy_head(self.model)
         # The other losses of TRL exist on its fused head only.
-        self._fused_head |= args.loss_type != "nll" or self.label_smoother is not None or self.aux_loss_enabled
-        self._fused_head |= self.compute_loss_func is not None
+        self._trl_head = args.loss_type != "nll" or self.label_smoother is not None or self.aux_loss_enabled
+        own_head = self._lazy_head and (args.fused_head or args.return_logits)
+        self._trl_head |= self.compute_loss_func is not None or (self._fused_head and not own_head)
         setup.show_progress(self)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The mean cross-entropy per trained token; see ``SFTConfig.fused_head`` for how it is computed."""
-        if self._fused_head:
+        if self._trl_head:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        more: dict[str, Any] = {"use_cache": False}
+        if self._lazy_head:
+            more["return_logits"] = self.args.return_logits if self._fused_head else True
         loss, outputs = Trainer.compute_loss(
-            self, model, {**inputs, "use_cache": False}, return_outputs=True, num_items_in_batch=num_items_in_batch
+            self, model, {**inputs, **more}, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
         self._count(inputs, outputs.logits)
         return (loss, outputs) if return_outputs else loss
@@ -156,9 +164,15 @@ class SFTTrainer(ModelLoop, TRLTrainer):
             eval_dataset = self._prepared_eval(eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[arg-type]
 
-    def train_on_responses(self, markers: masking.ResponseMarkers) -> None:
-        """Prepare the data sets again, with every token outside the assistant's turns masked."""
-        self._prepare_options = replace(self._prepare_options, responses=markers)
+    def train_on_responses(self, markers: masking.ResponseMarkers | None = None, last_only: bool = False) -> None:
+        """Prepare the data sets again, with every token outside the assistant's turns masked.
+
+        Args:
+            markers: The texts that start turns; None reads whose text is whose off the chat template.
+            last_only: Train only the last of the assistant's turns in each row.
+        """
+        train_on: TrainOn = "last_response" if last_only else "responses"
+        self._prepare_options = replace(self._prepare_options, responses=markers, train_on=train_on)
         self.train_dataset = self._prepared(self._given["train"], "train")
         self.eval_dataset = self._prepared_eval(self._given["eval"])
 
@@ -168,8 +182,10 @@ class SFTTrainer(ModelLoop, TRLTrainer):
         mode = "train" if self.model.training else "eval"
         targets = inputs["labels"][:, 1:]
         trained = targets != masking.IGNORED
-        hits = (logits[:, :-1].argmax(-1) == targets) & trained
-        self._metrics[mode]["mean_token_accuracy"].append((hits.sum() / trained.sum().clamp(min=1)).item())
+        correct = fused_head.correct_predictions(logits)
+        if correct is None:
+            correct = ((logits[:, :-1].argmax(-1) == targets) & trained).sum()
+        self._metrics[mode]["mean_token_accuracy"].append((correct / trained.sum().clamp(min=1)).item())
         if mode == "train":
             seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
             self._total_train_tokens += int(seen)
@@ -190,6 +206,12 @@ class SFTTrainer(ModelLoop, TRLTrainer):
         if isinstance(rows, Mapping):
             return {name: self._prepared(part, name, self._eval_packing) for name, part in rows.items()}
         return self._prepared(rows, "evaluation", self._eval_packing)
+
+
+def _has_lazy_head(model: torch.nn.Module) -> bool:
+    """Whether the model computes head and loss together; follows a head that PEFT has wrapped while TRL set up."""
+    inner = record.transformers_model(model)
+    return fused_head.find(inner) is not None and fused_head.install(inner).applies
 
 
 @contextlib.contextmanager

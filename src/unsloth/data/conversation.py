@@ -1,0 +1,136 @@
+"""The one type that all rows of conversations become, and how messages of other spellings are read into it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from unsloth.core.errors import DataError
+
+ROLE_ALIASES = {
+    "human": "user",
+    "input": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "output": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+}
+"""What roles are called elsewhere, ShareGPT above all."""
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+"""The roles that chat templates know."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages in order, each a mapping with at least ``role`` and ``content``.
+
+    Attributes:
+        messages: The messages; a message may carry more, such as ``tool_calls``, ``thinking`` or ``weight``.
+        tools: The tools on offer, as JSON schemas, if any.
+        variables: What else the row passes to the chat template, such as ``reasoning_effort``.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    variables: Mapping[str, Any] | None = None
+
+
+def parse_messages(messages: Any, number: int, column: str = "messages") -> list[dict[str, Any]]:
+    """The messages of row ``number`` (counted from 0) with their keys and roles in one spelling.
+
+    Args:
+        messages: A list of mappings with ``role`` and ``content``, or with ``from`` and ``value``; a text that holds
+            such a list as JSON is read.
+        number: The row, for messages of errors.
+        column: The column, likewise.
+
+    Raises:
+        DataError: Names the row, the message and what is wrong with it.
+    """
+    if isinstance(messages, str):
+        messages = parse_json(messages, number, column)
+    if not isinstance(messages, Sequence) or not messages:
+        raise DataError(
+            f"row {number}: '{column}' must be a non-empty list of messages",
+            got=messages,
+            do="Remove the row: dataset.filter(...).",
+        )
+    return [_message(message, number, position) for position, message in enumerate(messages)]
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell is empty: None, not a number, or text without a visible character."""
+    if value is None:
+        return True
+    if isinstance(value, float):
+        return math.isnan(value)
+    return isinstance(value, str) and not value.strip()
+
+
+def parse_json(text: str, number: int, column: str) -> Any:
+    """The list that a text column holds as JSON."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise DataError(
+            f"row {number}: '{column}' must be a list, but is text", got=text, do="Make it a list."
+        ) from None
+
+
+def _message(message: Any, number: int, position: int) -> dict[str, Any]:
+    where = f"row {number}, message {position}"
+    if not isinstance(message, Mapping):
+        raise DataError(
+            f"{where}: a message must be a mapping",
+            got=message,
+            do='Write it as {"role": "user", "content": "..."}.',
+        )
+    parsed = {key: value for key, value in message.items() if value is not None}
+    if "role" not in parsed and "from" in parsed:
+        parsed["role"] = parsed.pop("from")
+    if "content" not in parsed and "value" in parsed:
+        parsed["content"] = parsed.pop("value")
+    if "role" not in parsed or not (parsed.keys() & {"content", "tool_calls"}):
+        raise DataError(
+            f"{where}: a message needs 'role' and 'content', or 'from' and 'value'",
+            got=dict(message),
+            do="Rename the keys, or remove the row.",
+        )
+    parsed["role"] = _role(parsed["role"], where)
+    parsed.setdefault("content", "")
+    _check_content(parsed["content"], where)
+    return parsed
+
+
+def _role(role: Any, where: str) -> str:
+    if isinstance(role, str):
+        plain = role.strip().lower()
+        plain = ROLE_ALIASES.get(plain, plain)
+        if plain in ROLES:
+            return plain
+    raise DataError(
+        f"{where}: unknown role",
+        got=role,
+        do=f"Rename it; known are {', '.join(ROLES)}, and ShareGPT's human and gpt.",
+    )
+
+
+def _check_content(content: Any, where: str) -> None:
+    if isinstance(content, str):
+        return
+    if isinstance(content, Sequence) and content and all(isinstance(p, Mapping) and "type" in p for p in content):
+        return
+    raise DataError(
+        f"{where}: the content must be text, or a list of parts with a 'type'",
+        got=content,
+        do="Turn it into text, or remove the row.",
+    )

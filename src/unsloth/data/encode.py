@@ -1,0 +1,291 @@
+"""From rows to token ids and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args
+
+from transformers import PreTrainedTokenizerBase
+
+from unsloth.core.errors import ConfigError, DataError, TokenizerError
+from unsloth.data import formats, masking, render
+from unsloth.data.conversation import Conversation
+from unsloth.data.formats import Detection, Layout
+from unsloth.data.masking import IGNORED, ResponseMarkers
+from unsloth.data.turns import TurnReader, is_silent
+
+TrainOn = Literal["all", "responses", "last_response"]
+LongRows = Literal["truncate", "chunk", "drop", "error"]
+
+# What happened to a row, as bits of one column.
+TRUNCATED, CONTROL, DOUBLE_BOS, SILENT, DROPPED = 1, 2, 4, 8, 16
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """How rows become tokens.
+
+    Attributes:
+        max_length: Longest row in tokens. None keeps all.
+        text_field: Column that holds text.
+        formatting: A user's function that makes the text of a row.
+        train_on: ``"all"`` tokens; the assistant's ``"responses"``; or only the ``"last_response"`` of each row.
+        responses: The texts that start a user's and an assistant's turn, for rows that are rendered already or
+            templates that do not show whose text is whose. Given, they imply ``train_on="responses"``.
+        packing: Let several documents share a row of ``max_length`` tokens.
+        padding_free: Mark rows so that a batch is collated without padding.
+        append_eos: End each row of a text column with the end-of-text token.
+        num_proc: Worker processes for a ``datasets.Dataset``; a list is prepared in this one.
+        layout: Overrides the recognition of the rows' layout.
+        long_rows: What becomes of a row above ``max_length``: ``"truncate"`` cuts its end off, ``"chunk"`` makes
+            several rows of it, of which each begins with the last token of the one before, so that every token is
+            trained once; ``"drop"`` leaves it out; ``"error"`` names it.
+        escape_control_tokens: Tokenize names of control tokens that occur within messages as the text they are.
+    """
+
+    max_length: int | None
+    text_field: str = "text"
+    formatting: render.FormattingFunction | None = None
+    train_on: TrainOn = "all"
+    responses: ResponseMarkers | None = None
+    packing: bool = False
+    padding_free: bool = False
+    append_eos: bool = True
+    num_proc: int | None = None
+    layout: Layout | None = None
+    long_rows: LongRows = "truncate"
+    escape_control_tokens: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 2:
+            raise ConfigError("max_length must be at least 2 tokens", got=self.max_length)
+        if self.packing and self.max_length is None:
+            raise ConfigError("packing needs a row length", got=None, do="Set max_length=...")
+        for name, known in (("train_on", TrainOn), ("long_rows", LongRows)):
+            if getattr(self, name) not in get_args(known):
+                raise ConfigError(f"{name} must be one of {', '.join(get_args(known))}", got=getattr(self, name))
+        if self.responses is not None and self.train_on == "all":
+            object.__setattr__(self, "train_on", "responses")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The text of one row.
+
+    Attributes:
+        text: The text.
+        trained: Character ranges to train; None trains all.
+        begin: Whether the tokenizer adds its begin-of-text token.
+        flags: What was noticed.
+    """
+
+    text: str
+    trained: list[tuple[int, int]] | None
+    begin: bool = False
+    flags: int = 0
+
+
+class RowEncoder(Protocol):
+    """Makes columns of token ids of rows; what ``Dataset.map`` applies, so it is picklable."""
+
+    @property
+    def num_proc(self) -> int | None:
+        """Worker processes for a ``datasets.Dataset``."""
+
+    def __call__(self, columns: Mapping[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
+        """Encode a batch, given by columns, of the rows with these ``numbers``."""
+
+    def encode(self, rows: Sequence[Mapping[str, Any]], numbers: Sequence[int]) -> dict[str, list[Any]]:
+        """Encode ``rows``, which have these ``numbers``."""
+
+
+class Encoder:
+    """Makes token ids and labels of rows; the function that ``Dataset.map`` applies. Picklable.
+
+    Args:
+        tokenizer: The tokenizer.
+        detection: What the rows are.
+        options: How they become tokens.
+
+    Raises:
+        TokenizerError: The tokenizer lacks what the rows need.
+        DataError: Rows of token ids cannot be masked by turns.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, detection: Detection, options: PrepareOptions) -> None:
+        self.tokenizer = tokenizer
+        self.detection = detection
+        self.options = options
+        self.markers = options.responses
+        self._eos = tokenizer.eos_token if options.append_eos else None
+        self._ends = tuple(
+            t for t in tokenizer.all_special_tokens if t not in (tokenizer.pad_token, tokenizer.bos_token)
+        )
+        self._ends += (tokenizer.eos_token,) if tokenizer.eos_token else ()
+        self.renderer: render.ChatRenderer | None = None
+        self.reader: TurnReader | None = None
+        if detection.layout in ("conversation", "alpaca") or (detection.layout == "completion" and self._has_template):
+            self.renderer = render.ChatRenderer(tokenizer, escape=options.escape_control_tokens)
+            self.reader = TurnReader.of(self.renderer)
+        if options.train_on != "all":
+            self._choose_mask()
+        if detection.layout == "completion" and not tokenizer.is_fast:
+            raise TokenizerError("rows with a completion need a fast tokenizer", got=type(tokenizer).__name__)
+
+    @property
+    def num_proc(self) -> int | None:
+        """Worker processes for a ``datasets.Dataset``."""
+        return self.options.num_proc
+
+    @property
+    def _has_template(self) -> bool:
+        return bool(self.tokenizer.chat_template)
+
+    def _choose_mask(self) -> None:
+        """By structure where the template shows it and the markers, if given, are the template's own."""
+        if self.detection.layout == "tokens":
+            raise DataError(
+                "training on responses only needs text or conversations, but the rows are token ids already",
+                do=f"Give them a 'labels' column with {IGNORED} for tokens not to train.",
+            )
+        if not self.tokenizer.is_fast:
+            raise TokenizerError("training on responses only needs a fast tokenizer", got=type(self.tokenizer).__name__)
+        if self.reader is not None and self.markers is not None and self.markers != self._own_markers():
+            self.reader = None
+        if self.reader is None and self.markers is None:
+            self.markers = masking.find_markers(self.tokenizer)
+
+    def _own_markers(self) -> ResponseMarkers | None:
+        try:
+            return masking.find_markers(self.tokenizer)
+        except TokenizerError:
+            return None
+
+    def __call__(self, columns: Mapping[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
+        """Encode a batch, given by columns, of the rows with these ``numbers``."""
+        return self.encode(rows_of(columns, len(numbers)), numbers)
+
+    def encode(self, rows: Sequence[Mapping[str, Any]], numbers: Sequence[int]) -> dict[str, list[Any]]:
+        """Encode ``rows``; returns the columns input_ids, labels, flags, and seq_lengths if padding-free."""
+        if self.detection.layout == "tokens" and not self.options.formatting:
+            encoded = [(*given_tokens(row, number), 0) for row, number in zip(rows, numbers, strict=True)]
+        else:
+            encoded = self._tokenized(self.pieces(rows, numbers))
+        result: dict[str, list[Any]] = {"input_ids": [], "labels": [], "flags": []}
+        for (ids, labels, flags), number in zip(encoded, numbers, strict=True):
+            for part_ids, part_labels, part_flags in self._fitted(ids, labels, flags, number):
+                result["input_ids"].append(part_ids)
+                result["labels"].append(part_labels)
+                result["flags"].append(part_flags)
+        if self.options.padding_free:
+            result["seq_lengths"] = [[len(ids)] for ids in result["input_ids"]]
+        return result
+
+    def pieces(self, rows: Sequence[Mapping[str, Any]], numbers: Sequence[int]) -> list[Piece]:
+        """The texts of ``rows``, and what of them is trained."""
+        if self.options.formatting:
+            texts = render.formatted(self.options.formatting, rows, numbers[0])
+            return [self._plain(text) for text in texts]
+        if self.detection.layout == "text":
+            field = self.options.text_field
+            return [self._plain(formats.text_of(row, field, n)) for row, n in zip(rows, numbers, strict=True)]
+        make = self._completion if self.detection.layout == "completion" else self._conversation
+        return [make(row, number) for row, number in zip(rows, numbers, strict=True)]
+
+    def _plain(self, text: str) -> Piece:
+        # A rendered conversation brings its own end, the end of a turn.
+        if self._eos and not text.rstrip().endswith(self._ends):
+            text += self._eos
+        bos = self.tokenizer.bos_token
+        trained = masking.response_spans(text, self.markers) if self.markers is not None else None
+        if trained and self.options.train_on == "last_response":
+            trained = trained[-1:]
+        return Piece(text, trained, begin=not (bos and text.startswith(bos)))
+
+    def _conversation(self, row: Mapping[str, Any], number: int) -> Piece:
+        return self._rendered(formats.conversation_of(row, number, self.detection), number)
+
+    def _rendered(self, conversation: Conversation, number: int, first: int = 0) -> Piece:
+        assert self.renderer is not None
+        rendered = self.renderer.render(conversation, number)
+        flags = CONTROL if self.renderer.has_control_tokens(conversation) else 0
+        if any(m["role"] == "assistant" and is_silent(m) for m in conversation.messages):
+            flags |= SILENT
+        trained = None
+        last_only = self.options.train_on == "last_response"
+        if self.options.train_on != "all" or first:
+            if self.reader is not None:
+                trained = self.reader.spans(rendered, conversation, number, first, last_only)
+            elif self.markers is not None:
+                trained = masking.response_spans(rendered.text, self.markers)[-1 if last_only else 0 :]
+        return Piece(rendered.text, trained, flags=flags)
+
+    def _completion(self, row: Mapping[str, Any], number: int) -> Piece:
+        prompt, completion = formats.completion_of(row, number, self.detection)
+        if isinstance(prompt, str):
+            whole = self._plain(prompt + completion)
+            return Piece(whole.text, [(len(prompt), len(whole.text))], whole.begin)
+        if self.renderer is None:
+            render.require_template(self.tokenizer)
+        return self._rendered(Conversation(prompt + completion, row.get("tools") or None), number, len(prompt))
+
+    def _tokenized(self, pieces: list[Piece]) -> list[tuple[list[int], list[int], int]]:
+        """Ids, labels and flags of each text; those with and without a begin-of-text token are one call each."""
+        encoded: list[Any] = [None] * len(pieces)
+        for begin in (False, True):
+            which = [i for i, piece in enumerate(pieces) if piece.begin == begin]
+            if not which:
+                continue
+            batch = self.tokenizer(
+                [pieces[i].text for i in which],
+                add_special_tokens=begin,
+                return_attention_mask=False,
+                verbose=False,
+            )
+            encodings = batch.encodings or [None] * len(which)
+            for i, ids, encoding in zip(which, batch["input_ids"], encodings, strict=True):
+                encoded[i] = self._labelled(pieces[i], ids, encoding)
+        return encoded
+
+    def _labelled(self, piece: Piece, ids: list[int], encoding: Any) -> tuple[list[int], list[int], int]:
+        labels = list(ids) if piece.trained is None else masking.label_encoding(ids, encoding, piece.trained)
+        flags, bos = piece.flags, self.tokenizer.bos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            ids, labels, flags = ids[1:], labels[1:], flags | DOUBLE_BOS
+        return ids, labels, flags
+
+    def _fitted(
+        self, ids: list[int], labels: list[int], flags: int, number: int
+    ) -> list[tuple[list[int], list[int], int]]:
+        """One row, or the several that a long one becomes."""
+        limit = self.options.max_length
+        if limit is None or len(ids) <= limit:
+            return [(ids, labels, flags)]
+        if self.options.long_rows == "error":
+            raise DataError(
+                f"row {number} has {len(ids):,} tokens, more than the maximum of {limit:,}",
+                do="Raise max_seq_length, shorten the row, or choose another long_rows.",
+            )
+        if self.options.long_rows == "drop":
+            return [(ids[:1], [IGNORED], flags | DROPPED)]
+        if self.options.long_rows == "truncate":
+            return [(ids[:limit], labels[:limit], flags | TRUNCATED)]
+        starts = range(0, len(ids) - 1, limit - 1)
+        return [(ids[s : s + limit], labels[s : s + limit], flags if s == 0 else 0) for s in starts]
+
+
+def rows_of(columns: Mapping[str, list[Any]], count: int) -> list[dict[str, Any]]:
+    """The rows of a batch that is given by columns."""
+    return [{key: values[i] for key, values in columns.items()} for i in range(count)]
+
+
+def given_tokens(row: Mapping[str, Any], number: int) -> tuple[list[int], list[int]]:
+    """Ids and labels of a row that brings its own; without labels, what attention sees is trained."""
+    ids = list(row["input_ids"])
+    labels = list(row["labels"]) if row.get("labels") is not None else list(ids)
+    if len(labels) != len(ids):
+        raise DataError(f"row {number}: {len(ids)} input_ids but {len(labels)} labels")
+    if row.get("labels") is None and row.get("attention_mask") is not None:
+        labels = [label if seen else IGNORED for label, seen in zip(labels, row["attention_mask"], strict=True)]
+    return ids, labels

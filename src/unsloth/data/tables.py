@@ -1,0 +1,264 @@
+"""Rows of tables: CSV, TSV, Excel and Parquet."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+from datasets import Dataset
+
+from unsloth.core.errors import ConfigError, DataError
+from unsloth.core.log import get_logger
+
+_DELIMITERS = ",;\t|"
+_EMPTY = ["", "NaN", "nan", "NULL", "N/A", "#N/A"]
+_NUMBER = re.compile(r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
+_WHOLE = re.compile(r"[+-]?(0|[1-9]\d{0,17})")
+_CELL = re.compile(r"([A-Z]+)(\d+)")
+_MAIN = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
+_LINK = "{http://schemas.openxmlformats.org/officeDocument/2006/relationships}id"
+_DATE_FORMATS = {*range(14, 23), *range(45, 48)}
+
+logger = get_logger(__name__)
+
+
+def read_csv(path: Path, delimiter: str | None = None) -> Dataset:
+    """The rows of a CSV or TSV file, with or without a byte-order mark.
+
+    Empty cells are None; a column of numbers is read as numbers, everything else as text.
+
+    Args:
+        path: The file, ``.gz`` too.
+        delimiter: What separates cells; None finds out from the first line.
+
+    Raises:
+        DataError: No rows, columns of one name, a row with too few or too many cells, or bytes that are not UTF-8;
+            names the line.
+    """
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"{path}, line {line}: the bytes are not UTF-8",
+            got=data[error.start : error.start + 8],
+            do="Save the file as UTF-8 (in Excel: CSV UTF-8).",
+        ) from None
+    if not text.strip():
+        raise DataError("the file has no rows", got=path, do="Check how it was written.")
+    first = text.split("\n", 1)[0]
+    delimiter = delimiter or _delimiter(first, path)
+    names = next(csv.reader(io.StringIO(text), delimiter=delimiter))
+    names = _unique([name.strip() or f"column_{i + 1}" for i, name in enumerate(names)], path)
+    try:
+        table = pyarrow.csv.read_csv(
+            io.BytesIO(data),
+            read_options=pyarrow.csv.ReadOptions(
+                use_threads=False,  # errors name the row only then
+                column_names=names,
+                skip_rows=1,
+                block_size=max(1 << 20, min(len(data) + 1, (1 << 31) - 1)),
+            ),
+            parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+            convert_options=pyarrow.csv.ConvertOptions(
+                column_types={name: pa.string() for name in names}, strings_can_be_null=True, null_values=_EMPTY
+            ),
+        )
+    except pa.ArrowInvalid as error:
+        raise _bad_row(path, str(error)) from None
+    if not table.num_rows:
+        raise DataError("the file has column names but no rows", got=path, do="Check how it was written.")
+    return Dataset(pa.table({name: _typed(table.column(name).to_pylist()) for name in names}))
+
+
+def _delimiter(header: str, path: Path) -> str:
+    if ".tsv" in path.suffixes:
+        return "\t"
+    bare = re.sub(r'"[^"]*"', "", header)
+    return max(_DELIMITERS, key=lambda mark: (bare.count(mark), -_DELIMITERS.index(mark)))
+
+
+def _unique(names: list[str], path: Path) -> list[str]:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"{path}: two columns have one name", got=twice, do="Rename one of them in the first line.")
+    return names
+
+
+def _bad_row(path: Path, message: str) -> DataError:
+    found = re.search(r"Row #(\d+): Expected (\d+) columns, got (\d+)", message)
+    if found:
+        row, expected, got = found.groups()
+        return DataError(
+            f"{path}, row {int(row) - 1} (line {row} if no cell holds a line break): {got} cells instead of {expected}",
+            do="Put cells with the delimiter in them into double quotes.",
+        )
+    return DataError(f"{path} cannot be read: {message.splitlines()[0]}", do="Repair the file.")
+
+
+def _typed(values: list[Any]) -> pa.Array:
+    """A column of text as whole numbers or numbers, if all that is there are such."""
+    given = [value.strip() for value in values if value is not None]
+    if given and all(_WHOLE.fullmatch(value) for value in given):
+        return pa.array([None if value is None else int(value) for value in values], pa.int64())
+    if given and all(_NUMBER.fullmatch(value) for value in given):
+        return pa.array([None if value is None else float(value) for value in values], pa.float64())
+    return pa.array(values, pa.string())
+
+
+def read_parquet(path: Path) -> Dataset:
+    """The rows of a Parquet file.
+
+    Raises:
+        DataError: It is no Parquet file, or has no rows.
+    """
+    try:
+        table = pyarrow.parquet.read_table(path, memory_map=True)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(
+            f"{path} is no complete Parquet file: {str(error).splitlines()[0]}", do="Download or write it again."
+        ) from None
+    if not table.num_rows:
+        raise DataError("the file has no rows", got=path, do="Check how it was written.")
+    return Dataset(table)
+
+
+def read_excel(path: Path, sheet: str | None = None) -> list[dict[str, Any]]:
+    """The rows of a sheet of an Excel file (.xlsx); the first row has the column names.
+
+    The value of merged cells stands in each of them, which is said in the log. Empty rows are left out.
+
+    Args:
+        path: The file.
+        sheet: Name of the sheet; None is the first.
+
+    Raises:
+        ConfigError: There is no such sheet.
+        DataError: It is no such file, or has no rows, or columns of one name.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            cells, merged = _sheet(archive, sheet)
+    except (zipfile.BadZipFile, KeyError, ElementTree.ParseError) as error:
+        raise DataError(
+            f"{path} is no Excel file of the present format: {error}", do="Save it as .xlsx or as CSV UTF-8."
+        ) from None
+    for first, last in merged:
+        for row in range(first[0], last[0] + 1):
+            for column in range(first[1], last[1] + 1):
+                cells.setdefault((row, column), cells.get(first))
+    if merged:
+        logger.info("%s: %d groups of merged cells; each of their cells has the value now", path, len(merged))
+    return _rows(cells, path)
+
+
+def _rows(cells: Mapping[tuple[int, int], Any], path: Path) -> list[dict[str, Any]]:
+    numbers = sorted({row for row, _ in cells})
+    if len(numbers) < 2:
+        raise DataError("the sheet has no rows below its column names", got=path, do="Name another with sheet=...")
+    head = {column: value for (row, column), value in cells.items() if row == numbers[0] and value is not None}
+    columns = sorted(head)
+    names = _unique([str(head[column]).strip() for column in columns], path)
+    rows = []
+    for number in numbers[1:]:
+        values = [cells.get((number, column)) for column in columns]
+        if any(value is not None for value in values):
+            rows.append(dict(zip(names, values, strict=True)))
+    return rows
+
+
+def _sheet(archive: zipfile.ZipFile, name: str | None) -> tuple[dict[tuple[int, int], Any], list[Any]]:
+    """Cells by row and column, both from 0, and the corners of merged ranges."""
+    book = _xml(archive, "xl/workbook.xml")
+    sheets = {sheet.get("name"): sheet.get(_LINK) for sheet in book.iter(f"{_MAIN}sheet")}
+    if name is not None and name not in sheets:
+        raise ConfigError("there is no such sheet", got=name, do=f"The sheets are {', '.join(map(str, sheets))}.")
+    link = sheets[name] if name is not None else next(iter(sheets.values()))
+    targets = {relation.get("Id"): relation.get("Target") for relation in _xml(archive, "xl/_rels/workbook.xml.rels")}
+    target = str(targets[link]).lstrip("/")
+    sheet = _xml(archive, target if target.startswith("xl/") else f"xl/{target}")
+    shared: list[str] = []
+    if "xl/sharedStrings.xml" in archive.namelist():
+        shared = [_text(item) for item in _xml(archive, "xl/sharedStrings.xml").iter(f"{_MAIN}si")]
+    dates = _date_styles(archive)
+    cells = {}
+    for cell in sheet.iter(f"{_MAIN}c"):
+        value = _value(cell, shared, dates)
+        if value is not None:
+            cells[_place(cell.get("r", ""))] = value
+    merged = [
+        tuple(_place(corner) for corner in (area.get("ref", "").split(":") * 2)[:2])
+        for area in sheet.iter(f"{_MAIN}mergeCell")
+    ]
+    return cells, merged
+
+
+def _xml(archive: zipfile.ZipFile, name: str) -> ElementTree.Element:
+    data = archive.read(name)
+    if b"<!DOCTYPE" in data[:1000]:
+        raise DataError("an Excel file must not declare entities", got=name, do="Do not use this file.")
+    return ElementTree.fromstring(data)
+
+
+def _text(item: ElementTree.Element) -> str:
+    """The text of a string, which may be in several runs; phonetic guides are left out."""
+    runs = [run for run in item if run.tag != f"{_MAIN}rPh"]
+    return "".join(part.text or "" for run in runs for part in run.iter(f"{_MAIN}t"))
+
+
+def _value(cell: ElementTree.Element, shared: Sequence[str], dates: set[int]) -> Any:
+    kind = cell.get("t", "n")
+    if kind == "inlineStr":
+        return _text(cell) or None
+    found = cell.find(f"{_MAIN}v")
+    if found is None or not found.text:
+        return None
+    if kind == "s":
+        return shared[int(found.text)] or None
+    if kind == "n":
+        number = float(found.text)
+        if int(cell.get("s", 0)) in dates:
+            moment = datetime(1899, 12, 30) + timedelta(days=number)
+            return moment.date().isoformat() if number.is_integer() else moment.isoformat(sep=" ", timespec="seconds")
+        return int(number) if number.is_integer() else number
+    if kind == "b":
+        return found.text == "1"
+    return None if kind == "e" else found.text
+
+
+def _date_styles(archive: zipfile.ZipFile) -> set[int]:
+    """The cell styles that show a number as a date."""
+    if "xl/styles.xml" not in archive.namelist():
+        return set()
+    styles = _xml(archive, "xl/styles.xml")
+    own = {
+        int(entry.get("numFmtId", 0))
+        for entry in styles.iter(f"{_MAIN}numFmt")
+        if re.search(r"[ymdhs]", re.sub(r'"[^"]*"|\[[^\]]*\]', "", entry.get("formatCode", "").lower()))
+    }
+    formats = styles.find(f"{_MAIN}cellXfs")
+    ids = [int(entry.get("numFmtId", 0)) for entry in formats] if formats is not None else []
+    return {i for i, number in enumerate(ids) if number in _DATE_FORMATS | own}
+
+
+def _place(reference: str) -> tuple[int, int]:
+    found = _CELL.fullmatch(reference)
+    if found is None:
+        raise DataError("a cell of the sheet has no place", got=reference)
+    column = 0
+    for letter in found[1]:
+        column = column * 26 + ord(letter) - ord("A") + 1
+    return int(found[2]) - 1, column - 1

@@ -1,0 +1,1 @@
+"""Parts that are put into a loaded model, one instance at a time."""

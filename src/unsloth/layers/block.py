@@ -1,0 +1,114 @@
+"""A decoder block: what is added to the residual stream, and in which order.
+
+    pre:       h = x + s A(n1(x))              y = h + s M(n2(h))
+    sandwich:  h = x + s n2(A(n1(x)))          y = h + s n4(M(n3(h)))
+    parallel:  y = x + A(n1(x)) + M(n1(x))
+
+A attention, M the MLP, n norms, s the family's scale of residuals. The first addition and the norm after it are one
+pass over memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from unsloth.layers.fast import Fast, is_untouched
+from unsloth.layers.norm import NormOptions, add_and_normalize
+
+
+@dataclass(frozen=True)
+class BlockOptions:
+    """How a block is put together; names are of modules in it.
+
+    Attributes:
+        attention: A.
+        mlp: M.
+        norm: What ``mlp_input_norm`` computes; None where there is none.
+        input_norm: Before attention, or None.
+        attention_norm: After attention, or None.
+        mlp_input_norm: Before the MLP, or None.
+        mlp_norm: After the MLP, or None.
+        parallel: Whether the MLP sees what attention sees.
+        residual_scale: s.
+        attention_dropout: Between attention and the residual stream, or None.
+        mlp_dropout: Between the MLP and the residual stream, or None.
+    """
+
+    attention: str
+    mlp: str
+    norm: NormOptions | None = None
+    input_norm: str | None = None
+    attention_norm: str | None = None
+    mlp_input_norm: str | None = None
+    mlp_norm: str | None = None
+    parallel: bool = False
+    residual_scale: float = 1.0
+    attention_dropout: str | None = None
+    mlp_dropout: str | None = None
+
+
+def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """The forward of a decoder layer: (B, T, K) to (B, T, K)."""
+    if torch.compiler.is_compiling():
+        return type(self).forward(self, hidden_states, *args, **kwargs)
+    fast: Fast = self.unsloth_fast
+    if args:
+        return fast.decline(self, "positional arguments", hidden_states, *args, **kwargs)
+    fast.took()
+    if _must_checkpoint(self):
+        # a block that is computed twice must not write to a cache; transformers says so to the user
+        kwargs = {name: value for name, value in kwargs.items() if not isinstance(value, Cache)} | {"use_cache": False}
+        return self._gradient_checkpointing_func(partial(_block, self, **kwargs), hidden_states)
+    return _block(self, hidden_states, **kwargs)
+
+
+def _must_checkpoint(self: Any) -> bool:
+    """Whether recomputing is asked for, and is the business of ``forward``.
+
+    transformers wrapped ``__call__`` at first, and ``forward`` since 5.2x.
+    """
+    return self.training and self.gradient_checkpointing and "__call__" not in GradientCheckpointingLayer.__dict__
+
+
+def _block(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    options: BlockOptions = self.unsloth_fast.options
+    x = _call(self, options.input_norm, hidden_states)
+    attended, _ = getattr(self, options.attention)(hidden_states=x, **kwargs)
+    attended = _onto_residual(self, options, attended, options.attention_norm, options.attention_dropout)
+    if options.parallel:
+        h = hidden_states + attended
+    else:
+        x, h = _add_and_normalize(self, options, attended, hidden_states)
+    fed = getattr(self, options.mlp)(x)
+    return h + _onto_residual(self, options, fed, options.mlp_norm, options.mlp_dropout)
+
+
+def _call(self: Any, name: str | None, x: torch.Tensor) -> torch.Tensor:
+    return x if name is None else getattr(self, name)(x)
+
+
+def _onto_residual(
+    self: Any, options: BlockOptions, x: torch.Tensor, norm: str | None, dropout: str | None
+) -> torch.Tensor:
+    x = _call(self, dropout, _call(self, norm, x))
+    return x if options.residual_scale == 1.0 else x * options.residual_scale
+
+
+def _add_and_normalize(
+    self: Any, options: BlockOptions, x: torch.Tensor, residual: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what the MLP sees, the residual stream)."""
+    if options.mlp_input_norm is None or options.norm is None:
+        h = residual + x
+        return h, h
+    norm = getattr(self, options.mlp_input_norm)
+    if not is_untouched(norm):
+        h = residual + x
+        return norm(h), h
+    return add_and_normalize(x, residual, norm.weight, options.norm)

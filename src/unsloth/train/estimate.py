@@ -1,0 +1,317 @@
+"""How much memory a training run takes, found from shapes alone: no weights are loaded, nothing is allocated.
+
+One step of the run is carried out on tensors that have a shape and a dtype but no memory, through the model's own
+code, and what would be allocated is counted. So whatever a model family does differently is in the count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from transformers import PretrainedConfig
+
+from unsloth.models import adapters, load, modes, record
+from unsloth.train import memory_error, skeleton
+from unsloth.train.allocations import Allocations
+from unsloth.train.config import SFTConfig
+
+# The fused head works through the logits in tiles of at most this size, in float32.
+_TILE_TOKENS, _TILE_VOCABULARY = 4096, 32768
+_MOMENTS = {"ademamix": 3, "lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0, "adafactor": 0}
+_GRADIENTS, _LOGITS, _ACTIVATIONS = "gradients", "logits", "activations"
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes in use at the moment of a training step when most are.
+
+    Not included: what the process and the device's own libraries take, and what the allocator keeps unused.
+
+    Attributes:
+        weights: The base model, in the form it is held in.
+        adapter: The adapter's weights.
+        optimizer: The optimizer's state.
+        gradients: Those gradients that exist at that moment.
+        activations: What the forward pass keeps for the backward pass, and working copies of weights.
+        logits: The output head's values, their gradient and copies, and working copies of the head itself.
+        batch_size: Rows of the batch that was assumed.
+        sequence_length: Tokens of each of its rows.
+        trainable_parameters: How many numbers are trained.
+        total_parameters: How many numbers the model and its adapter have.
+    """
+
+    weights: int
+    adapter: int
+    optimizer: int
+    gradients: int
+    activations: int
+    logits: int
+    batch_size: int
+    sequence_length: int
+    trainable_parameters: int
+    total_parameters: int
+
+    @property
+    def static(self) -> int:
+        """Bytes that are there before the first step: model and adapter."""
+        return self.weights + self.adapter
+
+    @property
+    def total(self) -> int:
+        """All of them together, in bytes."""
+        return self.static + self.optimizer + self.gradients + self.activations + self.logits
+
+    def parts(self) -> dict[str, int]:
+        """The parts by name, in bytes, in the order in which they come to exist."""
+        return {
+            "weights": self.weights,
+            "adapter": self.adapter,
+            "optimizer state": self.optimizer,
+            "gradients": self.gradients,
+            "activations": self.activations,
+            "logits": self.logits,
+        }
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.parts().items())
+        return f"{format_bytes(self.total)} at {self.batch_size} x {self.sequence_length} tokens: {parts}"
+
+
+def format_bytes(size: float) -> str:
+    """A size in binary units, such as ``"1.50 GiB"``."""
+    unit, scale = next(((u, s) for u, s in (("GiB", 2**30), ("MiB", 2**20)) if size >= s), ("KiB", 2**10))
+    return f"{size / scale:,.2f} {unit}" if unit == "GiB" else f"{size / scale:,.0f} {unit}"
+
+
+def read_config(options: load.LoadOptions) -> PretrainedConfig:
+    """The configuration of the model that ``options`` name: of a saved adapter, its base model's.
+
+    Raises:
+        UnslothError: As in :func:`unsloth.models.load.load`.
+    """
+    return load.read_config(options)
+
+
+def estimate(
+    options: load.LoadOptions,
+    adapter: adapters.AdapterOptions | None,
+    training: SFTConfig,
+    *,
+    config: PretrainedConfig | None = None,
+    built: skeleton.Skeleton | None = None,
+    sequence_length: int | None = None,
+    padded: bool | None = None,
+    on_gpu: bool | None = None,
+) -> MemoryEstimate:
+    """Estimate the memory of supervised fine-tuning, for a batch of the largest size.
+
+    The model is taken as transformers and PEFT define it. Checked against a count of the allocations of real steps
+    on the CPU (see docs/performance-log.md), not yet on GPUs.
+
+    Args:
+        options: How the model would be loaded.
+        adapter: The adapter; None for full fine-tuning.
+        training: Batch size, accumulation, optimizer and precision of the run; not changed.
+        config: The model's configuration; read from ``options.model_name`` if it is not given.
+        built: The model's skeleton, made from the same options; None makes one.
+        sequence_length: Tokens a row; None means ``training.max_length``, or the model's ``max_seq_length``.
+        padded: Whether rows of unequal length share a batch, for which attention needs a mask; None means: with
+            batches of several rows, unless they are packed or padding-free.
+        on_gpu: Whether the run uses a GPU, on which the loss is computed without the whole logits; None looks.
+
+    Raises:
+        UnslothError: The model's configuration cannot be read, or the adapter does not fit it.
+    """
+    length = sequence_length or training.max_length or options.max_seq_length
+    with _quietly():
+        built = built or skeleton.build(config or read_config(options), options, adapter)
+    loaded = record.require(built.model)
+    follows = training._checkpointing_follows_model
+    modes.for_training(built.model, loaded.gradient_checkpointing if follows else bool(training.gradient_checkpointing))
+    on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
+    step = _Step(
+        batch_size=training.per_device_train_batch_size,
+        length=length,
+        padded=_is_padded(training) if padded is None else padded,
+        accumulates=training.gradient_accumulation_steps > 1,
+        autocast=_autocast(training, loaded.dtype),
+        fused_head=training.fused_head if training.fused_head is not None else on_gpu,
+    )
+    with _quietly():
+        return _measure(built, step, _Optimizer.of(training, on_gpu))
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What one training step does."""
+
+    batch_size: int
+    length: int
+    padded: bool
+    accumulates: bool
+    autocast: torch.dtype | None
+    fused_head: bool
+
+
+@dataclass(frozen=True)
+class _Optimizer:
+    """What an optimizer needs beside the gradients.
+
+    Attributes:
+        moments: Values it keeps for each trained number.
+        eight_bit: Whether they take a byte each (with a float32 scale for 256 of them); those of tensors with fewer
+            than 4,096 numbers stay float32.
+        working: Trained tensors that it holds intermediate values of at once: "none", "one" or "all".
+    """
+
+    moments: int
+    eight_bit: bool
+    working: Literal["none", "one", "all"]
+
+    @classmethod
+    def of(cls, training: SFTConfig, on_gpu: bool) -> _Optimizer:
+        name = str(getattr(training.optim, "value", training.optim))
+        # Adafactor's rows and columns take less than a thousandth of the matrices.
+        moments = next((count for part, count in _MOMENTS.items() if part in name), 2)
+        if "8bit" in name or "paged" in name or "fused" in name or "bnb" in name:
+            return cls(moments, "8bit" in name, "none")
+        return cls(moments, False, "all" if on_gpu and name == "adamw_torch" else "one")
+
+    def state_bytes(self, trained: Sequence[torch.Tensor]) -> int:
+        def each(parameter: torch.Tensor) -> float:
+            if self.eight_bit:
+                return 4 if parameter.numel() < 4096 else 1 + 4 / 256
+            return parameter.element_size()
+
+        return round(sum(self.moments * each(p) * p.numel() for p in trained))
+
+    def working_bytes(self, trained: Sequence[torch.Tensor]) -> int:
+        sizes = [tensor.nbytes for tensor in trained]
+        return {"none": 0, "one": max(sizes), "all": sum(sizes)}[self.working]
+
+
+def _is_padded(training: SFTConfig) -> bool:
+    return training.per_device_train_batch_size > 1 and not (training.packing or training.padding_free)
+
+
+def _autocast(training: SFTConfig, dtype: torch.dtype) -> torch.dtype | None:
+    if training._precision_follows_model:
+        return torch.bfloat16 if dtype == torch.bfloat16 else None
+    return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+def _measure(built: skeleton.Skeleton, step: _Step, optimizer: _Optimizer) -> MemoryEstimate:
+    model = built.model
+    parameters = dict(model.named_parameters())
+    trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
+    everything = [*parameters.values(), *model.buffers()]
+    adapted = isinstance(model, PeftModel)
+    adapter = [p for name, p in parameters.items() if adapted and (p.requires_grad or _is_adapter(name))]
+    vocabulary = record.transformers_model(model).config.get_text_config().vocab_size
+
+    def label(tensor: torch.Tensor) -> str:
+        is_logits = (
+            tensor.ndim > 1 and vocabulary in (tensor.shape[-1], tensor.shape[0]) and tensor.dtype.is_floating_point
+        )
+        return _LOGITS if is_logits and tensor.numel() != 0 else _ACTIVATIONS
+
+    allocations = Allocations(label)
+    allocations.exclude(everything)
+    with built.shapes, allocations:
+        inputs = _batch(step)
+        for _ in range(2 if step.accumulates else 1):
+            _forward(model, inputs, step).backward()
+            for parameter in trained:
+                if parameter.grad is not None:
+                    allocations.relabel(parameter.grad, _GRADIENTS)
+        for parameter in trained:
+            parameter.grad = None
+    peak = allocations.peak()
+    gradients = sum(parameter.nbytes for parameter in trained)
+    updating = gradients + optimizer.working_bytes(trained) + memory_error.snapshot_bytes(trained)
+    if updating > sum(peak.values()):
+        peak = Counter({_GRADIENTS: gradients, _ACTIVATIONS: updating - gradients})
+    return MemoryEstimate(
+        weights=_bytes(everything) - _bytes(adapter),
+        adapter=_bytes(adapter),
+        optimizer=optimizer.state_bytes(trained),
+        gradients=peak[_GRADIENTS],
+        activations=peak[_ACTIVATIONS],
+        logits=peak[_LOGITS],
+        batch_size=step.batch_size,
+        sequence_length=step.length,
+        trainable_parameters=sum(parameter.numel() for parameter in trained),
+        total_parameters=_count_parameters(model),
+    )
+
+
+def _batch(step: _Step) -> dict[str, torch.Tensor]:
+    shape = (step.batch_size, step.length)
+    names = ["input_ids", "labels", *(["attention_mask"] if step.padded else [])]
+    return {name: torch.zeros(shape, dtype=torch.int64) for name in names}
+
+
+def _forward(model: torch.nn.Module, inputs: dict[str, torch.Tensor], step: _Step) -> torch.Tensor:
+    """The loss of a batch, computed as the trainer does."""
+    with torch.autocast("cpu", dtype=step.autocast, enabled=step.autocast is not None):
+        if step.fused_head:
+            inner = record.transformers_model(model)
+            hidden = inner.base_model(**{k: v for k, v in inputs.items() if k != "labels"}).last_hidden_state
+            return _FusedLoss.apply(hidden, inner.get_output_embeddings().weight)
+        outputs = model(**inputs, use_cache=False)
+    if step.autocast is not None:
+        outputs.logits.float()  # the trainer hands out float32 copies of what was computed in 16 bits
+    return outputs.loss
+
+
+class _FusedLoss(torch.autograd.Function):
+    """The shapes of a loss that is computed tile by tile, forward and again backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(hidden, weight)
+        _tile(hidden, weight)
+        return torch.empty(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        hidden, weight = ctx.saved_tensors
+        _tile(hidden, weight)
+        return torch.empty_like(hidden), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+
+
+def _tile(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    tokens = hidden.numel() // hidden.shape[-1]
+    return torch.empty(min(tokens, _TILE_TOKENS), min(weight.shape[0], _TILE_VOCABULARY))
+
+
+def _is_adapter(name: str) -> bool:
+    return "lora_" in name or "modules_to_save" in name
+
+
+def _bytes(tensors: Sequence[torch.Tensor]) -> int:
+    """Bytes of the storages of ``tensors``, each counted once."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def _count_parameters(model: torch.nn.Module) -> int:
+    packed = {
+        id(m.weight): m.in_features * m.out_features for m in model.modules() if isinstance(m, skeleton.Linear4bit)
+    }
+    return sum(packed.get(id(parameter), parameter.numel()) for parameter in model.parameters())

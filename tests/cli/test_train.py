@@ -1,0 +1,164 @@
+import io
+import json
+import os
+import sys
+
+import pytest
+import yaml
+from datasets import Dataset, DatasetDict
+from peft import AutoPeftModelForCausalLM
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from unsloth.cli import main, run_config, train
+from unsloth.core.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def run_file(tiny, tmp_path, conversations, monkeypatch):
+    """Writes a file for a short run on a tiny model, changed by dotted keys; returns its path."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in conversations))
+    content = {
+        "model": {"model_name": str(tiny()), "max_seq_length": 128, "load_in_16bit": True, "dtype": "float32"},
+        "adapter": {"r": 4},
+        "data": {"path": "rows.jsonl", "responses_only": True},
+        "training": {"max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no"},
+    }
+
+    def write(**sections):
+        changed = {name: {**content.get(name, {}), **values} for name, values in {**content, **sections}.items()}
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(changed))
+        return str(tmp_path / "run.yaml")
+
+    return write
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["unsloth", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    return ended.value.code
+
+
+def test_a_run_trains_and_saves_what_the_file_asks_for(run_file, tiny, tmp_path, monkeypatch, capsys):
+    file = run_file(
+        save={"methods": ["lora", "merged_16bit"]}, data={"eval_rows": 4}, training={"eval_strategy": "steps"}
+    )
+    assert command(monkeypatch, "train", file, "--set", "training.eval_steps=1") == 0
+    shown = capsys.readouterr().out
+    assert "16 of up to" in shown and "4 rows" in shown  # 20 rows, 4 of them held out
+    assert "held-out loss" in shown and "outputs/adapter" in shown
+    assert "\x1b" not in shown
+    AutoPeftModelForCausalLM.from_pretrained(tmp_path / "outputs/adapter")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "outputs/merged_16bit")
+    assert (tmp_path / "outputs/loss.png").stat().st_size > 1000
+
+
+def test_a_dry_run_shows_the_run_and_writes_nothing(run_file, tmp_path, monkeypatch, capsys):
+    file = run_file()
+    monkeypatch.setattr("unsloth.api.FastLanguageModel.from_pretrained", None)  # no weights are loaded
+    before = sorted(os.listdir(tmp_path))
+    assert command(monkeypatch, "train", file, "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == before
+    assert "2 of 2 x 1 rows" in shown and "activations" in shown
+    assert "Plan for LlamaForCausalLM (family llama" in shown and "gate_proj, up_proj, down_proj together" in shown
+    # The answer and the end of its turn are trained, the question is not.
+    assert "<|im_start|>user↵\nSay·well:·0<|im_end|>↵\n<|im_start|>assistant↵\n[[well·0<|im_end|>↵\n]]" in shown
+
+
+def test_trained_tokens_are_green_where_there_are_colors(run_file):
+    run = train.prepare_run(run_config.read(run_file()))
+    console = Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=100)
+    console.print(train.first_row(console, run))
+    shown = console.file.getvalue()
+    assert "\x1b[32m" in shown and "[[" not in shown
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 3},
+        {"max_steps": -1, "num_train_epochs": 1, "packing": True, "per_device_train_batch_size": 1},
+    ],
+)
+def test_the_number_of_steps_is_the_trainers(run_file, monkeypatch, training, capsys):
+    file = run_file(training=training, save={"plot": False})
+    foreseen = train.prepare_run(run_config.read(file)).steps
+    assert command(monkeypatch, "train", file) == 0
+    shown = capsys.readouterr().out
+    assert f"{foreseen} of" in shown
+    assert [line.split()[1] for line in shown.splitlines() if line.split()[:1] == ["steps"]] == [str(foreseen)] * 2
+
+
+def test_full_finetuning_and_a_saved_adapter(run_file, monkeypatch, tmp_path, capsys):
+    file = run_file(model={"load_in_16bit": False, "full_finetuning": True}, training={"output_dir": "full"})
+    assert command(monkeypatch, "train", file, "--set", "adapter=null") == 2  # not a key of a section
+    assert command(monkeypatch, "train", file) == 0
+    assert (tmp_path / "full/merged_16bit/model.safetensors").is_file()
+    assert command(monkeypatch, "train", run_file()) == 0
+    content = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    content["model"]["model_name"] = "outputs/adapter"
+    del content["adapter"]
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(content))
+    capsys.readouterr()
+    assert command(monkeypatch, "train", str(tmp_path / "again.yaml"), "--dry-run") == 0
+    assert "rank 4" in capsys.readouterr().out
+
+
+def write_rows(folder, rows):
+    data = Dataset.from_list(rows)
+    data.to_csv(folder / "a.csv", index=False)
+    data.to_csv(folder / "a.tsv", index=False, sep="\t")
+    data.to_parquet(folder / "a.parquet")
+    data.to_json(folder / "a.json", lines=False)
+    data.save_to_disk(folder / "saved")
+    DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(folder / "splits")
+    (folder / "a.data").write_text((folder / "a.csv").read_text())
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.parquet", "a.json", "saved", "splits", "a.data"])
+def test_rows_of_every_kind_of_file(tmp_path, name):
+    rows = [{"text": f"one {i}"} for i in range(5)]
+    write_rows(tmp_path, rows)
+    kind = "csv" if name == "a.data" else None
+    data = run_config.DataOptions(path=str(tmp_path / name), rows=3, format=kind)
+    assert [dict(row) for row in train.read_rows(data, data.path, "train")] == rows[:3]
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    write_rows(tmp_path, [{"text": "a"}])
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+
+    def read(name):
+        data = run_config.DataOptions(path=str(tmp_path / name))
+        return train.read_rows(data, data.path, "train")
+
+    with pytest.raises(ConfigError, match="Did you mean .*a.csv"):
+        read("b.csv")
+    with pytest.raises(DataError, match=r"files of this kind cannot be read.*\.csv"):
+        read("a.data")
+    with pytest.raises(DataError, match="the file is empty"):
+        read("empty.jsonl")
+    with pytest.raises(DataError, match="broken.jsonl, line 2"):
+        list(read("broken.jsonl"))
+
+
+@pytest.mark.parametrize(("section", "kept"), [("model", True), ("adapter", True), (None, False)])
+def test_the_memory_policy_of_either_section_holds(run_file, monkeypatch, section, kept):
+    changes = {} if section is None else {section: {"use_gradient_checkpointing": False}}
+    config = run_config.read(run_file(**changes))
+    asked = {}
+
+    def get_peft_model(model, **arguments):
+        asked.update(arguments)
+        raise InterruptedError
+
+    run = train.prepare_run(config)
+    monkeypatch.setattr("unsloth.api.FastLanguageModel.get_peft_model", get_peft_model)
+    with pytest.raises(InterruptedError):
+        train.train(config)
+    assert asked.get("use_gradient_checkpointing", "unsloth") == run.adapter.use_gradient_checkpointing
+    assert run.adapter.use_gradient_checkpointing == (False if kept else "unsloth")

@@ -1,0 +1,161 @@
+import json
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from unsloth.core.errors import ConfigError, DataError, NetworkError
+from unsloth.data import documents, synthetic
+from unsloth.data.synthetic import PairOptions
+from unsloth.dataprep import SyntheticDataKit
+
+
+def model(calls, scores="[9, 3]"):
+    """Writes two pairs on each text, and rates them."""
+
+    def generate(prompts):
+        calls.append(len(prompts))
+        replies = []
+        for prompt in prompts:
+            if prompt.startswith("Rate"):
+                replies.append(f"Sure!\n```json\n{scores}\n```")
+            elif "bad" in prompt:
+                replies.append("I cannot do that [really].")
+            else:
+                text = prompt.rsplit("Text:\n", 1)[1]
+                pairs = [
+                    {"question": f"{text}?", "answer": "yes"},
+                    {"question": "And?", "answer": "no"},
+                    {"question": ""},
+                ]
+                replies.append(f"Here: {json.dumps(pairs)}")
+        return replies
+
+    return generate
+
+
+def test_pairs_are_written_rated_and_counted(tmp_path):
+    rows, report = synthetic.make_pairs(["a", "b", "a", "bad"], model([]), tmp_path / "p.jsonl")
+    assert [row["messages"][0]["content"] for row in rows] == ["a?", "b?"]
+    assert (report.chunks, report.unreadable, report.pairs, report.rated_out, report.repeated) == (4, 1, 4, 2, 0)
+    rows, report = synthetic.make_pairs(["a", "b"], model([]), tmp_path / "q.jsonl", PairOptions(threshold=None))
+    assert [row["messages"][1]["content"] for row in rows] == ["yes", "no", "yes"] and report.repeated == 1
+
+
+def test_an_interrupted_run_goes_on(tmp_path):
+    progress, calls = tmp_path / "p.jsonl", []
+
+    def fails(prompts):
+        if len(calls) == 4:
+            raise NetworkError("gone")
+        return model(calls)(prompts)
+
+    options = PairOptions(batch=1)
+    with pytest.raises(NetworkError):
+        synthetic.make_pairs(["a", "b", "c"], fails, progress, options)
+    progress.write_text(progress.read_text() + '{"key": "cut')
+    calls.clear()
+    rows, _ = synthetic.make_pairs(["a", "b", "c"], model(calls), progress, options)
+    assert len(calls) == 2 and len(rows) == 3
+    assert synthetic.make_pairs(["a", "b", "c"], model(calls), progress, options)[0] == rows and len(calls) == 2
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(DataError, match="no pair is left"):
+        synthetic.make_pairs(["a"], model([], scores="[1, 1]"), tmp_path / "p.jsonl")
+    with pytest.raises(DataError, match="one reply for each"):
+        synthetic.make_pairs(["a"], lambda prompts: [], tmp_path / "q.jsonl")
+    with pytest.raises(ConfigError, match="threshold"):
+        PairOptions(threshold=11)
+
+
+def test_new_rows_after_old_ones():
+    rows = [{"text": f"old {i}", "label": "x"} for i in range(7)]
+    reply = json.dumps([{"text": "old 1", "label": "x"}, {"text": "new", "label": "y"}, {"text": "no label"}])
+    assert synthetic.make_variations(rows, lambda prompts: [reply] * len(prompts), 10) == [
+        {"text": "new", "label": "y"}
+    ]
+    with pytest.raises(DataError, match="same columns"):
+        synthetic.make_variations(rows, lambda prompts: ["?"] * len(prompts), 5)
+
+
+def test_documents_are_read(tmp_path):
+    (tmp_path / "a.html").write_text("<title>T</title><script>x</script><p>One &amp;\n two</p><p>Three</p>")
+    assert documents.read_document(tmp_path / "a.html") == "T\n\nOne & two\n\nThree"
+    (tmp_path / "b.srt").write_text(
+        "1\n00:00:01,000 --> 00:00:02,000\n<i>Hello</i>\n\n2\n00:00:03,000 --> 00:00:04,000\nthere\n"
+    )
+    assert documents.read_document(tmp_path / "b.srt") == "Hello there"
+    word = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
+    with zipfile.ZipFile(tmp_path / "c.docx", "w") as archive:
+        body = "<w:p><w:r><w:t>One</w:t></w:r></w:p><w:p><w:r><w:t>Tw</w:t></w:r><w:r><w:t>o</w:t></w:r></w:p>"
+        archive.writestr("word/document.xml", f'<w:document xmlns:w="{word}">{body}</w:document>')
+    assert documents.read_document(tmp_path / "c.docx") == "One\n\nTwo"
+    (tmp_path / "d.txt").write_text(" \n")
+    with pytest.raises(DataError, match="no text"):
+        documents.read_document(tmp_path / "d.txt")
+    with pytest.raises(DataError, match="Readable are"):
+        documents.read_document(Path(__file__))
+
+
+def test_pdf_without_its_package_names_it(tmp_path, monkeypatch):
+    (tmp_path / "a.pdf").write_bytes(b"%PDF-1.4")
+    monkeypatch.setattr(documents.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match="pip install pypdf"):
+        documents.read_document(tmp_path / "a.pdf")
+
+
+@pytest.mark.parametrize(("size", "overlap"), [(50, 0), (50, 10), (7, 3)])
+def test_chunks_lose_nothing(size, overlap):
+    text = "\n\n".join(f"Sentence {i} is here. And one more." for i in range(30))
+    pieces = documents.chunks(text, size, overlap)
+    assert all(len(piece) <= size for piece in pieces)
+    words = iter(" ".join(pieces).split()) if not overlap and size > 20 else None
+    if words is not None:
+        assert list(words) == text.split()
+    position = 0
+    for piece in pieces:
+        found = text.find(piece, max(position - overlap - 2, 0))
+        assert found != -1 and not text[position:found].strip()
+        position = found + len(piece)
+    assert not text[position:].strip()
+
+
+def test_the_kit_writes_a_training_file(tmp_path):
+    (tmp_path / "doc.txt").write_text("Tea is hot.")
+    kit = SyntheticDataKit(model([]))
+    rows, _ = kit.make_pairs(tmp_path / "doc.txt", tmp_path / "out")
+    written = (tmp_path / "out" / "pairs" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in written] == rows and rows[0]["messages"][0]["content"] == "Tea is hot.?"
+
+
+def test_a_server_that_speaks_openais_protocol():
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):  # noqa: N802
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked, key = body["messages"][0]["content"], self.headers["Authorization"]
+            answer = json.dumps({"choices": [{"message": {"content": f"{body['model']} {asked} {key}"}}]}).encode()
+            self.send_response(200 if asked != "fail" else 500)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        kit = SyntheticDataKit.from_endpoint(f"http://127.0.0.1:{server.server_port}/v1", "m", api_key="k")
+        assert kit._generate(["a", "b"]) == ["m a Bearer k", "m b Bearer k"]
+        with pytest.raises(NetworkError, match="500"):
+            kit._generate(["fail"])
+    finally:
+        server.shutdown()
+
+
+def test_a_local_model(tiny, tmp_path):
+    kit = SyntheticDataKit.from_pretrained(str(tiny()), max_seq_length=512, max_generation_tokens=4, load_in_16bit=True)
+    replies = kit._generate(["x"])
+    assert len(replies) == 1 and isinstance(replies[0], str)

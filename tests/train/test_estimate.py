@@ -1,0 +1,138 @@
+"""The estimate against the allocator's own record of real training steps."""
+
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from unsloth import FastLanguageModel, SFTConfig, SFTTrainer
+from unsloth.models.adapters import AdapterOptions
+from unsloth.models.load import LoadOptions
+from unsloth.train import fit, skeleton
+from unsloth.train.estimate import estimate, read_config
+
+SWITCHES = {"4bit": "load_in_4bit", "8bit": "load_in_8bit", "16bit": "load_in_16bit", "full": "full_finetuning"}
+
+
+def measured(folder, precision, policy, dtype, length, **training):
+    """Bytes of the model, and of what came on top of it in two training steps."""
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=256, dtype=dtype, fast_layers=False, **{SWITCHES[precision]: True}
+    )  # the estimate is of the layers as transformers and PEFT have them
+    model = FastLanguageModel.get_peft_model(model, r=8, use_gradient_checkpointing=policy)
+    batch = training["per_device_train_batch_size"]
+    # One row of a batch has the full length, the others are padded to it.
+    rows = [{"input_ids": [5 + j % 200 for j in range(length - (0 if i % batch == 0 else 9))]} for i in range(48)]
+    arguments = SFTConfig(
+        max_steps=2,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        train_sampling_strategy="sequential",
+        **training,
+    )
+    trainer = SFTTrainer(model=model, tokenizer=tokenizer, train_dataset=rows, args=arguments)
+    gc.collect()  # what an earlier measurement left must not be freed, and so subtracted, during this one
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        trainer.train()
+    now = peak = 0
+    for event in record.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    tensors = [*model.parameters(), *model.buffers(), *quantization_tensors(model)]
+    sizes = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(sizes.values()), peak
+
+
+def quantization_tensors(model):
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            yield from (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+
+
+CASES = [
+    ("16bit", False, "float32", 128, {"per_device_train_batch_size": 1}),
+    ("16bit", "unsloth", "bfloat16", 128, {"per_device_train_batch_size": 4}),
+    ("4bit", False, "float32", 200, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
+    ("4bit", "unsloth", "float32", 128, {"per_device_train_batch_size": 4}),
+    ("full", False, "bfloat16", 128, {"per_device_train_batch_size": 1}),
+    ("full", "unsloth", "float32", 128, {"per_device_train_batch_size": 4, "optim": "sgd"}),
+    ("full", "unsloth", "float32", 16, {"per_device_train_batch_size": 1, "optim": "adamw_torch"}),
+]
+
+
+@pytest.mark.parametrize(("precision", "policy", "dtype", "length", "training"), CASES)
+def test_the_estimate_is_what_is_allocated(tiny, tmp_path, precision, policy, dtype, length, training):
+    training = {**training, "output_dir": str(tmp_path)}
+    static, working = measured(tiny(), precision, policy, dtype, length, **training)
+    options = LoadOptions(
+        str(tiny()), 256, getattr(torch, dtype), precision=precision, use_gradient_checkpointing=policy
+    )
+    adapter = None if precision == "full" else AdapterOptions(r=8, use_gradient_checkpointing=policy)
+    found = estimate(options, adapter, SFTConfig(**training), sequence_length=length)
+    assert found.static == pytest.approx(static, rel=0.03)
+    assert found.total - found.static == pytest.approx(working, rel=0.1)
+    assert sum(found.parts().values()) == found.total
+
+
+@pytest.mark.parametrize("precision", ["4bit", "16bit", "full"])
+def test_the_plan_of_a_skeleton_is_that_of_the_loaded_model(tiny, precision):
+    options = LoadOptions(str(tiny()), 128, torch.float32, precision=precision)
+    adapter = None if precision == "full" else AdapterOptions(r=4)
+    found = skeleton.build(read_config(options), options, adapter).plan
+    model, _ = FastLanguageModel.from_pretrained(
+        str(tiny()), max_seq_length=128, dtype=torch.float32, **{SWITCHES[precision]: True}
+    )
+    model = FastLanguageModel.get_peft_model(model, r=4)
+    # the first line says whether it is applied
+    assert str(found).splitlines()[1:] == str(model.unsloth_plan).splitlines()[1:]
+
+
+@pytest.fixture
+def plan(tiny, tmp_path):
+    options = LoadOptions(str(tiny()), 512, torch.float32, precision="16bit", use_gradient_checkpointing=False)
+    training = SFTConfig(output_dir=str(tmp_path), per_device_train_batch_size=4, max_length=256)
+    return fit.Plan(options, AdapterOptions(r=8, use_gradient_checkpointing=False), training, read_config(options))
+
+
+def test_parameters_and_memory_follow_the_options(plan):
+    base = plan.memory()
+    wide = replace(plan, adapter=replace(plan.adapter, r=64))  # matrices of more than 4,096 numbers
+    assert wide.with_training(optim="adamw_8bit").memory().optimizer < wide.memory().optimizer * 0.5
+    assert plan.with_checkpointing().memory().activations < base.activations
+    fused = plan.with_training(fused_head=True).memory()
+    assert fused.logits < base.logits and fused.activations <= base.activations * 1.05
+    # Rank times (inputs + outputs), over q and o, k and v, gate, up and down, in two layers.
+    assert base.trainable_parameters == 2 * 8 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
+
+
+def test_the_largest_batch_fits_and_one_more_does_not(plan):
+    now = plan.memory()
+    limit = now.static + 3 * (now.total - now.static)
+    batch = fit.largest_batch(plan, limit, now)
+    assert batch > 4
+    assert plan.with_training(per_device_train_batch_size=batch).memory().total <= limit
+    assert plan.with_training(per_device_train_batch_size=batch + 1).memory().total > limit
+    assert fit.largest_batch(plan, now.static, now) == 0
+
+
+def test_the_longest_rows_fit_and_are_no_longer_than_the_model_knows(plan):
+    now = plan.memory()
+    length = fit.largest_length(plan, now.total * 3 // 4, now)
+    assert 0 < length < 256 and length % 64 == 0
+    assert plan.with_training(max_length=length).memory().total <= now.total * 3 // 4
+    assert fit.largest_length(plan, 2**40, now) == 512
+
+
+def test_the_knobs_save_memory_and_leave_out_what_is_set_already(plan):
+    now = plan.memory()
+    found = fit.knobs(plan, now)
+    assert [knob.memory.total for knob in found] == sorted(knob.memory.total for knob in found)
+    assert all(knob.memory.total < now.total for knob in found)
+    settings = " ".join(knob.setting for knob in found)
+    assert "batch_size: 1" in settings and "checkpointing" in settings and "load_in_4bit" in settings
+    assert "checkpointing" not in " ".join(k.setting for k in fit.knobs(plan.with_checkpointing(), now))
