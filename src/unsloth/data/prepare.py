@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain, islice
+from itertools import islice
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from unsloth.core.errors import ConfigError, DataError
 from unsloth.core.log import get_logger
 from unsloth.data import encode, formats, masking, packing, render, sources
-from unsloth.data.encode import Encoder, PrepareOptions, Work
+from unsloth.data.encode import Encoder, PrepareOptions
 from unsloth.data.json_rows import LazyRows, as_row
+from unsloth.data.passes import encoded, encoded_stream
 from unsloth.data.sources import Rows
 from unsloth.data.turns import end_token
 
 __all__ = ["PrepareOptions", "PrepareReport", "Rows", "prepare"]
 
-_BATCH = 512  # rows tokenized at a time
-_AHEAD = 1  # batches being tokenized while the next is rendered
-_STREAMED_BATCH = 16  # of a stream, where an error loses the batch that is being read
 _LOOK_AT = 8  # rows looked at before the work begins
 
 logger = get_logger(__name__)
@@ -96,18 +92,27 @@ def prepare(
         DataError: No rows, an unknown layout, a row that cannot be used, or nothing left to train.
         TokenizerError: Conversations without a chat template.
     """
+    rows, first = opened(rows)
+    encoder = encoder_of(list(first[0]), tokenizer, options)
+    _look_at_first_rows(encoder, first)
+    if isinstance(rows, IterableDataset):
+        return _streamed(rows, encoder, first), None
+    return _finish(encoded(rows, encoder), len(rows), encoder, first)
+
+
+def opened(rows: Rows | str | os.PathLike[str]) -> tuple[Rows, list[Mapping[str, Any]]]:
+    """``rows`` as something to encode, loaded if they are named, and the first few of them.
+
+    Raises:
+        DataError: No rows, or nothing that holds rows.
+    """
     rows = _checked(sources.load_rows(rows) if isinstance(rows, str | os.PathLike) else rows)
     first = list(islice(_guarded(rows), _LOOK_AT))
     if not first:
         raise DataError(
             "the data set has no rows", got=_columns(rows), do="Check the file, and any filter applied to it."
         )
-    encoder = encoder_of(list(first[0]), tokenizer, options)
-    _look_at_first_rows(encoder, first)
-    if isinstance(rows, IterableDataset):
-        return _streamed(rows, encoder, first), None
-    encoded = _mapped(rows, encoder) if isinstance(rows, Dataset) else _collected(rows, encoder)
-    return _finish(encoded, len(rows), encoder, first)
+    return rows, first
 
 
 def _checked(rows: Rows) -> Rows:
@@ -184,77 +189,11 @@ def _streamed(rows: IterableDataset, encoder: Encoder, first: list[Mapping[str, 
     labels = encoder.encode(first, range(len(first)))["labels"]
     if not any(masking.count_trained(row) for row in labels):
         raise _nothing_to_train(encoder, first)
-    source = IterableDataset.from_generator(render.guarded, gen_kwargs={"rows": rows})
-    columns = list(first[0])
-    encoded = source.map(encoder, with_indices=True, batched=True, batch_size=_STREAMED_BATCH, remove_columns=columns)
-    return encoded.remove_columns("flags").filter(_is_trained)
+    return encoded_stream(rows, encoder, list(first[0])).remove_columns("flags").filter(_is_trained)
 
 
 def _is_trained(row: Mapping[str, Any]) -> bool:
     return masking.count_trained(row["labels"]) > 0
-
-
-def _mapped(rows: Dataset, encoder: Encoder) -> Dataset:
-    workers = encoder.options.num_proc
-    try:
-        return rows.map(
-            encoder,
-            with_indices=True,
-            batched=True,
-            batch_size=_BATCH,
-            num_proc=workers if workers and workers > 1 else None,
-            remove_columns=rows.column_names,
-            desc="Tokenizing",
-        )
-    except RuntimeError as error:
-        if "abruptly died" not in str(error):
-            raise
-        raise DataError(
-            "a worker process that tokenized rows died",
-            do=f"Often memory ran out: lower dataset_num_proc (now {workers}).",
-        ) from error
-
-
-def _collected(rows: Sequence[Mapping[str, Any]], encoder: Encoder) -> Dataset:
-    """Encode rows in this process; those of a list need no common schema."""
-    columns: dict[str, list[pa.Array]] = {}
-    for batch in _pipelined(_batches(rows), encoder):
-        for name, column in batch.items():
-            columns.setdefault(name, []).append(_arrow(column))
-    return Dataset(pa.table({name: pa.chunked_array(chunks) for name, chunks in columns.items()}))
-
-
-def _batches(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Sequence[Mapping[str, Any]], range]]:
-    for start in range(0, len(rows), _BATCH):
-        yield rows[start : start + _BATCH], range(start, min(start + _BATCH, len(rows)))
-
-
-def _pipelined(
-    batches: Iterable[tuple[Sequence[Mapping[str, Any]], Sequence[int]]], encoder: Encoder
-) -> Iterator[dict[str, list[Any]]]:
-    """Encode batches in order; while one is tokenized, on all cores, the next is rendered."""
-    with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as tokenizing:
-        waiting: deque[tuple[Work, Future[None]]] = deque()
-        for rows, numbers in batches:
-            work = encoder.begin(rows, numbers)
-            waiting.append((work, tokenizing.submit(work.tokenize)))
-            if len(waiting) > _AHEAD:
-                yield _finished(encoder, *waiting.popleft())
-        while waiting:
-            yield _finished(encoder, *waiting.popleft())
-
-
-def _finished(encoder: Encoder, work: Work, tokenized: Future[None]) -> dict[str, list[Any]]:
-    tokenized.result()
-    return encoder.finish(work)
-
-
-def _arrow(column: list[Any]) -> pa.Array:
-    if not column or not isinstance(column[0], list):
-        return pa.array(column, pa.int64())
-    ends = np.fromiter(accumulate(map(len, column), initial=0), np.int32, len(column) + 1)
-    values = np.fromiter(chain.from_iterable(column), np.int32, int(ends[-1]))
-    return pa.ListArray.from_arrays(pa.array(ends), pa.array(values))
 
 
 def _finish(
