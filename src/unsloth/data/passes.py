@@ -23,7 +23,8 @@ from unsloth.data import render
 from unsloth.data.encode import Encoder, RowEncoder, Work, rows_of
 from unsloth.data.sources import Rows
 
-BATCH = 512  # rows tokenized at a time
+BATCH = 512  # rows tokenized at a time, if they are short
+_BATCH_CHARACTERS = 4_000_000
 _STREAMED_BATCH = 16  # of a stream, where an error loses the batch that is being read
 _AHEAD = 1  # batches being tokenized while the next is rendered
 _IN_MEMORY = 1 << 28  # bytes of tokens above which a table is written to the disk
@@ -48,40 +49,62 @@ def encoded(rows: Rows, encoder: RowEncoder, in_memory: int = _IN_MEMORY) -> Dat
     Raises:
         DataError: A row that cannot be used, with its number; or a worker process died.
     """
-    workers = min(encoder.num_proc or 1, -(-len(rows) // BATCH))  # type: ignore[arg-type]
+    source = Batches(rows)
+    workers = min(encoder.num_proc or 1, len(source))
     if workers > 1 and "fork" in multiprocessing.get_all_start_methods():
-        batches = _in_processes(rows, encoder, workers)
+        tables = _in_processes(source, encoder, workers)
     elif isinstance(encoder, Encoder):
-        batches = (_table(columns) for columns in _pipelined(rows, encoder))
+        tables = (_table(columns) for columns in _pipelined(source, encoder))
     else:
-        batches = (_table(encoder.encode(_slice(rows, start), _numbers(rows, start))) for start in _starts(rows))
+        tables = (_table(encoder.encode(*batch)) for batch in source)
     with _Store(in_memory) as store, tqdm(total=len(rows), unit=" rows", desc="Tokenizing") as bar:  # type: ignore[arg-type]
-        for batch in batches:
-            store.add(batch)
-            bar.update(min(BATCH, len(rows) - bar.n))  # type: ignore[arg-type]
+        for table in tables:
+            store.add(table)
+            bar.update(min(source.size, len(rows) - bar.n))  # type: ignore[arg-type]
         return store.dataset()
 
 
-def _starts(rows: Any) -> range:
-    return range(0, len(rows), BATCH)
+class Batches(Sequence[tuple[Sequence[Mapping[str, Any]], range]]):
+    """Rows a few at a time, with their numbers: as many as are a few megabytes of text, going by a sample.
+
+    Args:
+        rows: The rows, of known number.
+    """
+
+    def __init__(self, rows: Any) -> None:
+        self._rows = rows
+        sample = [rows[number] for number in range(0, len(rows), max(1, len(rows) // 32))]
+        mean = sum(map(_characters, sample)) / max(1, len(sample))
+        self.size = max(1, min(BATCH, int(_BATCH_CHARACTERS / max(mean, 1))))
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self.size)
+
+    def __getitem__(self, which: Any) -> Any:
+        if not 0 <= which < len(self):
+            raise IndexError(which)
+        numbers = range(which * self.size, min((which + 1) * self.size, len(self._rows)))
+        rows = self._rows[numbers.start : numbers.stop]
+        return rows_of(rows, len(numbers)) if isinstance(self._rows, Dataset) else rows, numbers
 
 
-def _numbers(rows: Any, start: int) -> range:
-    return range(start, min(start + BATCH, len(rows)))
+def _characters(value: Any) -> int:
+    """About how much text is in a row."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_characters, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(_characters, value)) if not value or not isinstance(value[0], int) else 8 * len(value)
+    return 8
 
 
-def _slice(rows: Any, start: int) -> Sequence[Mapping[str, Any]]:
-    """A batch of rows."""
-    batch = rows[start : start + BATCH]
-    return rows_of(batch, min(BATCH, len(rows) - start)) if isinstance(rows, Dataset) else batch
-
-
-def _pipelined(rows: Any, encoder: Encoder) -> Iterator[Columns]:
+def _pipelined(batches: Batches, encoder: Encoder) -> Iterator[Columns]:
     """Encode batches in order; while one is tokenized, on all cores, the next is rendered."""
     with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as tokenizing:
         waiting: deque[tuple[Work, Future[None]]] = deque()
-        for start in _starts(rows):
-            work = encoder.begin(_slice(rows, start), _numbers(rows, start))
+        for rows, numbers in batches:
+            work = encoder.begin(rows, numbers)
             waiting.append((work, tokenizing.submit(work.tokenize)))
             if len(waiting) > _AHEAD:
                 yield _finished(encoder, *waiting.popleft())
@@ -94,7 +117,7 @@ def _finished(encoder: Encoder, work: Work, tokenized: Future[None]) -> Columns:
     return encoder.finish(work)
 
 
-def _in_processes(rows: Any, encoder: RowEncoder, workers: int) -> Iterator[pa.Table]:
+def _in_processes(batches: Batches, encoder: RowEncoder, workers: int) -> Iterator[pa.Table]:
     """Encode batches in worker processes, in order.
 
     Workers are forked, so that they share the rows with this process instead of having copies; every one takes each
@@ -105,14 +128,16 @@ def _in_processes(rows: Any, encoder: RowEncoder, workers: int) -> Iterator[pa.T
         pipes = []
         for first in range(workers):
             receiving, sending = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(sending, rows, encoder, first, workers), daemon=True)
+            process = context.Process(
+                target=_work, args=(sending, batches, encoder, range(first, len(batches), workers)), daemon=True
+            )
             process.start()
             stack.callback(process.join)
             stack.callback(process.terminate)
             sending.close()
             stack.callback(receiving.close)
             pipes.append(receiving)
-        for number, _ in enumerate(_starts(rows)):
+        for number in range(len(batches)):
             yield _received(pipes[number % workers], workers)
 
 
@@ -129,11 +154,11 @@ def _received(pipe: Connection, workers: int) -> pa.Table:
     return pa.ipc.open_stream(result).read_all()
 
 
-def _work(pipe: Connection, rows: Any, encoder: RowEncoder, first: int, workers: int) -> None:
+def _work(pipe: Connection, batches: Batches, encoder: RowEncoder, which: range) -> None:
     """What a worker process does; an error of a row is passed on and ends it."""
-    for start in _starts(rows)[first::workers]:
+    for number in which:
         try:
-            table = _table(encoder.encode(_slice(rows, start), _numbers(rows, start)))
+            table = _table(encoder.encode(*batches[number]))
         except (UnslothError, ValueError, TypeError, LookupError, OSError) as error:
             pipe.send(error)
             return
