@@ -44,6 +44,7 @@ TRAINING = (
     ClassSource("trl", "trainer/base_config.py", "_BaseConfig"),
     ClassSource("trl", "trainer/sft_config.py", "SFTConfig"),
     ClassSource("unsloth", "train/survival.py", "SurvivalArguments"),
+    ClassSource("unsloth", "train/row_arguments.py", "RowArguments"),
     ClassSource("unsloth", "train/config.py", "SFTConfig"),
 )
 """``unsloth.SFTConfig`` and its bases, the most general first."""

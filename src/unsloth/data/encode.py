@@ -45,6 +45,8 @@ class PrepareOptions:
             several rows of it, of which each begins with the last token of the one before, so that every token is
             trained once; ``"drop"`` leaves it out; ``"error"`` names it.
         escape_control_tokens: Tokenize names of control tokens that occur within messages as the text they are.
+        pack_length: Tokens of a packed row, where it may be longer than a document; None is ``max_length``.
+        cache: Keep the result on the disk, and find it there (:mod:`unsloth.data.token_cache`).
         outlines: Work out once for each sequence of roles what the template writes, where this gives the same tokens
             (:mod:`unsloth.data.outline`, :mod:`unsloth.data.assembly`). False renders each row.
     """
@@ -61,6 +63,8 @@ class PrepareOptions:
     layout: Layout | None = None
     long_rows: LongRows = "truncate"
     escape_control_tokens: bool = False
+    pack_length: int | None = None
+    cache: bool = False
     outlines: bool = True
 
     def __post_init__(self) -> None:
@@ -68,6 +72,10 @@ class PrepareOptions:
             raise ConfigError("max_length must be at least 2 tokens", got=self.max_length)
         if self.packing and self.max_length is None:
             raise ConfigError("packing needs a row length", got=None, do="Set max_length=...")
+        if self.pack_length is not None and self.pack_length < (self.max_length or 2):
+            raise ConfigError("pack_length must not be below max_length", got=self.pack_length)
+        if self.layout is not None and self.layout not in get_args(Layout):
+            raise ConfigError(f"layout must be one of {', '.join(get_args(Layout))}", got=self.layout)
         for name, known in (("train_on", TrainOn), ("long_rows", LongRows)):
             if getattr(self, name) not in get_args(known):
                 raise ConfigError(f"{name} must be one of {', '.join(get_args(known))}", got=getattr(self, name))

@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from unsloth.core.errors import ConfigError, DataError
 from unsloth.core.log import get_logger
-from unsloth.data import encode, formats, masking, packing, render, sources
+from unsloth.data import encode, formats, masking, packing, render, sources, token_cache
 from unsloth.data.encode import Encoder, PrepareOptions
 from unsloth.data.json_rows import LazyRows, as_row
 from unsloth.data.passes import encoded, encoded_stream
@@ -25,6 +26,7 @@ from unsloth.data.turns import end_token
 __all__ = ["PrepareOptions", "PrepareReport", "Rows", "prepare"]
 
 _LOOK_AT = 8  # rows looked at before the work begins
+_PACKED_ROWS = 4096  # joined at a time
 
 logger = get_logger(__name__)
 
@@ -97,7 +99,14 @@ def prepare(
     _look_at_first_rows(encoder, first)
     if isinstance(rows, IterableDataset):
         return _streamed(rows, encoder, first), None
-    return _finish(encoded(rows, encoder), len(rows), encoder, first)
+    kept_as = token_cache.key(rows, tokenizer, options) if options.cache else None
+    found = token_cache.find(kept_as) if kept_as else None
+    if found is not None:
+        return found[0], PrepareReport(**found[1])
+    dataset, report = _finish(encoded(rows, encoder), len(rows), encoder, first)
+    if kept_as:
+        token_cache.keep(kept_as, dataset, asdict(report))
+    return dataset, report
 
 
 def opened(rows: Rows | str | os.PathLike[str]) -> tuple[Rows, list[Mapping[str, Any]]]:
@@ -213,7 +222,7 @@ def _finish(
         encoded = encoded.select(kept)
     lengths = lengths[kept]
     if options.packing and options.max_length is not None:
-        encoded = _pack(encoded, lengths.tolist(), options.max_length)
+        encoded = _pack(encoded, lengths, options.pack_length or options.max_length)
     report = PrepareReport(
         rows=received,
         dropped=dropped,
@@ -242,20 +251,25 @@ def _measure(encoded: Dataset) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(lengths), np.concatenate(trained)
 
 
-def _pack(encoded: Dataset, lengths: list[int], capacity: int) -> Dataset:
-    ids, labels = encoded["input_ids"][:], encoded["labels"][:]
+def _pack(encoded: Dataset, lengths: np.ndarray, capacity: int) -> Dataset:
+    """Documents joined to rows, some thousand rows at a time, so that little is held beside the result."""
+    rows = packing.pack(lengths.tolist(), capacity)
+    tables = []
+    for start in range(0, len(rows), _PACKED_ROWS):
+        part = rows[start : start + _PACKED_ROWS]
+        documents = np.array([document for row in part for document in row])
+        taken = encoded.with_format("arrow")[documents]
+        ends = np.cumsum([0, *map(len, part)])
+        sizes = lengths[documents].astype(np.int32)
+        tokens = np.concatenate([[0], np.cumsum(sizes)])[ends]
+        columns = {name: _joined(taken.column(name), tokens) for name in ("input_ids", "labels")}
+        columns["seq_lengths"] = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(sizes))
+        tables.append(pa.table(columns))
+    return Dataset(pa.concat_tables(tables))
 
-    def join(column: list[list[int]], row: list[int]) -> list[int]:
-        return [token for document in row for token in column[document]]
 
-    rows = packing.pack(lengths, capacity)
-    return Dataset.from_dict(
-        {
-            "input_ids": [join(ids, row) for row in rows],
-            "labels": [join(labels, row) for row in rows],
-            "seq_lengths": [[lengths[document] for document in row] for row in rows],
-        }
-    )
+def _joined(column: pa.ChunkedArray, ends: np.ndarray) -> pa.Array:
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), column.combine_chunks().flatten())
 
 
 def _nothing_to_train(encoder: Encoder, first: list[Mapping[str, Any]]) -> DataError:
