@@ -88,7 +88,7 @@ def add(model: PreTrainedModel, options: AdapterOptions) -> PeftModel | PreTrain
     A model loaded for full fine-tuning is returned as it is, with everything trainable.
 
     Raises:
-        AdapterError: The model already has an adapter, or a target name matches none of its modules.
+        AdapterError: The model already has an adapter, a target name matches none of its modules, or PEFT refuses.
     """
     if isinstance(model, PeftModel):
         raise AdapterError(
@@ -131,7 +131,14 @@ def add(model: PreTrainedModel, options: AdapterOptions) -> PeftModel | PreTrain
     with warnings.catch_warnings():
         # PEFT reads a property that transformers has since renamed
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        adapted = peft.get_peft_model(model, config)
+        try:
+            adapted = peft.get_peft_model(model, config)
+        except ValueError as error:
+            raise AdapterError(
+                f"PEFT refuses this adapter ({' '.join(str(error).split())[:300]})",
+                got=targets,
+                do="Name other target_modules: a list of the layers to adapt.",
+            ) from error
     full_layers.to_float32(adapted)
     checkpointing.apply(model, options.use_gradient_checkpointing)
     return adapted
