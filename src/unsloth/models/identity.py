@@ -109,8 +109,8 @@ def difference(recorded: Identity, found: Identity, *, same_machine: bool = Fals
         (_close, recorded.exact, found.exact),
         (_alike if quantized else _close, recorded.linear, found.linear),
     ):
-        for name in before.keys() & now.keys():
-            if not compare(before[name], now[name]):
+        for name in before:
+            if name in now and not compare(before[name], now[name]):
                 return f"the values of {name} are others"
     alike = recorded.held == found.held and recorded.checksum and found.checksum
     if alike and (same_machine or not quantized) and recorded.checksum != found.checksum:
