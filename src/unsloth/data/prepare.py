@@ -212,7 +212,7 @@ def _finish(
     options = encoder.options
     flags = np.array(encoded["flags"][:])
     encoded = encoded.remove_columns("flags")
-    lengths, trained = _measure(encoded)
+    lengths, trained = measure(encoded)
     too_long = (flags & encode.DROPPED) > 0
     kept = np.flatnonzero((trained > 0) & ~too_long)
     if not len(kept):
@@ -238,7 +238,7 @@ def _finish(
     return encoded, report
 
 
-def _measure(encoded: Dataset) -> tuple[np.ndarray, np.ndarray]:
+def measure(encoded: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """Of each row the number of tokens, and of trained tokens (its first one never is)."""
     lengths, trained = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for chunk in encoded.data.column("labels").chunks:

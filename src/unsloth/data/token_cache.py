@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from datetime import date
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,6 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-import unsloth
 from unsloth.core import artifact, settings
 from unsloth.core.errors import StorageError
 from unsloth.core.log import get_logger
@@ -50,7 +51,8 @@ def key(rows: Any, tokenizer: PreTrainedTokenizerBase, options: PrepareOptions) 
     template = json.dumps(tokenizer.chat_template)
     said = {field.name: repr(getattr(options, field.name)) for field in fields(options)}
     parts = [
-        unsloth.__version__,
+        sys.modules["unsloth"].__version__,
+        *(metadata.version(name) for name in ("tokenizers", "transformers")),
         content,
         tokenizer.backend_tokenizer.to_str(),
         template,
