@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import tempfile
+import uuid
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -62,6 +63,11 @@ def encoded(rows: Rows, encoder: RowEncoder, in_memory: int = _IN_MEMORY) -> Dat
             store.add(table)
             bar.update(min(source.size, len(rows) - bar.n))  # type: ignore[arg-type]
         return store.dataset()
+
+
+def of_table(table: pa.Table) -> Dataset:
+    """A table as a data set. Left to itself, ``datasets`` would pickle the whole table to make up a name for it."""
+    return Dataset(table, fingerprint=uuid.uuid4().hex[:16])
 
 
 class Batches(Sequence[tuple[Sequence[Mapping[str, Any]], range]]):
@@ -214,10 +220,10 @@ class _Store:
 
     def dataset(self) -> Dataset:
         if self._writer is None:
-            return Dataset(pa.concat_tables(self._tables))
+            return of_table(pa.concat_tables(self._tables))
         self._writer.close()
         self._writer = None
-        return Dataset(pa.ipc.open_stream(pa.memory_map(str(self._file()))).read_all())
+        return of_table(pa.ipc.open_stream(pa.memory_map(str(self._file()))).read_all())
 
     def _file(self) -> Path:
         assert self._folder is not None

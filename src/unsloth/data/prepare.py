@@ -19,7 +19,7 @@ from unsloth.core.log import get_logger
 from unsloth.data import encode, formats, masking, packing, render, sources, token_cache
 from unsloth.data.encode import Encoder, PrepareOptions
 from unsloth.data.json_rows import LazyRows, as_row
-from unsloth.data.passes import encoded, encoded_stream
+from unsloth.data.passes import encoded, encoded_stream, of_table
 from unsloth.data.sources import Rows
 from unsloth.data.turns import end_token
 
@@ -265,7 +265,7 @@ def _pack(encoded: Dataset, lengths: np.ndarray, capacity: int) -> Dataset:
         columns = {name: _joined(taken.column(name), tokens) for name in ("input_ids", "labels")}
         columns["seq_lengths"] = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(sizes))
         tables.append(pa.table(columns))
-    return Dataset(pa.concat_tables(tables))
+    return of_table(pa.concat_tables(tables))
 
 
 def _joined(column: pa.ChunkedArray, ends: np.ndarray) -> pa.Array:

@@ -26,6 +26,7 @@ from unsloth.core.log import get_logger
 from unsloth.data import fingerprint
 from unsloth.data.encode import PrepareOptions
 from unsloth.data.json_rows import JsonLines
+from unsloth.data.passes import of_table
 
 _KEPT = 16
 _FILE = "tokens.arrow"
@@ -83,7 +84,7 @@ def find(number: str) -> tuple[Dataset, Mapping[str, Any]] | None:
         logger.warning("a prepared data set in the cache is damaged and is made anew: %s", "; ".join(damage))
         return None
     table = pa.ipc.open_stream(pa.memory_map(str(place / _FILE))).read_all()
-    return Dataset(table), dict(manifest["details"])
+    return of_table(table), dict(manifest["details"])
 
 
 def keep(number: str, dataset: Dataset, said: Mapping[str, Any]) -> None:
