@@ -1,0 +1,100 @@
+"""Attention of several tokens of a sequence over its pages, the tokens' own keys and values among them.
+
+The formula is that of :mod:`unsloth.kernels.paged_attention`; the query at position p sees keys up to p, of the newest
+``window`` if there is one. A sequence is gathered out of its pages; where nothing came before, and a kernel for packed
+documents does it, nothing is gathered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from unsloth.kernels.varlen_attention import choose_backend, varlen_attention
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens of one sequence in a flat batch.
+
+    Attributes:
+        first: Place of the first of them in the batch.
+        count: How many.
+        start: Position of the first in the sequence.
+        pages: Of the sequence, int64, as far as position ``start + count - 1``.
+    """
+
+    first: int
+    count: int
+    start: int
+    pages: torch.Tensor
+
+
+def span_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    spans: list[Span],
+    ends: torch.Tensor,
+    *,
+    scale: float,
+    window: int,
+    softcap: float,
+    fast: bool = True,
+) -> torch.Tensor:
+    """Attention of the tokens of ``spans``.
+
+    Args:
+        q: (T, H, D).
+        k: (T, G, D), in the cache already.
+        v: Likewise.
+        k_cache: (N, P, G, D).
+        v_cache: Likewise.
+        spans: Which tokens are whose; together all T.
+        ends: (spans + 1,) int32, places in the batch where they begin and end.
+        scale: Of the scores.
+        window: Tokens that a query sees; 0 for all.
+        softcap: Bound of the scores; 0 for none.
+        fast: Whether kernels may be used.
+
+    Returns:
+        (T, H, D).
+    """
+    if fast and q.is_cuda and all(span.start == 0 for span in spans):
+        backend = choose_backend(q, window=window, softcap=softcap)
+        if backend != "reference":
+            longest = max(span.count for span in spans)
+            return varlen_attention(
+                q, k, v, ends, longest=longest, scale=scale, window=window, softcap=softcap, backend=backend
+            )
+    out = torch.empty_like(q)
+    for span in spans:
+        part = slice(span.first, span.first + span.count)
+        length = span.start + span.count
+        keys, values = (c[span.pages].flatten(0, 1)[:length].to(q.dtype) for c in (k_cache, v_cache))
+        out[part] = _one(q[part], keys, values, scale, window, softcap)
+    return out
+
+
+def _one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int, softcap: float) -> torch.Tensor:
+    """(T, H, D) for the last T tokens of a sequence with keys and values (N, G, D)."""
+    count, length = q.shape[0], k.shape[0]
+    query = torch.arange(length - count, length, device=q.device)[:, None]
+    key = torch.arange(length, device=q.device)
+    visible = key <= query
+    if window:
+        visible = visible & (key > query - window)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    if not softcap:
+        y = scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)
+        return y[0].transpose(0, 1)
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = (q @ k.transpose(2, 3)).float() * scale
+    scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).to(v.dtype)
+    return (weights @ v)[0].transpose(0, 1)
