@@ -77,6 +77,7 @@ class Engine:
         self._overlaps = decoder.device.type == "cuda"
         self._requests: dict[str, Request] = {}
         self._pending: list[Launch] = []
+        self._cache_key: tuple[int, ...] = ()
         self._numbers = itertools.count()
         self._counts = {"requests": 0, "finished": 0, "aborted": 0, "prompt": 0, "cached": 0, "generated": 0}
         self._idle, self._closed = True, False
@@ -294,11 +295,12 @@ class Engine:
     def _advance(self) -> None:
         change = self._live.begin() if self._idle else self._live.look()
         self._idle = False
-        if change.storage:
+        self._cache.take()
+        if change.storage or self._cache_key != self._cache.key():
             self._runner.forget_graphs()
+            self._cache_key = self._cache.key()
         if change.values:
             self._pool.forget_all()
-        self._cache.take()
         plan = self._scheduler.schedule(may_preempt=not self._pending)
         if plan is None:
             self._collect()

@@ -147,7 +147,7 @@ class Runner:
 
         adapters = self._selection(rows.row_values("slot", part), used, masked)
         hidden = self.decoder.hidden(self.decoder.embed(tokens), rows.row_values("position", part), attend, adapters)
-        sampled = sample(self.decoder.logits(hidden, adapters), rows.controls(part, kind), kind)
+        sampled = sample(self.decoder.logits(hidden, adapters), rows.controls(part, kind), kind, self._fast)
         tokens.copy_(torch.where(lengths > 0, sampled.tokens, tokens))
         return sampled
 
@@ -226,7 +226,7 @@ class Runner:
             logits = self.decoder.logits(hidden[on_device(distinct, device)], adapters)[on_device(back, device)]
         else:
             logits = self.decoder.logits(hidden[at[0]], adapters)
-        sampled = sample(logits, self.rows.controls(at[1], kind), kind)
+        sampled = sample(logits, self.rows.controls(at[1], kind), kind, self._fast)
         self.rows.tokens[at[1]] = sampled.tokens
         return [self._bring(sequences, sampled, None)]
 
@@ -250,7 +250,6 @@ def kind_of(sequences: Iterable[Sequence]) -> Kind:
     """What sampling for these sequences needs."""
     params = [sequence.request.params for sequence in sequences]
     return Kind(
-        draws=any(not p.greedy for p in params),
         cuts=any(not p.greedy and (p.top_k > 0 or p.top_p < 1) for p in params),
         min_p=any(not p.greedy and p.min_p > 0 for p in params),
         penalties=any(p.penalized for p in params),

@@ -1,9 +1,8 @@
-"""Drawing the next token of every row, in plain torch.
+"""Drawing the next token of every row.
 
-The distribution is described in :mod:`unsloth.generate.sampling`. A token is drawn by the exponential race, which needs
-no order of the tokens: with u_v uniform, the v with the largest z_v - log(-log(1 - u_v)) is distributed as softmax(z).
-u_v is a hash of the request's seed, the number of the token, and v alone, so that a request's tokens depend on nothing
-else in the batch, nor on which of the paths below is taken.
+The distribution is described in :mod:`unsloth.generate.sampling`, the drawing in :mod:`unsloth.kernels.sample_rows`.
+What is random is a hash of the request's seed, the number of the token and the column alone, so that a request's tokens
+depend on nothing else in the batch.
 
 Shapes: B rows, V vocabulary.
 """
@@ -14,8 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
+from unsloth.kernels.sample_rows import sample_rows
+
 _MASK = 0xFFFFFFFF
-_GOLDEN = 0x9E3779B1
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,6 @@ class Kind:
     """What the rows of a batch need, so that the rest is not computed.
 
     Attributes:
-        draws: Some row is not greedy.
         cuts: Some row has top_k or top_p.
         min_p: Some row has it.
         penalties: Some row has penalties on tokens so far.
@@ -31,7 +30,6 @@ class Kind:
         logprobs: Number of most likely tokens to report.
     """
 
-    draws: bool = False
     cuts: bool = False
     min_p: bool = False
     penalties: bool = False
@@ -91,32 +89,26 @@ class Sampled:
     top_ids: torch.Tensor | None = None
 
 
-def sample(logits_BV: torch.Tensor, controls: Controls, kind: Kind) -> Sampled:
+def sample(logits_BV: torch.Tensor, controls: Controls, kind: Kind, fast: bool = True) -> Sampled:
     """Draw a token for every row of logits."""
-    raw = logits_BV.float()
-    z = adjust(raw, controls, kind)
-    greedy = controls.temperature == 0
-    if kind.draws:
-        z = z / torch.where(greedy, 1.0, controls.temperature)[:, None]
-        z = z.masked_fill(z < threshold(z, controls, kind), float("-inf"))
-        race = z - torch.log(exponential(controls.keys, z.shape[1]))
-        tokens = torch.where(greedy, z.argmax(-1), race.argmax(-1))
-        sampled = z.gather(1, tokens[:, None])[:, 0] - z.logsumexp(-1)
-        sampled = sampled.masked_fill(greedy, 0.0)
-    else:
-        tokens = z.argmax(-1)
-        sampled = torch.zeros_like(controls.temperature)
-    model = raw.gather(1, tokens[:, None]) - raw.logsumexp(-1, keepdim=True)
+    adjusted = adjust(logits_BV, controls, kind)
+    bound = None
+    if kind.cuts or kind.min_p:
+        heat = torch.where(controls.temperature == 0, 1.0, controls.temperature)
+        bound = threshold(adjusted.float() / heat[:, None], controls, kind)[:, 0]
+    drawn = sample_rows(logits_BV, adjusted, controls.temperature, bound, controls.keys, fast=fast)
     if not kind.logprobs:
-        return Sampled(tokens, sampled, model[:, 0])
-    values = raw - raw.logsumexp(-1, keepdim=True)
-    top = values.topk(kind.logprobs, -1)
-    ranks = (values > model).sum(-1) + 1
-    return Sampled(tokens, sampled, model[:, 0], ranks, top.values, top.indices)
+        return Sampled(*drawn)
+    values = logits_BV.float().log_softmax(-1)
+    top = values.topk(min(kind.logprobs, values.shape[1]), -1)
+    ranks = (values > values.gather(1, drawn[0][:, None])).sum(-1) + 1
+    return Sampled(*drawn, ranks, top.values, top.indices)
 
 
 def adjust(z: torch.Tensor, controls: Controls, kind: Kind) -> torch.Tensor:
-    """Biases and penalties."""
+    """The logits with biases and penalties, in float32 where there are any."""
+    if kind.bias or kind.penalties:
+        z = z.float()
     if kind.bias and controls.bias is not None:
         z = z + controls.bias
     if kind.penalties and controls.counts is not None and controls.prompt is not None:
@@ -147,26 +139,6 @@ def threshold(z: torch.Tensor, controls: Controls, kind: Kind) -> torch.Tensor:
         lowest = z.amax(-1, keepdim=True) + torch.log(controls.min_p)[:, None]
         bound = torch.maximum(bound, lowest)
     return bound
-
-
-def exponential(keys: torch.Tensor, size: int) -> torch.Tensor:
-    """(B, size) float32: exponentially distributed, a function of the row's keys and the column alone."""
-    column = torch.arange(size, device=keys.device)
-    first, second = (key.long()[:, None] & _MASK for key in keys)
-    bits = _mix((column * _GOLDEN + first) & _MASK)
-    bits = _mix(bits ^ second)
-    u = (bits.float() + 1) * 2.0**-32
-    # 1 - u would round away what matters most, the smallest u, whose columns win
-    return torch.where(u < 0.00390625, u * (1 + u * (0.5 + u / 3)), -torch.log(1 - u.clamp(max=1 - 2.0**-24)))
-
-
-def _mix(bits: torch.Tensor) -> torch.Tensor:
-    """A bijection of 32-bit numbers that spreads every bit over all (the finalizer of MurmurHash3)."""
-    bits = bits ^ (bits >> 16)
-    bits = (bits * 0x85EBCA6B) & _MASK
-    bits = bits ^ (bits >> 13)
-    bits = (bits * 0xC2B2AE35) & _MASK
-    return bits ^ (bits >> 16)
 
 
 def keys_of(seed: int, number: int) -> tuple[int, int]:
