@@ -88,7 +88,7 @@ class AsyncEngine:
 
     def adapters(self) -> list[str]:
         """See :meth:`unsloth.generate.protocol.AsyncEngine.adapters`."""
-        return self._engine.adapters()
+        return self._engine.known_adapters()
 
     def stats(self) -> EngineStats:
         """See :meth:`unsloth.generate.protocol.AsyncEngine.stats`."""
@@ -122,13 +122,26 @@ class AsyncEngine:
         self._submit(lambda: self._engine.abort(name))
 
     def _run(self) -> None:
-        while self._serve_calls():
-            if self._engine.has_unfinished():
-                self._deliver(self._engine.step())
-        for name in list(self._mailboxes):
-            self._engine.abort(name)
-        self._deliver(self._engine.step())
-        self._engine.shutdown()
+        try:
+            while self._serve_calls():
+                if self._engine.has_unfinished():
+                    self._deliver(self._engine.step())
+            for name in list(self._mailboxes):
+                self._engine.abort(name)
+            self._deliver(self._engine.step())
+            self._engine.shutdown()
+        finally:  # whatever ended the thread, nobody is left waiting for it
+            self._closing = True
+            for mailbox in self._mailboxes.values():
+                mailbox.close()
+            self._mailboxes.clear()
+            self._refuse_calls()
+
+    def _refuse_calls(self) -> None:
+        while not self._calls.empty():
+            entry = self._calls.get()
+            if entry is not None and entry[1].set_running_or_notify_cancel():
+                entry[1].set_exception(GenerationError("the engine was shut down", do="Make another one."))
 
     def _serve_calls(self) -> bool:
         """Make the calls that wait; without anything to compute, wait for one. False: the end."""
@@ -172,6 +185,7 @@ class _Mailbox:
         self._loop = loop
         self._lock = threading.Lock()
         self._latest: RequestOutput | None = None
+        self._closed = False
         self._arrived = asyncio.Event()
 
     def put(self, output: RequestOutput) -> None:
@@ -182,6 +196,14 @@ class _Mailbox:
                     new.new_text = old.new_text + new.new_text
                     new.new_token_ids = [*old.new_token_ids, *new.new_token_ids]
             self._latest = output
+        self._wake()
+
+    def close(self) -> None:
+        """Nothing will come any more; in the engine's thread."""
+        self._closed = True
+        self._wake()
+
+    def _wake(self) -> None:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._arrived.set)
 
@@ -194,3 +216,5 @@ class _Mailbox:
                 self._arrived.clear()
             if output is not None:
                 return output
+            if self._closed:
+                raise GenerationError("the engine has stopped", do="The log says why.")

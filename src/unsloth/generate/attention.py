@@ -1,8 +1,8 @@
-"""Attention of several tokens of a sequence over its pages, the tokens' own keys and values among them.
+"""Attention over pages: of one token a sequence, and of several.
 
 The formula is that of :mod:`unsloth.kernels.paged_attention`; the query at position p sees keys up to p, of the newest
-``window`` if there is one. A sequence is gathered out of its pages; where nothing came before, and a kernel for packed
-documents does it, nothing is gathered.
+``window`` if there is one. For several tokens a sequence is gathered out of its pages; where nothing came before, and a
+kernel for packed documents does it, nothing is gathered.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from unsloth.kernels.dispatch import can_launch
+from unsloth.kernels.paged_attention import paged_attention
 from unsloth.kernels.varlen_attention import choose_backend, varlen_attention
 
 
@@ -30,6 +32,50 @@ class Span:
     count: int
     start: int
     pages: torch.Tensor
+
+
+def token_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    scale: float,
+    window: int,
+    softcap: float,
+    fast: bool = True,
+) -> torch.Tensor:
+    """Attention of the newest token of every sequence.
+
+    Args:
+        q: (B, H, D).
+        k_cache: (N, P, G, D).
+        v_cache: Likewise.
+        table: (B, columns) int32, pages of each sequence.
+        lengths: (B,) int32, tokens in the cache, the newest included; 0 for none, whose result means nothing.
+        scale: Of the scores.
+        window: Tokens that a query sees; 0 for all.
+        softcap: Bound of the scores; 0 for none.
+        fast: False takes the reference of the kernel, one sequence at a time.
+
+    Returns:
+        (B, H, D).
+    """
+    if can_launch(q, k_cache) or not fast:
+        return paged_attention(
+            q, k_cache, v_cache, table, lengths, scale=scale, window=window, softcap=softcap, fast=fast
+        )
+    size = k_cache.shape[1]
+    pages = table[:, : max(-(-int(lengths.max()) // size), 1)].long()
+    position = torch.arange(pages.shape[1] * size, device=q.device)
+    visible = position < lengths.clamp(min=1)[:, None]
+    # what is beyond a sequence's end may be anything, and zero times NaN is NaN
+    beyond = ~visible[:, :, None, None]
+    k, v = (c[pages].flatten(1, 2).masked_fill_(beyond, 0).to(q.dtype).transpose(1, 2) for c in (k_cache, v_cache))
+    if window:
+        visible = visible & (position >= lengths[:, None] - window)
+    return _attend(q[:, :, None], k, v, visible[:, None, None], scale, softcap)[:, :, 0]
 
 
 def span_attention(
@@ -89,12 +135,16 @@ def _one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window
     if window:
         visible = visible & (key > query - window)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return _attend(q, k, v, visible, scale, softcap)[0].transpose(0, 1)
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, scale: float, softcap: float
+) -> torch.Tensor:
+    """(B, H, T, D) for q of this shape, k and v (B, G, N, D), and a mask that spreads to (B, H, T, N)."""
     if not softcap:
-        y = scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)
-        return y[0].transpose(0, 1)
+        return scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = (q @ k.transpose(2, 3)).float() * scale
-    scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).to(v.dtype)
-    return (weights @ v)[0].transpose(0, 1)
+    scores = softcap * torch.tanh((q @ k.transpose(2, 3)).float() * scale / softcap)
+    return scores.masked_fill(~visible, float("-inf")).softmax(-1).to(v.dtype) @ v

@@ -18,7 +18,7 @@ from unsloth.core.errors import AdapterError, ConfigError, GenerationError
 from unsloth.core.log import get_logger
 from unsloth.generate import kv_cache, loaded_adapter, prompts, results, sampling
 from unsloth.generate.kv_cache import CacheShape, KVCache
-from unsloth.generate.live_model import LiveModel
+from unsloth.generate.live_model import Change, LiveModel
 from unsloth.generate.options import EngineOptions
 from unsloth.generate.outputs import CompletionOutput, RequestOutput
 from unsloth.generate.pages import PagePool
@@ -87,6 +87,7 @@ class Engine:
     ) -> str:
         """See :meth:`unsloth.generate.protocol.Engine.add_request`."""
         self._check_open()
+        self._begin()
         accepted = sampling.accept(params)
         decoder = self._live.decoder
         encoded = prompts.encode(prompt, self.tokenizer, decoder.vocabulary, decoder.hidden_size)
@@ -119,7 +120,7 @@ class Engine:
         )
         seed = accepted.seed if accepted.seed is not None else int(torch.randint(_SEEDS, ()))
         request.sequences = [self._sequence(request, slot, seed, i) for i in range(accepted.n)]
-        self._requests[name] = request
+        self._requests[name], self._idle = request, False
         self._counts["requests"] += 1
         for sequence in request.sequences:
             self._scheduler.add(sequence)
@@ -208,6 +209,7 @@ class Engine:
     def load_adapter(self, name: str, path: str | Path) -> LoRARequest:
         """See :meth:`unsloth.generate.protocol.Engine.load_adapter`."""
         self._check_open()
+        self._begin()
         bank = self._live.bank
         if name in bank.live():
             raise AdapterError("the model itself has an adapter of this name", got=name, do="Choose another name.")
@@ -227,7 +229,30 @@ class Engine:
 
     def adapters(self) -> list[str]:
         """See :meth:`unsloth.generate.protocol.Engine.adapters`."""
+        self._begin()
+        return self.known_adapters()
+
+    def known_adapters(self) -> list[str]:
+        """As :meth:`adapters`, as of the last generation; may be called from any thread."""
         return self._live.bank.names()
+
+    def live_adapters(self) -> list[str]:
+        """Names of the adapters that are the model's own."""
+        self._begin()
+        return self._live.bank.live()
+
+    def check(self) -> None:
+        """See whether the model as it stands can be run.
+
+        Raises:
+            ConfigError: It has parts that cannot be computed from its family's description.
+            AdapterError: It has an adapter that cannot be applied without merging.
+        """
+        self._check_open()
+        self._begin()
+        active = self._live.bank.active()
+        if active is not None:
+            self._live.bank.require(active)
 
     def stats(self) -> EngineStats:
         """See :meth:`unsloth.generate.protocol.Engine.stats`."""
@@ -292,15 +317,23 @@ class Engine:
             self.load_adapter(name, path)
         return name
 
-    def _advance(self) -> None:
-        change = self._live.begin() if self._idle else self._live.look()
-        self._idle = False
-        self._cache.take()
-        if change.storage or self._cache_key != self._cache.key():
+    def _begin(self) -> None:
+        """Look at the model before the first request of a generation."""
+        if self._idle:
+            self._heed(self._live.begin())
+
+    def _heed(self, change: Change) -> None:
+        if change.storage:
             self._runner.forget_graphs()
-            self._cache_key = self._cache.key()
         if change.values:
             self._pool.forget_all()
+
+    def _advance(self) -> None:
+        self._heed(self._live.look())
+        self._cache.take()
+        if self._cache_key != self._cache.key():
+            self._runner.forget_graphs()
+            self._cache_key = self._cache.key()
         plan = self._scheduler.schedule(may_preempt=not self._pending)
         if plan is None:
             self._collect()
@@ -322,12 +355,12 @@ class Engine:
             self._take(launch)
 
     def _take(self, launch: Launch) -> None:
-        sampled = launch.wait()
+        drawn = launch.wait()
         for at, sequence in enumerate(launch.sequences):
             if sequence.state == "finished":
                 continue
             self._counts["generated"] += 1
-            reason = results.append(sequence, sampled, at, self.max_model_len, self.tokenizer)
+            reason = results.append(sequence, drawn, at, self.max_model_len, self.tokenizer)
             if reason is not None:
                 self._finish(sequence, reason)
             elif (len(sequence.tokens) - 1) % self._pool.size == 0:

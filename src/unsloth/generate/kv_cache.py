@@ -66,15 +66,17 @@ def choose_pages(shape: CacheShape, options: EngineOptions, max_len: int, reserv
     if shape.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(shape.device)
         cached = torch.cuda.memory_reserved(shape.device) - torch.cuda.memory_allocated(shape.device)
-        room = int(options.gpu_memory_utilization * total) - (total - free - cached) - reserve
+        room = (free + cached) // 2
+        if options.gpu_memory_utilization is not None:
+            room = int(options.gpu_memory_utilization * total) - (total - free - cached) - reserve
     else:
         room = max(_CPU_BYTES, least * shape.page_bytes)
     pages = min(most, room // shape.page_bytes)
     if pages < min(least, 8):
         raise ConfigError(
-            f"gpu_memory_utilization leaves no room for a cache: {max(room, 0) >> 20} MiB",
-            got=options.gpu_memory_utilization,
-            do=f"Raise it: {(least * shape.page_bytes) >> 20} MiB hold one sequence of {max_len} tokens.",
+            f"there is no room for a cache of keys and values: {max(room, 0) >> 20} MiB",
+            got=f"gpu_memory_utilization={options.gpu_memory_utilization}",
+            do=f"Raise it, or free memory: a sequence of {max_len} tokens needs {(least * shape.page_bytes) >> 20} MiB.",
         )
     return pages + 1
 

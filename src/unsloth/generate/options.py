@@ -18,7 +18,7 @@ class EngineOptions:
         page_size: Tokens of a page of the cache.
         num_pages: Pages of the cache; None sizes it by memory.
         gpu_memory_utilization: Share of the device's memory that weights, cache and everything else may have; the
-            cache gets what the rest leaves of it, and at most what ``max_num_seqs`` sequences need.
+            cache gets what the rest leaves of it. None: half of what is free. At most what ``max_num_seqs`` need.
         float8_kv_cache: Keep keys and values in eight bits.
         enable_prefix_caching: Keep the pages of finished prompts until their memory is needed.
         graphs: Capture decoding steps as CUDA graphs; no effect on a CPU.
@@ -31,7 +31,7 @@ class EngineOptions:
     max_num_batched_tokens: int = 8192
     page_size: int = 16
     num_pages: int | None = None
-    gpu_memory_utilization: float = 0.5
+    gpu_memory_utilization: float | None = None
     float8_kv_cache: bool = False
     enable_prefix_caching: bool = True
     graphs: bool = True
@@ -44,7 +44,7 @@ class EngineOptions:
             optional = name in ("max_model_len", "num_pages")
             if not (optional and value is None) and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} must be a positive whole number", got=value)
-        if not 0 < self.gpu_memory_utilization <= 1:
+        if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 "gpu_memory_utilization must be above 0 and at most 1",
                 got=self.gpu_memory_utilization,

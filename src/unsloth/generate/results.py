@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from unsloth.generate.outputs import CompletionOutput, FinishReason, Logprob, RequestOutput
-from unsloth.generate.sampler import Sampled
 from unsloth.generate.sequence import Request, Sequence
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Tokens of several sequences, as :class:`unsloth.generate.sampler.Sampled`, on the host."""
+
+    tokens: list[int]
+    sampled: list[float]
+    model: list[float]
+    ranks: list[int] | None
+    top_values: list[list[float]] | None
+    top_ids: list[list[int]] | None
 
 
 def stop_ids(model: Any, tokenizer: Any, ignore_eos: bool, own: Iterable[int]) -> frozenset[int]:
@@ -20,18 +32,18 @@ def stop_ids(model: Any, tokenizer: Any, ignore_eos: bool, own: Iterable[int]) -
     return frozenset(ids)
 
 
-def append(sequence: Sequence, sampled: Sampled, at: int, max_len: int, tokenizer: Any) -> FinishReason | None:
+def append(sequence: Sequence, drawn: Drawn, at: int, max_len: int, tokenizer: Any) -> FinishReason | None:
     """Add the token at place ``at`` of a launch to a sequence; returns why it ends now, or None."""
     request, output = sequence.request, sequence.output
-    token = int(sampled.tokens[at])
+    token = drawn.tokens[at]
     sequence.tokens.append(token)
     output.token_ids.append(token)
     output.new_token_ids.append(token)
-    output.sampled_logprobs.append(float(sampled.sampled[at]))
-    output.model_logprobs.append(float(sampled.model[at]))
+    output.sampled_logprobs.append(drawn.sampled[at])
+    output.model_logprobs.append(drawn.model[at])
     output.cumulative_logprob += output.model_logprobs[-1]
     if output.logprobs is not None:
-        output.logprobs.append(_most_likely(sampled, at, token, request.params.logprobs or 0, tokenizer))
+        output.logprobs.append(_most_likely(drawn, at, token, request.params.logprobs or 0, tokenizer))
     request.changed = True
     return _end(sequence, token, max_len)
 
@@ -55,16 +67,16 @@ def _end(sequence: Sequence, token: int, max_len: int) -> FinishReason | None:
     return None
 
 
-def _most_likely(sampled: Sampled, at: int, token: int, count: int, tokenizer: Any) -> dict[int, Logprob]:
+def _most_likely(drawn: Drawn, at: int, token: int, count: int, tokenizer: Any) -> dict[int, Logprob]:
     """The most likely tokens of a position, and the one that was drawn."""
 
     def text(i: int) -> str | None:
         return None if tokenizer is None else tokenizer.decode([i])
 
-    assert sampled.ranks is not None and sampled.top_ids is not None and sampled.top_values is not None
-    ids, values = sampled.top_ids[at, :count].tolist(), sampled.top_values[at, :count].tolist()
+    assert drawn.ranks is not None and drawn.top_ids is not None and drawn.top_values is not None
+    ids, values = drawn.top_ids[at][:count], drawn.top_values[at][:count]
     found = {i: Logprob(v, rank, text(i)) for rank, (i, v) in enumerate(zip(ids, values, strict=True), 1)}
-    found.setdefault(token, Logprob(float(sampled.model[at]), int(sampled.ranks[at]), text(token)))
+    found.setdefault(token, Logprob(drawn.model[at], drawn.ranks[at], text(token)))
     return found
 
 

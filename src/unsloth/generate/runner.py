@@ -16,16 +16,16 @@ from typing import Any
 import torch
 
 from unsloth.generate.adapter_bank import AdapterBank, Selection
-from unsloth.generate.attention import Span, span_attention
+from unsloth.generate.attention import Span, span_attention, token_attention
 from unsloth.generate.decoder import Decoder, Layer
 from unsloth.generate.graphs import Graphs
 from unsloth.generate.kv_cache import KVCache
 from unsloth.generate.live_model import LiveModel
+from unsloth.generate.results import Drawn
 from unsloth.generate.rows import RowTable, on_device
 from unsloth.generate.sampler import Kind, Sampled, sample
 from unsloth.generate.scheduler import Chunk, Plan
 from unsloth.generate.sequence import Sequence
-from unsloth.kernels.paged_attention import paged_attention
 
 _BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128)
 
@@ -46,12 +46,21 @@ class Launch:
     rows: torch.Tensor | None
     event: Any = None
 
-    def wait(self) -> Sampled:
+    def wait(self) -> Drawn:
         """The tokens in the order of the sequences, once they are here."""
         if self.event is not None:
             self.event.synchronize()
-        rows = self.rows
-        return self.sampled if rows is None else _map(self.sampled, lambda t: t[rows])
+        rows, found = self.rows, self.sampled
+        if rows is not None:
+            found = _map(found, lambda t: t[rows])
+        return Drawn(
+            found.tokens.tolist(),
+            found.sampled.tolist(),
+            found.model.tolist(),
+            None if found.ranks is None else found.ranks.tolist(),
+            None if found.top_values is None else found.top_values.tolist(),
+            None if found.top_ids is None else found.top_ids.tolist(),
+        )
 
 
 class Runner:
@@ -140,7 +149,7 @@ class Runner:
         def attend(layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             self.cache.write(layer.index, places, k, v)
             keys, values = self.cache.layer(layer.index)
-            return paged_attention(
+            return token_attention(
                 q, keys, values, table, lengths, scale=layer.scale, window=layer.window, softcap=layer.softcap,
                 fast=self._fast,
             )  # fmt: skip
