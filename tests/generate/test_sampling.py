@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -26,7 +27,7 @@ def controls(rows=ROWS, **values):
     neutral = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "repetition": 1.0, "presence": 0.0, "frequency": 0.0}
     floats = {name: torch.full((rows,), float(values.pop(name, neutral[name]))) for name in neutral}
     top_k = torch.full((rows,), values.pop("top_k", 0), dtype=torch.int32)
-    keys = torch.tensor([keys_of(11, i) for i in range(rows)], dtype=torch.int32).T.contiguous()
+    keys = torch.from_numpy(keys_of(np.full(rows, 11, np.uint64), np.arange(rows, dtype=np.uint64)))
     return Controls(**floats, top_k=top_k, keys=keys, **values)
 
 
@@ -104,7 +105,8 @@ def test_a_cut_does_not_change_which_random_numbers_are_used():
     plain = sample(logits(), controls(), Kind())
     cut = sample(logits(), controls(), Kind(cuts=True, min_p=True, bias=True))
     assert torch.equal(plain.tokens, cut.tokens)
-    assert len(set(keys_of(seed, n) for seed in (0, 1, -5, 2**62) for n in range(50))) == 200
+    seeds = np.repeat(np.array([0, 1, 2**62, 2**64 - 5], np.uint64), 50)
+    assert len({*zip(*keys_of(seeds, np.tile(np.arange(50, dtype=np.uint64), 4)).tolist(), strict=True)}) == 200
 
 
 @pytest.mark.parametrize(

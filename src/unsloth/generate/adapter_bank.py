@@ -82,6 +82,7 @@ class AdapterBank:
         self.loaded: dict[str, Mapping[str, Pair]] = {}
         self._sites: list[Site] = []
         self._versions: tuple | None = None
+        self._watched: list[torch.Tensor] = []
 
     def site(self, name: str, projections: list[Projection]) -> Site:
         """Register projections of one input."""
@@ -160,11 +161,13 @@ class AdapterBank:
 
     def changed(self) -> bool:
         """Whether the matrices are not those of the adapters any more, as far as torch can tell."""
-        return self._versions != self._current()
+        return self._versions != _versions(self._watched)
 
     def refresh(self) -> bool:
         """Copy all adapters; returns whether matrices were allocated anew."""
-        self._versions = self._current()
+        pairs = (self._pair(projection, name) for projection in self._projections() for name in self.slots)
+        self._watched = [tensor for pair in pairs if pair is not None for tensor in pair[:2]]
+        self._versions = _versions(self._watched)
         moved = False
         sources: list[torch.Tensor] = []
         targets: list[torch.Tensor] = []
@@ -193,15 +196,6 @@ class AdapterBank:
             return lora.lora_A[name].weight, lora.lora_B[name].weight, float(lora.scaling[name])
         found = self.loaded.get(name)
         return None if found is None else found.get(projection.path)
-
-    def _current(self) -> tuple:
-        """Addresses and versions of the adapters' tensors, and their scales."""
-        pairs = (self._pair(projection, name) for projection in self._projections() for name in self.slots)
-        return tuple(
-            (pair[2], *((t.data_ptr(), -1 if t.is_inference() else t._version) for t in pair[:2]))
-            for pair in pairs
-            if pair is not None
-        )
 
     def _place(self, site: Site, sources: list[torch.Tensor], targets: list[torch.Tensor]) -> bool:
         """List what is to be copied for a site; returns whether its matrices are new."""
@@ -245,3 +239,7 @@ class AdapterBank:
                         by_scale.setdefault(pair[2], []).append(b[:, j * rank : j * rank + pair[0].shape[0]])
         for scale, targets in by_scale.items():
             torch._foreach_mul_(targets, scale)
+
+
+def _versions(tensors: Sequence[torch.Tensor]) -> tuple:
+    return tuple((t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)

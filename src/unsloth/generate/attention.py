@@ -1,8 +1,7 @@
 """Attention over pages: of one token a sequence, and of several.
 
 The formula is that of :mod:`unsloth.kernels.paged_attention`; the query at position p sees keys up to p, of the newest
-``window`` if there is one. For several tokens a sequence is gathered out of its pages; where nothing came before, and a
-kernel for packed documents does it, nothing is gathered.
+``window`` if there is one. Where there is no kernel, a sequence is gathered out of its pages.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from unsloth.kernels.dispatch import can_launch
 from unsloth.kernels.paged_attention import paged_attention
-from unsloth.kernels.varlen_attention import choose_backend, varlen_attention
+from unsloth.kernels.paged_prefill import gather_pages, make_tiles, paged_prefill
 
 
 @dataclass(frozen=True)
@@ -25,13 +24,42 @@ class Span:
         first: Place of the first of them in the batch.
         count: How many.
         start: Position of the first in the sequence.
-        pages: Of the sequence, int64, as far as position ``start + count - 1``.
+        pages: Of the sequence, as far as position ``start + count - 1``.
     """
 
     first: int
     count: int
     start: int
-    pages: torch.Tensor
+    pages: list[int]
+
+
+@dataclass(frozen=True)
+class SpanBatch:
+    """The spans of a batch, and the same on the device for the kernel.
+
+    Attributes:
+        spans: Together they hold every token once.
+        table: (spans, most pages of one) int32.
+        tiles: Of :func:`unsloth.kernels.paged_prefill.make_tiles`.
+    """
+
+    spans: list[Span]
+    table: torch.Tensor
+    tiles: torch.Tensor
+
+    @classmethod
+    def make(cls, spans: list[Span], device: torch.device) -> SpanBatch:
+        """Copy what the kernel reads to the device."""
+        table = torch.zeros(len(spans), max(len(span.pages) for span in spans), dtype=torch.int32)
+        for row, span in zip(table, spans, strict=True):
+            row[: len(span.pages)] = torch.tensor(span.pages, dtype=torch.int32)
+        tiles = make_tiles([(span.count, span.start) for span in spans])
+        return cls(spans, on_device(table, device), on_device(tiles, device))
+
+
+def on_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of a small tensor on the device; does not wait for what the device is doing."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def token_attention(
@@ -73,7 +101,8 @@ def token_attention(
     # what is beyond a sequence's end may be anything, and zero times NaN is NaN
     beyond = ~visible[:, :, None, None]
     k, v = (
-        _gather(c, pages).flatten(1, 2).to(q.dtype).masked_fill_(beyond, 0).transpose(1, 2) for c in (k_cache, v_cache)
+        gather_pages(c, pages).flatten(1, 2).to(q.dtype).masked_fill_(beyond, 0).transpose(1, 2)
+        for c in (k_cache, v_cache)
     )
     if window:
         visible = visible & (position >= lengths[:, None] - window)
@@ -82,28 +111,22 @@ def token_attention(
 
 def span_attention(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    spans: list[Span],
-    ends: torch.Tensor,
+    batch: SpanBatch,
     *,
     scale: float,
     window: int,
     softcap: float,
     fast: bool = True,
 ) -> torch.Tensor:
-    """Attention of the tokens of ``spans``.
+    """Attention of several tokens of every sequence, whose keys and values are in the cache.
 
     Args:
         q: (T, H, D).
-        k: (T, G, D), in the cache already.
-        v: Likewise.
         k_cache: (N, P, G, D).
         v_cache: Likewise.
-        spans: Which tokens are whose; together all T.
-        ends: (spans + 1,) int32, places in the batch where they begin and end.
+        batch: Which tokens are whose.
         scale: Of the scores.
         window: Tokens that a query sees; 0 for all.
         softcap: Bound of the scores; 0 for none.
@@ -112,27 +135,16 @@ def span_attention(
     Returns:
         (T, H, D).
     """
-    if fast and q.is_cuda and all(span.start == 0 for span in spans):
-        backend = choose_backend(q, window=window, softcap=softcap)
-        if backend != "reference":
-            longest = max(span.count for span in spans)
-            return varlen_attention(
-                q, k, v, ends, longest=longest, scale=scale, window=window, softcap=softcap, backend=backend
-            )
+    if fast and can_launch(q):
+        return paged_prefill(q, k_cache, v_cache, batch.table, batch.tiles, scale=scale, window=window, softcap=softcap)
     out = torch.empty_like(q)
-    for span in spans:
+    for span in batch.spans:
         part = slice(span.first, span.first + span.count)
         length = span.start + span.count
-        keys, values = (_gather(c, span.pages).flatten(0, 1)[:length].to(q.dtype) for c in (k_cache, v_cache))
+        pages = torch.tensor(span.pages, device=q.device)
+        keys, values = (gather_pages(c, pages).flatten(0, 1)[:length].to(q.dtype) for c in (k_cache, v_cache))
         out[part] = _one(q[part], keys, values, scale, window, softcap)
     return out
-
-
-def _gather(cache: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-    """(..., P, G, D) of these pages; torch cannot index eight-bit floats everywhere."""
-    if cache.dtype.itemsize == 1:
-        return cache.view(torch.uint8)[pages].view(cache.dtype)
-    return cache[pages]
 
 
 def _one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int, softcap: float) -> torch.Tensor:

@@ -180,6 +180,7 @@ class Engine:
         try:
             for prompt, own, adapter in zip(many, each, loras, strict=True):
                 names.append(self.add_request(prompt, own, lora=adapter))
+                self._requests[names[-1]].pieces = False
             wanted = set(names)
             while len(found) < len(names):
                 done = {out.request_id: out for out in self.step() if out.finished and out.request_id in wanted}
@@ -370,6 +371,7 @@ class Engine:
 
     def _finish(self, sequence: Sequence, reason: Any) -> None:
         sequence.output.finish_reason = reason
+        sequence.request.changed = sequence.request.changed or sequence.request.finished_but(sequence)
         if reason == "abort" and sequence.text is not None:
             sequence.text.finish()
         self._scheduler.remove(sequence)

@@ -60,6 +60,7 @@ class LiveModel:
         self.bank = AdapterBank(weight.dtype, weight.device)
         self._structure: Hashable = None
         self._storage: Hashable = None
+        self._tensors: list[torch.Tensor] = []
         self._values: Hashable = None
         self.decoder = self._read()
 
@@ -69,7 +70,8 @@ class LiveModel:
         if structure:
             self.decoder = self._read()
         moved = self.bank.refresh()
-        storage = storage_key(self.decoder.tensors())
+        self._tensors = self.decoder.tensors()
+        storage = storage_key(self._tensors)
         values = self._fingerprint()
         change = Change(self._values != values, structure or moved or self._storage != storage)
         self._storage, self._values = storage, values
@@ -77,10 +79,10 @@ class LiveModel:
 
     def look(self) -> Change:
         """Look for what may have changed between two steps, at little cost."""
-        versions = self.bank.changed()
-        moved = self.bank.refresh() if versions else False
-        storage = storage_key(self.decoder.tensors())
-        change = Change(versions, moved or self._storage != storage)
+        values = self.bank.changed()
+        moved = self.bank.refresh() if values else False
+        storage = storage_key(self._tensors)
+        change = Change(values, moved or self._storage != storage)
         self._storage = storage
         return change
 
@@ -105,7 +107,7 @@ class LiveModel:
 
         Optimizers that write through raw pointers leave the version as it was.
         """
-        versions = tuple((-1 if t.is_inference() else t._version, t.data_ptr()) for t in self.decoder.tensors())
+        versions = tuple((-1 if t.is_inference() else t._version, t.data_ptr()) for t in self._tensors)
         trained = [p.detach() for p in self.inner.parameters() if p.requires_grad]
         trained += self.bank.tensors()
         floats = [t for t in trained if t.is_floating_point()]

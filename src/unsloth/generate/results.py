@@ -44,7 +44,7 @@ def append(sequence: Sequence, drawn: Drawn, at: int, max_len: int, tokenizer: A
     output.cumulative_logprob += output.model_logprobs[-1]
     if output.logprobs is not None:
         output.logprobs.append(_most_likely(drawn, at, token, request.params.logprobs or 0, tokenizer))
-    request.changed = True
+    request.changed = request.changed or request.pieces
     return _end(sequence, token, max_len)
 
 

@@ -12,11 +12,13 @@ from collections.abc import Sequence as Rows
 import numpy as np
 import torch
 
+from unsloth.generate.attention import on_device
 from unsloth.generate.sampler import Controls, Kind, keys_of
 from unsloth.generate.sequence import Sequence
 
 _INTS = ("position", "length", "place", "slot", "top_k", "key1", "key2")
 _FLOATS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
+_ALL = 2**64 - 1
 _AT = {name: i for i, name in enumerate((*_INTS, *_FLOATS))}
 
 
@@ -45,7 +47,7 @@ class RowTable:
         self.prompt: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
         self._host = np.zeros((len(_AT), rows), dtype=np.int32)
-        self._pages = np.zeros(rows, dtype=np.int64)  # pages of each row that the device knows
+        self._pages = [0] * rows  # pages of each row that the device knows
 
     def controls(self, rows: slice | torch.Tensor, kind: Kind) -> Controls:
         """The sampler's view of some rows."""
@@ -86,20 +88,20 @@ class RowTable:
 
     def draw_keys(self, sequences: Rows[Sequence], numbers: Rows[int]) -> None:
         """Set the random keys for the token of each sequence that is drawn next."""
-        for sequence, number in zip(sequences, numbers, strict=True):
-            first, second = keys_of(sequence.seed, number)
-            self._host[_AT["key1"], sequence.row] = first
-            self._host[_AT["key2"], sequence.row] = second
+        rows = np.array([sequence.row for sequence in sequences])
+        seeds = np.array([sequence.seed & _ALL for sequence in sequences], dtype=np.uint64)
+        self._host[_AT["key1"] : _AT["key2"] + 1, rows] = keys_of(seeds, np.array(numbers, dtype=np.uint64))
 
     def advance(self, sequences: Rows[Sequence]) -> None:
         """Set position, length and place in the cache of the token that each sequence consumes; others are idle."""
-        self._host[: _AT["place"] + 1] = 0
-        for sequence in sequences:
-            row, position = sequence.row, sequence.computed - 1
-            page = sequence.pages[position // self.page_size]
-            self._host[_AT["position"], row] = position
-            self._host[_AT["length"], row] = position + 1
-            self._host[_AT["place"], row] = page * self.page_size + position % self.page_size
+        size, host = self.page_size, self._host
+        host[: _AT["place"] + 1] = 0
+        rows = np.array([sequence.row for sequence in sequences])
+        position = np.array([sequence.computed - 1 for sequence in sequences])
+        pages = np.array([sequence.pages[(sequence.computed - 1) // size] for sequence in sequences])
+        host[_AT["position"], rows] = position
+        host[_AT["length"], rows] = position + 1
+        host[_AT["place"], rows] = pages * size + position % size
 
     def send(self) -> None:
         """Copy what was set to the device."""
@@ -110,7 +112,9 @@ class RowTable:
         entries: list[tuple[int, int, int]] = []
         for sequence in sequences:
             assert sequence.row is not None
-            known = int(self._pages[sequence.row])
+            known = self._pages[sequence.row]
+            if known == len(sequence.pages):
+                continue
             entries += [(sequence.row, i, sequence.pages[i]) for i in range(known, len(sequence.pages))]
             self._pages[sequence.row] = len(sequence.pages)
         if entries:
@@ -155,8 +159,3 @@ class RowTable:
             self.prompt[row, torch.tensor(sequence.tokens[: sequence.prompt_length], device=self.device)] = True
         generated = torch.tensor(sequence.tokens[sequence.prompt_length :], dtype=torch.int64, device=self.device)
         self.counts[row] += torch.bincount(generated, minlength=self.vocabulary).int()
-
-
-def on_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy of a small tensor on the device; does not wait for what the device is doing."""
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)

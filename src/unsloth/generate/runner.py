@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from unsloth.generate.adapter_bank import AdapterBank, Selection
-from unsloth.generate.attention import Span, span_attention, token_attention
+from unsloth.generate.attention import Span, SpanBatch, on_device, span_attention, token_attention
 from unsloth.generate.decoder import Decoder, Layer
 from unsloth.generate.graphs import Graphs
 from unsloth.generate.kv_cache import KVCache
 from unsloth.generate.live_model import LiveModel
 from unsloth.generate.results import Drawn
-from unsloth.generate.rows import RowTable, on_device
+from unsloth.generate.rows import RowTable
 from unsloth.generate.sampler import Kind, Sampled, sample
 from unsloth.generate.scheduler import Chunk, Plan
 from unsloth.generate.sequence import Sequence
@@ -170,19 +170,19 @@ class Runner:
         for chunk in chunks:
             sequence = chunk.sequence
             pages = sequence.pages[: -(-chunk.stop // size)]
-            spans.append(Span(len(ids), chunk.stop - chunk.start, chunk.start, on_device(torch.tensor(pages), device)))
+            spans.append(Span(len(ids), chunk.stop - chunk.start, chunk.start, pages))
             ids += sequence.tokens[chunk.start : chunk.stop]
             positions += range(chunk.start, chunk.stop)
             places += [pages[p // size] * size + p % size for p in range(chunk.start, chunk.stop)]
             ends.append(len(ids))
         packed = on_device(torch.tensor([positions, places]), device)
-        bounds = on_device(torch.tensor(ends, dtype=torch.int32), device)
+        batch = SpanBatch.make(spans, device)
 
         def attend(layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             self.cache.write(layer.index, packed[1], k, v)
             return span_attention(
-                q, k, v, *self.cache.layer(layer.index), spans, bounds,
-                scale=layer.scale, window=layer.window, softcap=layer.softcap, fast=self._fast,
+                q, *self.cache.layer(layer.index), batch, scale=layer.scale, window=layer.window,
+                softcap=layer.softcap, fast=self._fast,
             )  # fmt: skip
 
         slots = [chunk.sequence.slot for chunk in chunks]

@@ -10,7 +10,9 @@ Shapes: B rows, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 from unsloth.kernels.sample_rows import sample_rows
@@ -141,11 +143,10 @@ def threshold(z: torch.Tensor, controls: Controls, kind: Kind) -> torch.Tensor:
     return bound
 
 
-def keys_of(seed: int, number: int) -> tuple[int, int]:
-    """Two signed 32-bit numbers for a seed and the number of a token: splitmix64 (Steele et al., 2014)."""
-    state = (seed * 0x9E3779B97F4A7C15 + number * 0xD1342543DE82EF95) & (2**64 - 1)
-    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-    state ^= state >> 31
-    low, high = state & _MASK, state >> 32
-    return low - 2**32 * (low >> 31), high - 2**32 * (high >> 31)
+def keys_of(seeds: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """(2, B) int32 for seeds (B,) and numbers of tokens (B,), both uint64: splitmix64 (Steele et al., 2014)."""
+    state: Any = seeds * np.uint64(0x9E3779B97F4A7C15) + numbers * np.uint64(0xD1342543DE82EF95)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    state = state ^ (state >> np.uint64(31))
+    return np.stack([state & np.uint64(_MASK), state >> np.uint64(32)]).astype(np.uint32).view(np.int32)

@@ -33,6 +33,7 @@ class Request:
         cached: Prompt tokens that were in the cache already.
         error: What went wrong.
         changed: Whether there is something to report.
+        pieces: Whether it is reported as it grows; else once, when it is finished.
     """
 
     id: str
@@ -47,11 +48,16 @@ class Request:
     cached: int = 0
     error: str | None = None
     changed: bool = False
+    pieces: bool = True
 
     @property
     def finished(self) -> bool:
         """Whether all completions are."""
         return all(sequence.state == "finished" for sequence in self.sequences)
+
+    def finished_but(self, last: Sequence) -> bool:
+        """Whether all completions but ``last`` are."""
+        return all(sequence is last or sequence.state == "finished" for sequence in self.sequences)
 
 
 @dataclass(eq=False)
