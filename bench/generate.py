@@ -103,6 +103,17 @@ def throughput(engine: Engine, batch: int, args: argparse.Namespace) -> dict:
     }
 
 
+def prefill(engine: Engine, args: argparse.Namespace) -> None:
+    """Tokens a second of prompts alone, 8 of 2,048 tokens."""
+    one = SamplingParams(temperature=1.0, max_tokens=1, ignore_eos=True, detokenize=False, seed=1)
+    seconds = []
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        prompts = [torch.randint(0, args.vocabulary, (2048,), generator=generator).tolist() for _ in range(8)]
+        seconds.append(timed(lambda prompts=prompts: engine.generate(prompts, one))[0])
+    print(f"  prefill 8 x 2,048: {8 * 2048 / statistics.median(seconds[1:]):,.0f} tokens/s", flush=True)
+
+
 def profile(engine: Engine, batch: int, args: argparse.Namespace) -> None:
     """Kernel time of some decoding steps, by kernel."""
     params = SamplingParams(temperature=1.0, max_tokens=24, ignore_eos=True, detokenize=False, seed=1)
@@ -174,7 +185,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     for precision in args.precision:
         made, model = timed(lambda p=precision: random_llama.build(shape, DEVICE, quantized=p == "nf4", positions=4096))
-        longest = 2 * args.prompt + args.new
+        longest = max(2 * args.prompt + args.new, 2112 if DEVICE.type == "cuda" else 0)
         options = EngineOptions(
             max_model_len=longest, max_num_seqs=max(args.batches), gpu_memory_utilization=0.8, graphs=not args.no_graphs
         )
@@ -193,6 +204,8 @@ def main() -> None:
                 if new:
                     writer.writeheader()
                 writer.writerow(row)
+        if DEVICE.type == "cuda":
+            prefill(engine, args)
         switches(model, engine, args)
         for batch in args.profile if DEVICE.type == "cuda" else []:
             profile(engine, batch, args)

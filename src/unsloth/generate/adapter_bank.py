@@ -19,6 +19,7 @@ import torch
 
 from unsloth.core.errors import AdapterError
 from unsloth.generate.weights import Projection
+from unsloth.kernels.lora_rows import lora_rows
 
 _STEP = 16  # ranks are rounded up to it, so that rows stay aligned
 
@@ -63,13 +64,7 @@ class Site:
         outputs = [projection.multiply(x, fast) for projection in self.projections]
         if self.a is None or not adapters.used:
             return outputs
-        low = x.to(self.a.dtype) @ self.a.T
-        if adapters.mask is not None:
-            columns = low.view(x.shape[0], len(self.projections), adapters.mask.shape[1], -1)
-            low = (columns * adapters.mask[:, None, :, None].to(low.dtype)).flatten(1)
-        parts = low.chunk(len(outputs), 1)
-        for y, part, b in zip(outputs, parts, self.b, strict=True):
-            y.addmm_(part.to(y.dtype), b.T) if y.dtype == b.dtype else y.add_(part @ b.T)
+        lora_rows(x, self.a, self.b, outputs, adapters.mask, fast=fast)
         return outputs
 
 

@@ -27,7 +27,8 @@ from unsloth.layers.norm import NormOptions, add_and_normalize, normalize
 from unsloth.models import spec
 
 Attend = Callable[["Layer", torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(layer, q (T, H, D), k (T, G, D), v (T, G, D)) to (T, H, D); keys and values are to be put into the cache."""
+"""(layer, q (T, H, D), k (T, G, D), v (T, G, D)) to (T, H, D). Positions are not in q and k yet (see
+:meth:`Decoder.position`); keys and values are to be put into the cache."""
 
 
 @dataclass(frozen=True)
@@ -136,15 +137,14 @@ class Decoder:
         """(T, K) of token ids."""
         return embedding(tokens_T, self._embedding.weight)
 
-    def hidden(
-        self, x_TK: torch.Tensor, positions_T: torch.Tensor, attend: Attend, adapters: Selection
-    ) -> torch.Tensor:
+    def hidden(self, x_TK: torch.Tensor, attend: Attend, adapters: Selection) -> torch.Tensor:
         """Hidden states (T, K) before the final norm, of the embeddings ``x_TK``."""
         if self._embedding_scale != 1:
             x_TK = x_TK * torch.tensor(self._embedding_scale, dtype=x_TK.dtype)
+        more_TK: torch.Tensor | None = None
         for layer in self.layers:
-            x_TK = self._block(layer, x_TK, positions_T, attend, adapters)
-        return x_TK
+            x_TK, more_TK = self._block(layer, x_TK, more_TK, attend, adapters)
+        return x_TK if more_TK is None else x_TK + more_TK
 
     def logits(self, x_TK: torch.Tensor, adapters: Selection) -> torch.Tensor:
         """Logits (T, V) of hidden states."""
@@ -156,11 +156,17 @@ class Decoder:
         return y_TV
 
     def _block(
-        self, layer: Layer, x: torch.Tensor, positions: torch.Tensor, attend: Attend, adapters: Selection
-    ) -> torch.Tensor:
+        self, layer: Layer, x: torch.Tensor, more: torch.Tensor | None, attend: Attend, adapters: Selection
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(residual stream, what the next block adds to it first) of the same two; that addition and a norm are one."""
         norms, scale = layer.norms, self._residual_scale
-        seen = norms["input_norm"](x) if "input_norm" in norms else x
-        a = self._attention(layer, seen, positions, attend, adapters)
+        if more is not None and "input_norm" in norms:
+            norm = norms["input_norm"]
+            seen, x = add_and_normalize(more, x, norm.module.weight, norm.options)
+        else:
+            x = x if more is None else x + more
+            seen = norms["input_norm"](x) if "input_norm" in norms else x
+        a = self._attention(layer, seen, attend, adapters)
         a = norms["attention_norm"](a) if "attention_norm" in norms else a
         a = a if scale == 1 else a * scale
         if self.family.block.parallel:
@@ -172,21 +178,26 @@ class Decoder:
             seen = h = x + a
         m = self._mlp(layer, seen, adapters)
         m = norms["mlp_norm"](m) if "mlp_norm" in norms else m
-        return h + (m if scale == 1 else m * scale)
+        return h, m if scale == 1 else m * scale
 
-    def _attention(
-        self, layer: Layer, x: torch.Tensor, positions: torch.Tensor, attend: Attend, adapters: Selection
-    ) -> torch.Tensor:
+    def _attention(self, layer: Layer, x: torch.Tensor, attend: Attend, adapters: Selection) -> torch.Tensor:
         outputs = layer.qkv(x, adapters, self.fast)
         if len(outputs) == 1:
             rows, key_rows = self.heads * self.head_dim, self.key_heads * self.head_dim
             outputs = list(outputs[0].split((rows, key_rows, key_rows), -1))
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in outputs)
-        q, k = self._position(layer, q, k, positions)
         y = attend(layer, q, k, v)
         return layer.output(y.reshape(x.shape[0], -1), adapters, self.fast)[0]
 
-    def _position(
+    def plain_tables(self, layer: Layer) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Cosines and sines (positions, D/2) where nothing but a rotation of the whole head in halves is done."""
+        tables = {} if layer.rotary is None else self._tables[layer.rotary]
+        whole = tables and tables["rotary_dim"] == self.head_dim and not tables["interleaved"]
+        if not whole or layer.head_norms is not None:
+            return None
+        return tables["cos"], tables["sin"]
+
+    def position(
         self, layer: Layer, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Norms of the heads, and rotary embedding of (T, H, D) and (T, G, D)."""

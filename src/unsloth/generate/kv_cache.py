@@ -14,11 +14,11 @@ import torch
 from unsloth.core.errors import ConfigError
 from unsloth.core.log import get_logger
 from unsloth.generate.options import EngineOptions
+from unsloth.kernels.rope_to_pages import write_pages
 
 logger = get_logger(__name__)
 
 _CPU_BYTES = 1 << 30
-_LARGEST_E4M3 = 448.0
 
 
 @dataclass(frozen=True)
@@ -129,12 +129,7 @@ class KVCache:
     def write(self, index: int, slots_T: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Put keys and values (T, G, D) of tokens at their places (page times P, and the place in the page)."""
         for cache, new in zip(self.layer(index), (k, v), strict=True):
-            flat = cache.view(-1, self.shape.key_heads, self.shape.head_dim)
-            if flat.dtype == new.dtype:
-                flat.index_copy_(0, slots_T, new)
-            else:  # E4M3 has no infinity: what is too large becomes the largest
-                small = new.clamp(-_LARGEST_E4M3, _LARGEST_E4M3).to(flat.dtype)
-                flat.view(torch.uint8).index_copy_(0, slots_T, small.view(torch.uint8))
+            write_pages(cache, slots_T, new)
 
     def copy_pages(self, sources: list[int], targets: list[int]) -> None:
         """Copy pages of all layers."""

@@ -26,6 +26,7 @@ from unsloth.generate.rows import RowTable
 from unsloth.generate.sampler import Kind, Sampled, sample
 from unsloth.generate.scheduler import Chunk, Plan
 from unsloth.generate.sequence import Sequence
+from unsloth.kernels.rope_to_pages import rope_to_pages
 
 _BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128)
 
@@ -143,11 +144,11 @@ class Runner:
         tokens = rows.tokens[part]
         if kind.penalties and rows.counts is not None:
             rows.counts[part].scatter_add_(1, tokens[:, None], (lengths > 0).int()[:, None])
-        places = rows.row_values("place", part).long()
+        positions, places = rows.row_values("position", part), rows.row_values("place", part)
         table = rows.table[part]
 
         def attend(layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            self.cache.write(layer.index, places, k, v)
+            q = self._enter(layer, q, k, v, positions, places)
             keys, values = self.cache.layer(layer.index)
             return token_attention(
                 q, keys, values, table, lengths, scale=layer.scale, window=layer.window, softcap=layer.softcap,
@@ -155,10 +156,28 @@ class Runner:
             )  # fmt: skip
 
         adapters = self._selection(rows.row_values("slot", part), used, masked)
-        hidden = self.decoder.hidden(self.decoder.embed(tokens), rows.row_values("position", part), attend, adapters)
+        hidden = self.decoder.hidden(self.decoder.embed(tokens), attend, adapters)
         sampled = sample(self.decoder.logits(hidden, adapters), rows.controls(part, kind), kind, self._fast)
         tokens.copy_(torch.where(lengths > 0, sampled.tokens, tokens))
         return sampled
+
+    def _enter(
+        self,
+        layer: Layer,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        positions: torch.Tensor,
+        places: torch.Tensor,
+    ) -> torch.Tensor:
+        """Give q and k their positions, and put k and v at their places in the cache; returns q."""
+        tables = self.decoder.plain_tables(layer)
+        if tables is not None and self._fast and q.is_cuda:
+            rope_to_pages(q, k, v, *tables, positions, places, *self.cache.layer(layer.index))
+            return q
+        q, k = self.decoder.position(layer, q, k, positions)
+        self.cache.write(layer.index, places.long(), k, v)
+        return q
 
     def _prefill(self, chunks: list[Chunk]) -> list[Launch]:
         device, size = self.decoder.device, self.cache.shape.page_size
@@ -179,7 +198,7 @@ class Runner:
         batch = SpanBatch.make(spans, device)
 
         def attend(layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            self.cache.write(layer.index, packed[1], k, v)
+            q = self._enter(layer, q, k, v, packed[0], packed[1])
             return span_attention(
                 q, *self.cache.layer(layer.index), batch, scale=layer.scale, window=layer.window,
                 softcap=layer.softcap, fast=self._fast,
@@ -189,7 +208,7 @@ class Runner:
         used, masked = self.bank.select(slots)
         counts = [chunk.stop - chunk.start for chunk in chunks]
         adapters = self._selection(_spread(slots, counts, device) if masked else None, used, masked)
-        hidden = self.decoder.hidden(self._embed(chunks, ids), packed[0], attend, adapters)
+        hidden = self.decoder.hidden(self._embed(chunks, ids), attend, adapters)
         forks = [fork for chunk in chunks for fork in chunk.forks]
         copies = [(fork.source, fork.target) for fork in forks if fork.source is not None and fork.target is not None]
         self.cache.copy_pages([source for source, _ in copies], [target for _, target in copies])
