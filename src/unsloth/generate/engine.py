@@ -77,7 +77,7 @@ class Engine:
         self._overlaps = decoder.device.type == "cuda"
         self._requests: dict[str, Request] = {}
         self._pending: list[Launch] = []
-        self._cache_key: tuple[int, ...] = ()
+        self._cache_key = 0
         self._numbers = itertools.count()
         self._counts = {"requests": 0, "finished": 0, "aborted": 0, "prompt": 0, "cached": 0, "generated": 0}
         self._idle, self._closed = True, False

@@ -15,6 +15,7 @@ from unsloth.core.errors import ConfigError
 from unsloth.core.log import get_logger
 from unsloth.generate.options import EngineOptions
 from unsloth.kernels.rope_to_pages import write_pages
+from unsloth.memory.mapped import MappedMemory
 
 logger = get_logger(__name__)
 
@@ -85,6 +86,9 @@ def choose_pages(shape: CacheShape, options: EngineOptions, max_len: int, reserv
 class KVCache:
     """The memory of keys and values, which can be given back and taken again.
 
+    On a GPU it comes back at the same address, so that captured graphs stay valid; where the driver cannot do that,
+    wherever torch finds room.
+
     Args:
         shape: Of the cache.
         pages: N.
@@ -92,39 +96,51 @@ class KVCache:
 
     def __init__(self, shape: CacheShape, pages: int) -> None:
         self.shape, self.pages = shape, pages
-        self._keys: torch.Tensor | None = None
-        self._values: torch.Tensor | None = None
+        self._mapped = _map(pages * shape.page_bytes, shape.device) if shape.device.type == "cuda" else None
+        self._memory: torch.Tensor | None = None  # (2, L, N, P, G, D)
+        self._held = False
 
     @property
     def held(self) -> bool:
         """Whether it has its memory."""
-        return self._keys is not None
+        return self._held
 
     @property
     def bytes(self) -> int:
         """Memory that it has."""
-        return self.pages * self.shape.page_bytes if self.held else 0
+        return self.pages * self.shape.page_bytes if self._held else 0
 
     def take(self) -> None:
         """Take the memory, if it is not there; what it holds is undefined."""
-        if self._keys is None:
-            s = self.shape
-            size = (s.layers, self.pages, s.page_size, s.key_heads, s.head_dim)
-            self._keys = torch.empty(size, dtype=s.dtype, device=s.device)
-            self._values = torch.empty(size, dtype=s.dtype, device=s.device)
+        if self._held:
+            return
+        s = self.shape
+        size = (2, s.layers, self.pages, s.page_size, s.key_heads, s.head_dim)
+        if self._mapped is None:
+            self._memory = torch.empty(size, dtype=s.dtype, device=s.device)
+        else:
+            self._mapped.take()
+            if self._memory is None:
+                whole = self._mapped.tensor()[: self.pages * s.page_bytes]
+                self._memory = whole.view(s.dtype).view(size)
+        self._held = True
 
     def release(self) -> None:
         """Give the memory back."""
-        self._keys = self._values = None
+        if self._mapped is None:
+            self._memory = None
+        else:
+            self._mapped.release()
+        self._held = False
 
-    def key(self) -> tuple[int, ...]:
+    def key(self) -> int:
         """Changes when the memory moves."""
-        return () if self._keys is None or self._values is None else (self._keys.data_ptr(), self._values.data_ptr())
+        return 0 if self._memory is None else self._memory.data_ptr()
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (N, P, G, D) of a layer."""
-        assert self._keys is not None and self._values is not None
-        return self._keys[index], self._values[index]
+        assert self._held and self._memory is not None
+        return self._memory[0, index], self._memory[1, index]
 
     def write(self, index: int, slots_T: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Put keys and values (T, G, D) of tokens at their places (page times P, and the place in the page)."""
@@ -135,9 +151,16 @@ class KVCache:
         """Copy pages of all layers."""
         if not sources:
             return
-        assert self._keys is not None and self._values is not None
+        assert self._held and self._memory is not None
         source = torch.tensor(sources, device=self.shape.device)
         target = torch.tensor(targets, device=self.shape.device)
-        for cache in (self._keys, self._values):
-            raw = cache.view(torch.uint8) if cache.dtype.itemsize == 1 else cache
-            raw.index_copy_(1, target, raw.index_select(1, source))
+        raw = self._memory.view(torch.uint8) if self.shape.dtype.itemsize == 1 else self._memory
+        raw.index_copy_(2, target, raw.index_select(2, source))
+
+
+def _map(size: int, device: torch.device) -> MappedMemory | None:
+    try:
+        return MappedMemory(size, device)
+    except RuntimeError as error:
+        logger.info("the cache cannot keep its address, so graphs are captured anew after it was given back: %s", error)
+        return None
