@@ -1,9 +1,9 @@
 """Greedy completions are those of transformers, token for token, however they are scheduled."""
 
 import pytest
+import tiny_families
 import torch
 
-from tests.parity import tiny_families
 from unsloth.generate.engine import Engine
 from unsloth.generate.options import EngineOptions
 from unsloth.generate.sampling import SamplingParams

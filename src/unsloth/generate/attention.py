@@ -72,7 +72,9 @@ def token_attention(
     visible = position < lengths.clamp(min=1)[:, None]
     # what is beyond a sequence's end may be anything, and zero times NaN is NaN
     beyond = ~visible[:, :, None, None]
-    k, v = (c[pages].flatten(1, 2).masked_fill_(beyond, 0).to(q.dtype).transpose(1, 2) for c in (k_cache, v_cache))
+    k, v = (
+        _gather(c, pages).flatten(1, 2).to(q.dtype).masked_fill_(beyond, 0).transpose(1, 2) for c in (k_cache, v_cache)
+    )
     if window:
         visible = visible & (position >= lengths[:, None] - window)
     return _attend(q[:, :, None], k, v, visible[:, None, None], scale, softcap)[:, :, 0]
@@ -121,9 +123,16 @@ def span_attention(
     for span in spans:
         part = slice(span.first, span.first + span.count)
         length = span.start + span.count
-        keys, values = (c[span.pages].flatten(0, 1)[:length].to(q.dtype) for c in (k_cache, v_cache))
+        keys, values = (_gather(c, span.pages).flatten(0, 1)[:length].to(q.dtype) for c in (k_cache, v_cache))
         out[part] = _one(q[part], keys, values, scale, window, softcap)
     return out
+
+
+def _gather(cache: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+    """(..., P, G, D) of these pages; torch cannot index eight-bit floats everywhere."""
+    if cache.dtype.itemsize == 1:
+        return cache.view(torch.uint8)[pages].view(cache.dtype)
+    return cache[pages]
 
 
 def _one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int, softcap: float) -> torch.Tensor:

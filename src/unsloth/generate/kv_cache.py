@@ -73,10 +73,11 @@ def choose_pages(shape: CacheShape, options: EngineOptions, max_len: int, reserv
         room = max(_CPU_BYTES, least * shape.page_bytes)
     pages = min(most, room // shape.page_bytes)
     if pages < min(least, 8):
+        needed = (least * shape.page_bytes) >> 20
         raise ConfigError(
             f"there is no room for a cache of keys and values: {max(room, 0) >> 20} MiB",
             got=f"gpu_memory_utilization={options.gpu_memory_utilization}",
-            do=f"Raise it, or free memory: a sequence of {max_len} tokens needs {(least * shape.page_bytes) >> 20} MiB.",
+            do=f"Raise it, or free memory: one sequence of {max_len} tokens takes {needed} MiB.",
         )
     return pages + 1
 
