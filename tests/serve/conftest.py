@@ -48,7 +48,7 @@ def start(folder: Path, **options: object) -> Running:
     settings = ServeOptions(**{"model_name": "tiny", "api_key": KEY, "port": 0, "drain_seconds": 2.0, **options})
     listener = server.listen(settings)
     ready = threading.Event()
-    made = server.make(app.build(engine, settings), settings, ready.set)
+    made = server.make(app.build(engine, settings), engine, settings, ready.set)
     thread = threading.Thread(target=made.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     assert ready.wait(60)

@@ -1,13 +1,18 @@
 """Chats and completions through OpenAI's own client, compared with transformers on the same model."""
 
+import concurrent.futures
 import json
 import math
+import threading
 
 import openai
 import pytest
 import torch
+from tests.serve.conftest import start, wait_until
 
-from tests.serve.conftest import wait_until
+from unsloth.serve import tool_calls
+from unsloth.serve.chat_prompt import ChatPrompt
+from unsloth.serve.requests import ChatRequest
 
 MESSAGES = [{"role": "user", "content": "Say well"}]
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
@@ -93,7 +98,7 @@ def test_log_probabilities_of_completions(running):
     answer = running.client().completions.create(model="tiny", prompt="abc", temperature=0, max_tokens=4, logprobs=2)
     found = answer.choices[0].logprobs
     assert len(found.tokens) == len(found.token_logprobs) == len(found.top_logprobs) == answer.usage.completion_tokens
-    assert all(max(top.values()) == own for top, own in zip(found.top_logprobs, found.token_logprobs, strict=True))
+    assert found.token_logprobs == pytest.approx([max(top.values()) for top in found.top_logprobs], abs=1e-5)
 
 
 def test_a_stop_text_ends_an_answer(running):
@@ -142,14 +147,9 @@ def test_tools_reach_the_template_and_calls_come_back(running, monkeypatch):
         seen["text"] = text
         return "", [tool_calls.ToolCall("call_1", "weather", '{"city": "Oslo"}')]
 
-    from unsloth.serve import tool_calls
-
     monkeypatch.setattr(tool_calls, "split", split)
     template = "{{ tools | tojson }}{% for m in messages %}{{ m['role'] }}{{ m.get('tool_calls') }}{% endfor %}"
     monkeypatch.setattr(running.engine.tokenizer, "chat_template", template)
-    from unsloth.serve.chat_prompt import ChatPrompt
-    from unsloth.serve.requests import ChatRequest
-
     called = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
     messages = [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": [called]}]
     request = ChatRequest(model="tiny", messages=messages, tools=TOOLS)
@@ -178,8 +178,6 @@ def test_a_client_that_goes_away_stops_its_request(running):
 
 
 def test_more_requests_than_fit_are_queued_and_all_answered(running):
-    import concurrent.futures
-
     client = running.client()
 
     def ask(i):
@@ -188,9 +186,7 @@ def test_more_requests_than_fit_are_queued_and_all_answered(running):
 
     with concurrent.futures.ThreadPoolExecutor(24) as pool:
         answers = list(pool.map(ask, range(48)))
-    assert answers == [
-        text_of(running, plain(running, running.tokenizer(f"n{i}")["input_ids"], 6)) for i in range(48)
-    ]
+    assert answers == [text_of(running, plain(running, running.tokenizer(f"n{i}")["input_ids"], 6)) for i in range(48)]
 
 
 BAD = {
@@ -211,6 +207,7 @@ BAD = {
         "'response_format' is not supported",
     ),
     "too long": ("/completions", {"prompt": "a" * 5000}, "token"),
+    "too long a chat": ("/chat/completions", {"messages": [{"role": "user", "content": "a" * 5000}]}, "token"),
     "an id that is none": ("/completions", {"prompt": [99999]}, "token"),
     "bias": ("/completions", {"prompt": "a", "logit_bias": {"x": 1.0}}, "logit_bias must be token ids"),
     "calls without JSON": (
@@ -243,8 +240,6 @@ def test_a_model_that_is_not_there(running):
 
 
 def test_requests_beyond_the_limit_are_refused_not_lost(tiny):
-    from tests.serve.conftest import start
-
     running = start(tiny(), max_requests=2)
     client = running.client()
     ask = {"model": "tiny", "prompt": "a", "max_tokens": 200, "extra_body": {"ignore_eos": True}}
@@ -259,26 +254,15 @@ def test_requests_beyond_the_limit_are_refused_not_lost(tiny):
     running.stop()
 
 
-def test_the_end_lets_answers_finish_or_aborts_them(tiny):
-    from tests.serve.conftest import start
-
-    for drain, reason in ((30.0, "length"), (0.0, "abort")):
-        running = start(tiny(), drain_seconds=drain)
-        ask = {"model": "tiny", "prompt": "a", "max_tokens": 120, "extra_body": {"ignore_eos": True}}
-        stream = running.client().completions.create(**ask, stream=True)
-        next(stream)
-        running.stop() if drain == 0 else None
-        if drain:
-            import threading
-
-            ending = threading.Thread(target=running.stop)
-            ending.start()
-        try:
-            last = [choice.finish_reason for chunk in stream for choice in chunk.choices][-1]
-        except (openai.APIError, openai.APIConnectionError):
-            last = "abort"
-        assert last == reason
-        if drain:
-            ending.join()
-        with pytest.raises(openai.APIConnectionError):
-            running.client().models.list()
+@pytest.mark.parametrize(("drain", "reason"), [(30.0, "length"), (0.0, "abort")])
+def test_the_end_lets_answers_finish_or_aborts_them(tiny, drain, reason):
+    running = start(tiny(), drain_seconds=drain)
+    ask = {"model": "tiny", "prompt": "a", "max_tokens": 200, "extra_body": {"ignore_eos": True}}
+    stream = running.client().completions.create(**ask, stream=True)
+    next(stream)
+    ending = threading.Thread(target=running.stop)
+    ending.start()
+    assert [choice.finish_reason for chunk in stream for choice in chunk.choices][-1] == reason
+    ending.join()
+    with pytest.raises(openai.APIConnectionError):
+        running.client().models.list()

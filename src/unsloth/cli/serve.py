@@ -90,7 +90,8 @@ def serve(command: ServeCommand) -> None:
     with listener:
         engine, defaults = _load(command, named)
         address = listener.getsockname()
-        server.run(app.build(engine, options, defaults), options, listener, lambda: _say(options, address[1], where))
+        built = app.build(engine, options, defaults)
+        server.run(built, engine, options, listener, lambda: _say(options, address[1], where))
 
 
 def _load(command: ServeCommand, named: Sequence[tuple[str, str]]) -> tuple[Any, dict[str, Any]]:

@@ -132,7 +132,7 @@ class AsyncEngine:
             self._engine.shutdown()
         finally:  # whatever ended the thread, nobody is left waiting for it
             self._closing = True
-            for mailbox in self._mailboxes.values():
+            for mailbox in list(self._mailboxes.values()):
                 mailbox.close()
             self._mailboxes.clear()
             self._refuse_calls()

@@ -29,21 +29,15 @@ logger = get_logger(__name__)
 
 
 def build(engine: AsyncEngine, options: ServeOptions, sampling_defaults: Mapping[str, Any] | None = None) -> App:
-    """An ASGI application; the engine is shut down when the application is.
+    """An ASGI application.
 
     Args:
-        engine: Answers the requests.
+        engine: Answers the requests; it stays its owner's.
         options: The rules.
         sampling_defaults: Sampling parameters of requests that do not set them.
     """
     service = Service(engine, options, sampling_defaults)
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await engine.shutdown(drain=options.drain_seconds)
-
-    app = FastAPI(title="unsloth", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(title="unsloth", docs_url=None, redoc_url=None)
     _handle_errors(app)
     _add_model_routes(app, service)
     _add_adapter_routes(app, service)

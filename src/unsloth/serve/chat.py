@@ -56,12 +56,14 @@ class ChatAnswer:
     async def events(self) -> AsyncIterator[bytes]:
         """The answer as server-sent events."""
         streams = [_Stream(index, self.request) for index in range(self.request.n)]
-        for index in range(self.request.n):
-            yield self._chunk([_delta(index, {"role": "assistant", "content": ""})])
         last: RequestOutput | None = None
         async with aclosing(self.outputs()) as outputs:  # type: ignore[type-var]
-            async for _, last in outputs:
-                deltas = [delta for output in last.outputs for delta in streams[output.index].deltas(output)]
+            async for _, output in outputs:
+                if last is None:  # not before: a prompt that is refused gets an error in place of a stream
+                    start = {"role": "assistant", "content": ""}
+                    yield self._chunk([_delta(index, start) for index in range(self.request.n)])
+                last = output
+                deltas = [delta for item in last.outputs for delta in streams[item.index].deltas(item)]
                 if deltas:
                     yield self._chunk(deltas)
         assert last is not None

@@ -116,7 +116,8 @@ def _logprobs(item: CompletionOutput, start: int, count: int) -> dict[str, Any] 
         if position >= start:
             tokens.append(text)
             own.append(likely[token].logprob)
-            top.append({e.decoded_token or "": e.logprob for e in likely.values() if e.rank <= count})
+            least_first = sorted(likely.values(), key=lambda entry: -entry.rank)  # of equal texts the likeliest stays
+            top.append({e.decoded_token or "": e.logprob for e in least_first if e.rank <= count})
             offsets.append(offset)
         offset += len(text)
     return {"tokens": tokens, "token_logprobs": own, "top_logprobs": top, "text_offset": offsets}

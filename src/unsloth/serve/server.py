@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import secrets
@@ -12,6 +13,7 @@ from pathlib import Path
 import uvicorn
 
 from unsloth.core.errors import ConfigError, StorageError
+from unsloth.generate.protocol import AsyncEngine
 from unsloth.serve.guard import App
 from unsloth.serve.options import ServeOptions
 
@@ -43,19 +45,22 @@ def listen(options: ServeOptions) -> socket.socket:
     return listener
 
 
-def run(app: App, options: ServeOptions, listener: socket.socket, ready: Callable[[], None]) -> None:
+def run(
+    app: App, engine: AsyncEngine, options: ServeOptions, listener: socket.socket, ready: Callable[[], None]
+) -> None:
     """Serve until SIGTERM or Ctrl-C: then take nothing new, finish what is in flight or abort it after a while.
 
     Args:
         app: The application.
+        engine: Its engine, which is shut down at the end.
         options: Its options.
         listener: From :func:`listen`.
         ready: Called once requests are taken.
     """
-    make(app, options, ready).run(sockets=[listener])
+    make(app, engine, options, ready).run(sockets=[listener])
 
 
-def make(app: App, options: ServeOptions, ready: Callable[[], None]) -> uvicorn.Server:
+def make(app: App, engine: AsyncEngine, options: ServeOptions, ready: Callable[[], None]) -> uvicorn.Server:
     """The server that :func:`run` runs."""
     config = uvicorn.Config(
         app,
@@ -67,17 +72,24 @@ def make(app: App, options: ServeOptions, ready: Callable[[], None]) -> uvicorn.
         h11_max_incomplete_event_size=64 * 1024,
         ws="none",
     )
-    return _Server(config, ready)
+    return _Server(config, engine, options.drain_seconds, ready)
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, engine: AsyncEngine, drain_seconds: float, ready: Callable[[], None]
+    ) -> None:
         super().__init__(config)
-        self._ready = ready
+        self._engine, self._drain, self._ready = engine, drain_seconds, ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.create_task(self._engine.shutdown(drain=self._drain))
+        await super().shutdown(sockets=sockets)
+        await ending
 
 
 def read_key(path: Path) -> str:
