@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from pathlib import Path
@@ -129,7 +130,7 @@ class Service:
         path = (root / Path(given)).resolve()
         if not path.is_relative_to(root.resolve()):
             raise HTTPException(403, "lora_path is outside the folder that this server takes adapters from")
-        if not path.is_dir():
+        if not os.path.isdir(path):  # false, too, for names that the file system cannot have
             raise HTTPException(404, f"no folder {given!r} of an adapter")
         return str(path)
 
