@@ -29,14 +29,14 @@ class Kind:
         min_p: Some row has it.
         penalties: Some row has penalties on tokens so far.
         bias: Some row has biases.
-        logprobs: Number of most likely tokens to report.
+        logprobs: Number of most likely tokens to report; 0 reports the drawn token's rank only, -1 nothing.
     """
 
     cuts: bool = False
     min_p: bool = False
     penalties: bool = False
     bias: bool = False
-    logprobs: int = 0
+    logprobs: int = -1
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def sample(logits_BV: torch.Tensor, controls: Controls, kind: Kind, fast: bool =
         heat = torch.where(controls.temperature == 0, 1.0, controls.temperature)
         bound = threshold(adjusted.float() / heat[:, None], controls, kind)[:, 0]
     drawn = sample_rows(logits_BV, adjusted, controls.temperature, bound, controls.keys, fast=fast)
-    if not kind.logprobs:
+    if kind.logprobs < 0:
         return Sampled(*drawn)
     values = logits_BV.float().log_softmax(-1)
     top = values.topk(min(kind.logprobs, values.shape[1]), -1)
