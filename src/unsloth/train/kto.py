@@ -88,6 +88,7 @@ class KTOTrainer(PreferenceTrainer, TRLTrainer):
     """
 
     _prepare_rows = staticmethod(prepare_rated)
+    _in_pairs = False
 
     def __init__(
         self,
