@@ -3,10 +3,10 @@ import dataclasses
 import pytest
 
 from unsloth.cli import run_config, schema
+from unsloth.cli.methods import METHODS
 from unsloth.core.errors import ConfigError
 from unsloth.models.adapters import AdapterOptions
 from unsloth.models.load import LoadOptions
-from unsloth.train.config import SFTConfig
 
 
 def fields(cls):
@@ -18,7 +18,9 @@ def test_the_sections_have_the_fields_of_the_classes_they_are_read_from():
     switches = {"load_in_4bit", "load_in_8bit", "load_in_16bit", "full_finetuning"}
     assert set(sections["model"]) == fields(LoadOptions) - {"precision", "trust_remote_code"} | switches
     assert set(sections["adapter"]) == fields(AdapterOptions)
-    assert set(sections["training"]) == fields(SFTConfig)
+    assert METHODS.keys() == schema.TRAINING.keys()
+    for name, method in METHODS.items():
+        assert set(run_config.training_keys(name)) == fields(method.config) | {"method"}, name
     assert set(sections["data"]) == fields(run_config.DataOptions)
     assert set(sections["save"]) == fields(run_config.SaveOptions)
 

@@ -110,6 +110,17 @@ def accept(
     return Given(model, own, tokenizer, dict(more))
 
 
+def options_of(args: Any) -> PreferenceOptions:
+    """How rows become tokens, by a configuration of any of these trainers."""
+    return PreferenceOptions(
+        max_length=args.max_length,
+        max_prompt_length=args.max_prompt_length,
+        max_completion_length=args.max_completion_length,
+        keep_end=getattr(args, "truncation_mode", "keep_start") == "keep_end",
+        num_proc=args.dataset_num_proc,
+    )
+
+
 class PreferenceTrainer(ModelLoop):
     """A base for trainers on preferences, before TRL's class or transformers'.
 
@@ -128,13 +139,7 @@ class PreferenceTrainer(ModelLoop):
         """What the rows and the reference need, before the constructor below is called."""
         args = given.args
         self._tokenizer = given.tokenizer
-        self._options = PreferenceOptions(
-            max_length=args.max_length,
-            max_prompt_length=args.max_prompt_length,
-            max_completion_length=args.max_completion_length,
-            keep_end=getattr(args, "truncation_mode", "keep_start") == "keep_end",
-            num_proc=args.dataset_num_proc,
-        )
+        self._options = options_of(args)
         chunked = args.fused_head is not False
         self._policy = TokenLogprobs(given.model, chunked)
         self._packing = args.packing is not False
