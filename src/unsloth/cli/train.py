@@ -27,7 +27,8 @@ from unsloth.cli.run_config import DataOptions, RunConfig
 from unsloth.core import device
 from unsloth.core.errors import ConfigError, StorageError
 from unsloth.data import masking, packing, prepare, sources
-from unsloth.models import adapters, load, source, tokenizer
+from unsloth.models import adapters, load, plan, source, tokenizer
+from unsloth.models.patch import PatchPlan
 from unsloth.train import estimate, skeleton
 from unsloth.train.config import SFTConfig
 from unsloth.train.history import plot_loss
@@ -65,7 +66,7 @@ class Run:
     train: Rows | methods.PreferenceRows
     evaluation: Rows | methods.PreferenceRows | None
     memory: estimate.MemoryEstimate | None  # of supervised fine-tuning only
-    plan: object | None
+    plan: PatchPlan | None
 
     @property
     def steps(self) -> int:
@@ -93,7 +94,7 @@ def train(config: RunConfig, *, resume: bool = False, trust_remote_code: bool = 
     model, loaded_tokenizer = FastLanguageModel.from_pretrained(**options.model_arguments(config, trust_remote_code))
     if config.adapter is not None or not hasattr(model, "peft_config"):
         model = FastLanguageModel.get_peft_model(model, **options.adapter_arguments(config))
-    _show_plan(console, getattr(model, "unsloth_plan", None))
+    _show_plan(console, plan.installed(model))
     trainer = methods.method_of(config).trainer(
         model=model,
         tokenizer=loaded_tokenizer,
@@ -160,7 +161,7 @@ def prepare_run(config: RunConfig, *, trust_remote_code: bool = False) -> Run:
         fix=loading.fix_tokenizer,
         trust_remote_code=trust_remote_code,
     )
-    built = skeleton.build(model_config, loading, adapter)
+    built = skeleton.build(model_config, loading, adapter, fast_layers=config.has_fast_layers)
     method = methods.method_of(config)
     if method.prepare is not None:
         pairs, held_out_pairs = (
@@ -338,9 +339,9 @@ def _facts_of_rows(run: Run) -> dict[str, object]:
     return {"rows": rows, "tokens": f"{report.tokens:,}, of which {share:.0%} are trained"}
 
 
-def _show_plan(console: Console, plan: object | None) -> None:
-    if plan is not None:
-        console.print(str(plan), markup=False)
+def _show_plan(console: Console, found: PatchPlan | None) -> None:
+    said = "No plan (model.fast_layers is false): every layer runs as transformers and PEFT wrote it."
+    console.print(str(found) if found is not None else said, markup=False)
 
 
 def _check_not_a_file(output: Path) -> None:
