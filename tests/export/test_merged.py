@@ -92,11 +92,11 @@ def raise_disk_full(*args, **kwargs):
 def test_a_wrong_merge_is_caught(tiny, tmp_path, monkeypatch):
     model, tokenizer = model_with_adapter(tiny())
     right = merge.merged_weight
-    monkeypatch.setattr(verify, "merged_weight", lambda layer: right(layer) * 1.05)
+    monkeypatch.setattr(verify, "merged_weight", lambda *args, **options: right(*args, **options) * 1.05)
     with pytest.raises(ExportError, match=r"layers\.0"):
         model.save_pretrained_merged(tmp_path / "x", tokenizer)
     monkeypatch.setattr(verify, "merged_weight", right)
-    monkeypatch.setattr(merge, "merged_weight", lambda layer: -right(layer))
+    monkeypatch.setattr(merge, "merged_weight", lambda *args, **options: -right(*args, **options))
     with pytest.raises(ExportError, match="does not predict"):
         model.save_pretrained_merged(tmp_path / "x", tokenizer)
     assert list(tmp_path.iterdir()) == []

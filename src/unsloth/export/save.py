@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -140,7 +139,9 @@ def _save_merged_16bit(
     comparison = None
     with artifact.stage(folder, kind="merged_16bit", details=details, needed_bytes=size) as staging:
         details["layers_checked"] = verify.check_layers(model, dtype)
-        _write(inner, dict(merge.merged_tensors(model, dtype)), dtype, staging, max_shard_size)
+        merge.skeleton(model, dtype).save_pretrained(
+            staging, state_dict=dict(merge.model_tensors(model, dtype)), max_shard_size=max_shard_size
+        )
         if tokenizer is not None:
             tokenizer.save_pretrained(str(staging))
         if verify.fits_for_comparison(model, size, maximum_memory_usage):
@@ -152,32 +153,6 @@ def _save_merged_16bit(
                 "saved %s; there is no room to load it beside the model, so only its layers were checked", folder
             )
     return comparison
-
-
-def _write(
-    inner: PreTrainedModel,
-    tensors: dict[str, torch.Tensor],
-    dtype: torch.dtype,
-    staging: Path,
-    max_shard_size: int | str,
-) -> None:
-    """Let transformers write the tensors in the layout that this kind of model has on the disk."""
-    config = copy.deepcopy(inner.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.dtype = dtype
-    config._name_or_path = ""
-    # An output head that was trained apart from the embedding it was tied to is not tied any more.
-    config.tie_word_embeddings = inner.config.tie_word_embeddings and not _has_own_head(inner, tensors)
-    with torch.device("meta"):
-        skeleton = type(inner)(config).to(dtype)  # its dtype goes into config.json
-    skeleton.generation_config = copy.deepcopy(inner.generation_config)
-    skeleton.save_pretrained(staging, state_dict=tensors, max_shard_size=max_shard_size)
-
-
-def _has_own_head(inner: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> bool:
-    heads = {name for name in inner._tied_weights_keys or () if name in tensors}
-    return bool(heads)
 
 
 def _no_hub_yet() -> ConfigError:

@@ -130,7 +130,7 @@ def check_layers(model: torch.nn.Module, dtype: torch.dtype) -> int:
             x = torch.randn(4, base.in_features, generator=generator).to(inner.device)
             compute = inner.dtype if inner.dtype.is_floating_point else torch.float32
             actual = layer(x.to(compute)).float()  # type: ignore[operator]
-            weight = merged_weight(layer).to(dtype).float()
+            weight = merged_weight(layer).to(inner.device, dtype).float()
             expected = x.to(compute).float() @ weight.T
             if getattr(base, "bias", None) is not None:
                 expected = expected + base.bias.float()
