@@ -18,7 +18,7 @@ def write(folder: Path, model: torch.nn.Module, report: Mapping[str, Any]) -> No
     Args:
         folder: The saved model.
         model: What it was made from.
-        report: What the export did and found (``unsloth_export.json``).
+        report: What the export did and found (``unsloth_export.json``); of an adapter, what it is made of.
     """
     (folder / NAME).write_text(text(model, report), encoding="utf-8")
 
@@ -29,9 +29,11 @@ def text(model: torch.nn.Module, report: Mapping[str, Any]) -> str:
     lines = ["---"]
     if is_public:
         lines.append(f"base_model: {base}")
-    lines += ["library_name: transformers", "tags:", "- unsloth", "---", "", f"# A fine-tuned {base}", ""]
+    library = "transformers" if "method" in report else "peft"
+    lines += [f"library_name: {library}", "tags:", "- unsloth", "---", "", f"# A fine-tuned {base}", ""]
     lines += ["| | |", "|---|---|", f"| base | {base}, held in {report['base_held_in']} |"]
-    lines.append(f"| weights | {report['method']}, {report['dtype']} |")
+    if "method" in report:
+        lines.append(f"| weights | {report['method']}, {report['dtype']} |")
     lines += _adapter_rows(model, report)
     comparison = report.get("comparison")
     if comparison:

@@ -58,17 +58,18 @@ def write(
     planned = layout.plan(outline)
     size = sum(tensor.nbytes for tensor in planned)
     method = "merged_4bit" if request.four_bit else "merged_16bit"
-    report = _report(model, method, dtype, request)
+    report = {"method": method, "dtype": str(dtype).removeprefix("torch."), **describe(model, request.options)}
     check = verify.LayerCheck(dtype, inner.dtype, request.options)
     with artifact.stage(folder, kind=method, details=report, needed_bytes=size + _BESIDE_WEIGHTS) as staging:
         tensors = merge.merged_tensors(model, dtype, request.options, observe=check)
+        names = four_bit.quantized_names(outline) if request.four_bit else set()
         if request.four_bit:
-            names = four_bit.quantized_names(outline)
             four_bit.configure(outline, dtype)
+        outline.save_pretrained(staging, state_dict={})  # the configuration, and code of the model's own
+        if request.four_bit:
             shards.write_held(staging, four_bit.quantized(names, tensors, inner.device), request.max_shard_size)
         else:
             shards.write(staging, planned, tensors, request.max_shard_size)
-        outline.save_pretrained(staging, state_dict={})  # the configuration, and code of the model's own
         if tokenizer is not None:
             tokenizer.save_pretrained(str(staging))
         reload = verify.way_to_reload(model, size, request.maximum_memory_usage)
@@ -93,8 +94,8 @@ def _limit(request: Request) -> float:
     return 1.0 if request.four_bit else verify.MEDIAN_KL_LIMIT
 
 
-def _report(model: torch.nn.Module, method: str, dtype: torch.dtype, request: Request) -> dict[str, Any]:
-    options = request.options
+def describe(model: torch.nn.Module, options: merge.MergeOptions = merge.UNCHANGED) -> dict[str, Any]:
+    """What a saved model is made of: its base (without the folder that it lies in) and its adapters."""
     loaded = record.find(model)
     inner = record.transformers_model(model)
     base = (loaded.base_name or loaded.name) if loaded is not None else inner.config._name_or_path
@@ -102,8 +103,6 @@ def _report(model: torch.nn.Module, method: str, dtype: torch.dtype, request: Re
     if adapters is None and isinstance(model, PeftModel):
         adapters = dict.fromkeys(model.active_adapters, 1.0)
     return {
-        "method": method,
-        "dtype": str(dtype).removeprefix("torch."),
         "base": card.public_name(base)[0],
         "base_held_in": loaded.precision if loaded is not None else str(inner.dtype).removeprefix("torch."),
         "adapters": dict(adapters or {}),

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unsloth.core import artifact
 from unsloth.core.errors import AdapterError, ConfigError
 from unsloth.core.log import get_logger
-from unsloth.export import merged_folder, shards, upload, verify
+from unsloth.export import card, merged_folder, shards, upload, verify
 from unsloth.export.merge import UNCHANGED, MergeOptions
 from unsloth.models import adapter_base, record
 
@@ -242,6 +242,7 @@ def _save(
         type(model).save_pretrained(model, str(staging), *args, **kwargs)
         if kind == "adapter":
             adapter_base.write(staging, model)
+            card.write(staging, model, merged_folder.describe(model))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(staging))
 

@@ -74,7 +74,7 @@ def prepare(repo_id: str, token: str | bool | None = None, private: bool | None 
         made = _again(partial(api.create_repo, repo_id, private=private is not False, exist_ok=True))
     except HFValidationError as error:
         raise ConfigError("not a repository's name", got=repo_id, do='Write it as "owner/name".') from error
-    except hub.request_errors() as error:
+    except _failures() as error:
         raise _refused(repo_id, error, "Nothing was computed or written yet.") from error
     return Repository(made.repo_id, str(made), api)
 
@@ -98,7 +98,7 @@ def upload(folder: Path, repository: Repository, message: str | None = None) -> 
     names = [record.name for record in manifest["files"]] if manifest else []
     try:
         return _upload(folder, names, repository, message or "Upload a model saved with unsloth")
-    except hub.request_errors() as error:
+    except _failures() as error:
         raise _refused(
             repository.name,
             error,
@@ -125,7 +125,7 @@ def _again(request: Callable[[], Result]) -> Result:
     for wait in _WAITS:
         try:
             return request()
-        except hub.request_errors() as error:
+        except _failures() as error:
             if not _may_pass(error):
                 raise
             logger.info("the hub did not answer as it should (%s); trying again in %.0f s", _short(error), wait)
@@ -133,11 +133,16 @@ def _again(request: Callable[[], Result]) -> Result:
     return request()
 
 
+def _failures() -> tuple[type[Exception], ...]:
+    """What an upload may raise; RuntimeError comes from the hub's storage client (hf_xet)."""
+    return (*hub.request_errors(), RuntimeError)
+
+
 def _may_pass(error: BaseException) -> bool:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         return status in _PASSING
-    return isinstance(error, (ConnectionError, TimeoutError, hub.transport_error()))
+    return isinstance(error, (ConnectionError, TimeoutError, RuntimeError, hub.transport_error()))
 
 
 def _short(error: BaseException) -> str:

@@ -33,6 +33,7 @@ SAMPLES = (
 # single position at which the model itself is on the edge can cost 5 by rounding alone, and dominate the mean.
 MEDIAN_KL_LIMIT = 0.05
 _LAYER_LIMIT = 4  # times the dtype's epsilon, relative to the size of the layer's output
+_LONGEST = 512  # tokens of a sample
 _MARGIN = 1.1  # a loaded model takes a little more than its weights
 
 Reload = Literal["whole", "layer by layer"]
@@ -248,7 +249,9 @@ def _tokens(
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(vocabulary, (len(texts), 24), generator=generator)
         return ids, torch.ones_like(ids)
-    rows = [torch.tensor(tokenizer(text=text)["input_ids"]) for text in texts]
+    longest = min(tokenizer.model_max_length, _LONGEST)
+    encoded = [tokenizer(text=text, truncation=True, max_length=longest)["input_ids"] for text in texts]
+    rows = [torch.tensor(row) for row in encoded]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     return ids, mask
