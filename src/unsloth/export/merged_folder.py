@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import unsloth
 from unsloth.core import artifact
 from unsloth.core.log import get_logger
 from unsloth.export import card, four_bit, layout, merge, shards, verify
@@ -108,5 +108,5 @@ def describe(model: torch.nn.Module, options: merge.MergeOptions = merge.UNCHANG
         "adapters": dict(adapters or {}),
         "adapter_scale": options.adapter_scale,
         "base_weight": options.base_weight,
-        "unsloth": unsloth.__version__,
+        "unsloth": sys.modules["unsloth"].__version__,
     }

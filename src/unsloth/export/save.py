@@ -256,7 +256,8 @@ def _refuse_pickle(safe_serialization: bool | None) -> None:
         )
 
 
-def _check_method(model: torch.nn.Module, save_method: str) -> None:
+def check_method(save_method: str) -> None:
+    """Raise :class:`ConfigError` for a ``save_method`` that there is not, or that is refused, with the reason."""
     if save_method == "merged_4bit":
         raise ConfigError(
             'save_method="merged_4bit" rounds the merged weights to 4 bits again: some of what was learned is lost, '
@@ -265,6 +266,10 @@ def _check_method(model: torch.nn.Module, save_method: str) -> None:
         )
     if save_method not in METHODS:
         raise ConfigError("unknown save_method", got=save_method, do=f"Available are: {', '.join(METHODS)}.")
+
+
+def _check_method(model: torch.nn.Module, save_method: str) -> None:
+    check_method(save_method)
     if save_method == "lora" and not isinstance(model, PeftModel):
         raise AdapterError("the model has no adapter to save", do='Use save_method="merged_16bit".')
 
