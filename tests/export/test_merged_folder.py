@@ -159,3 +159,13 @@ def test_the_adapter_is_saved_with_tokenizer_and_card_in_one_folder(tiny, tmp_pa
     listed = {record.name for record in artifact.read_manifest(tmp_path / "a")["files"]}
     assert {"adapter_model.safetensors", "tokenizer.json", "README.md"} <= listed
     assert "library_name: peft" in (tmp_path / "a" / "README.md").read_text()
+
+
+def test_an_adapter_is_not_mixed_with_a_merged_model(tiny, tmp_path):
+    model, tokenizer = adapted(tiny())
+    model.save_pretrained_merged(tmp_path / "m", tokenizer)
+    model.save_pretrained_merged(tmp_path / "m", tokenizer, save_method="lora")
+    assert not (tmp_path / "m" / "model.safetensors").exists() and (tmp_path / "m" / "tokenizer.json").exists()
+    (tmp_path / "m" / "notes.txt").write_text("kept")
+    model.save_pretrained(tmp_path / "m")
+    assert (tmp_path / "m" / "notes.txt").read_text() == "kept"

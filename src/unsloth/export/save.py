@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -238,13 +238,20 @@ def _save(
     loaded = record.find(model)
     if kind == "adapter" and loaded is not None and loaded.vocabulary_resized:
         kwargs.setdefault("save_embedding_layers", True)
-    with artifact.stage(save_directory, kind=kind, existing="extend", needed_bytes=needed) as staging:
+    existing: Literal["replace", "extend"] = "replace" if _is_merged(Path(save_directory)) else "extend"
+    with artifact.stage(save_directory, kind=kind, existing=existing, needed_bytes=needed) as staging:
         type(model).save_pretrained(model, str(staging), *args, **kwargs)
         if kind == "adapter":
             adapter_base.write(staging, model)
             card.write(staging, model, merged_folder.describe(model))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(staging))
+
+
+def _is_merged(folder: Path) -> bool:
+    """Whether the folder holds a merged model of ours, which an adapter must not be mixed with."""
+    manifest = artifact.read_manifest(folder)
+    return manifest is not None and manifest["kind"].startswith("merged_")
 
 
 def _refuse_pickle(safe_serialization: bool | None) -> None:
