@@ -16,6 +16,7 @@ from unsloth.core import artifact
 from unsloth.core.errors import AdapterError, ConfigError
 from unsloth.core.log import get_logger
 from unsloth.export import merge, verify
+from unsloth.export.gguf import on_model
 from unsloth.models import adapter_base, record
 
 logger = get_logger(__name__)
@@ -25,6 +26,7 @@ def attach_methods(model: torch.nn.Module) -> None:
     """Give this one model its saving methods; no class is changed."""
     model.save_pretrained = MethodType(save_pretrained, model)
     model.save_pretrained_merged = MethodType(save_pretrained_merged, model)
+    on_model.attach(model)
 
 
 def save_pretrained(

@@ -28,7 +28,7 @@ SAMPLES = (
 
 # Nats. Rounding to 16 bits costs about 1e-3; another model's predictions cost more than 1. The median, because a
 # single position at which the model itself is on the edge can cost 5 by rounding alone, and dominate the mean.
-_MEDIAN_KL_LIMIT = 0.05
+MEDIAN_KL_LIMIT = 0.05
 _LAYER_LIMIT = 4  # times the dtype's epsilon, relative to the size of the layer's output
 
 
@@ -84,12 +84,12 @@ def compare_reloaded(
     missing = sorted(info["missing_keys"])
     if missing:
         raise ExportError("the written model lacks tensors", got=", ".join(missing[:3]))
-    comparison = _compare(expected, _logits(reloaded, batches))
+    comparison = compare(torch.cat(expected), torch.cat(_logits(reloaded, batches)))
     del reloaded
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if not comparison.median_kl <= _MEDIAN_KL_LIMIT:
+    if not comparison.median_kl <= MEDIAN_KL_LIMIT:
         raise ExportError(
             f"the written model does not predict what the original does ({comparison})",
             do="Nothing was kept. Please report this with the model's name and the adapter's configuration.",
@@ -176,16 +176,21 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _compare(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor]) -> Comparison:
-    p, q = torch.cat(list(expected)), torch.cat(list(actual))
-    log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+def compare(expected: torch.Tensor, actual: torch.Tensor) -> Comparison:
+    """Compare two models' logits.
+
+    Args:
+        expected: Of the original, [T, V], float32.
+        actual: Of the other, [T, V], float32.
+    """
+    log_p, log_q = expected.log_softmax(-1), actual.log_softmax(-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
     return Comparison(
         tokens=len(kl),
         median_kl=kl.median().item(),
         mean_kl=kl.mean().item(),
         max_kl=kl.max().item(),
-        top1_agreement=(p.argmax(-1) == q.argmax(-1)).float().mean().item(),
+        top1_agreement=(expected.argmax(-1) == actual.argmax(-1)).float().mean().item(),
     )
 
 
