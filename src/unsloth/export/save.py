@@ -16,6 +16,7 @@ from unsloth.core import artifact
 from unsloth.core.errors import AdapterError, ConfigError
 from unsloth.core.log import get_logger
 from unsloth.export import card, merged_folder, shards, upload, verify
+from unsloth.export.gguf import on_model
 from unsloth.export.merge import UNCHANGED, MergeOptions
 from unsloth.models import adapter_base, record
 
@@ -30,6 +31,7 @@ def attach_methods(model: torch.nn.Module) -> None:
     model.save_pretrained_merged = MethodType(save_pretrained_merged, model)
     model.push_to_hub = MethodType(push_to_hub, model)
     model.push_to_hub_merged = MethodType(push_to_hub_merged, model)
+    on_model.attach(model)
 
 
 def save_pretrained(
