@@ -49,7 +49,10 @@ def evaluate(
         ) from error
     from unsloth.export.harness_model import HarnessModel
 
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    own = None if include_path is None else str(include_path)
+    manager = TaskManager(include_path=own, include_defaults=own is None)
+    if own is not None and any(task not in manager.all_tasks for task in tasks):
+        manager = TaskManager(include_path=own)  # which reads thousands of files
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown or not tasks:
         raise ConfigError(
