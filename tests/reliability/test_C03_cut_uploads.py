@@ -214,7 +214,7 @@ def push(server, tiny, tmp_path):
         }
         cases = [case if isinstance(case, tuple) else (case, {}) for case in cases]
         command = [sys.executable, "-c", CHILD, str(tiny()), json.dumps(cases)]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         return [json.loads(line) for line in result.stdout.splitlines()], result.stderr
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from peft import PeftModel
 
 from unsloth.models.record import transformers_model
 
@@ -39,8 +40,8 @@ class Trained:
 
 
 def note(model: torch.nn.Module, run: Trained) -> None:
-    """Keep the description of a run on the model."""
-    setattr(transformers_model(model), _ATTRIBUTE, run)
+    """Keep the description of a run on the model (the one below any adapter)."""
+    setattr(model.get_base_model() if isinstance(model, PeftModel) else model, _ATTRIBUTE, run)
 
 
 def find(model: torch.nn.Module) -> Trained | None:
