@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from unsloth.kernels.column_sum import column_sum
 from unsloth.kernels.dispatch import (
@@ -27,6 +28,7 @@ from unsloth.kernels.dispatch import (
     check_tensors,
     compute_dtype,
     launch_on,
+    overlaps_launches,
     processor_count,
 )
 
@@ -166,8 +168,9 @@ def layer_norm_backward(
     with launch_on(h):
         layer_norm_backward_kernel[(programs,)](
             dy, h, weight, dh, dx, partial, rows, n, dy.stride(0), h.stride(0), 0 if dh is None else dh.stride(0), eps,
-            WEIGHT=weight is not None, ADD=dh is not None, PARAMETER_GRADS=partial is not None, STAGES=stages,
-            ROWS=tile, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
+            WEIGHT=weight is not None, ADD=dh is not None, PARAMETER_GRADS=partial is not None,
+            EARLY=partial is not None and overlaps_launches(h.device), STAGES=stages, ROWS=tile,
+            BLOCK=block, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
     return dx, *((None, None) if partial is None else column_sum(partial, grad_dtype).split(n))
 
@@ -234,20 +237,24 @@ def layer_norm_forward_kernel(
         rounded = value.to(h.dtype.element_ty)
         tl.store(h + row * n + col, rounded, mask)
         value = rounded.to(tl.float32)
+    if WEIGHT:  # fetched before the sums, which wait for the whole row
+        gain = tl.load(weight + col, col < n, other=0.0)
+    if BIAS:
+        added = tl.load(bias + col, col < n, other=0.0)
     value = tl.where(mask, value - (tl.sum(value, 1) / n)[:, None], 0.0)
     value = value * tl.rsqrt(tl.sum(value * value, 1) / n + eps)[:, None]
     if WEIGHT:
-        value = value * tl.load(weight + col, col < n, other=0.0).to(tl.float32)
+        value = value * gain.to(tl.float32)
     if BIAS:
-        value = value + tl.load(bias + col, col < n, other=0.0).to(tl.float32)
+        value = value + added.to(tl.float32)
     tl.store(y + row * stride_y + col, value.to(y.dtype.element_ty), mask)
 
 
 @triton.jit
 def layer_norm_backward_kernel(
     dy, h, weight, dh, dx, partial, rows, n, stride_dy, stride_h, stride_dh, eps,
-    WEIGHT: tl.constexpr, ADD: tl.constexpr, PARAMETER_GRADS: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WEIGHT: tl.constexpr, ADD: tl.constexpr, PARAMETER_GRADS: tl.constexpr, EARLY: tl.constexpr,
+    STAGES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Tiles of ROWS rows, strided over the grid; dx is contiguous, partial is [programs, 2 * n] float32."""
     program = tl.program_id(0).to(tl.int64)
@@ -274,6 +281,8 @@ def layer_norm_backward_kernel(
         if PARAMETER_GRADS:
             total_weight += tl.sum(grad * value, 0)[None, :]
             total_bias += tl.sum(grad, 0)[None, :]
+    if EARLY:
+        gdc_launch_dependents()
     if PARAMETER_GRADS:
         tl.store(partial + program * 2 * n + col, total_weight, col < n)
         tl.store(partial + (program * 2 + 1) * n + col, total_bias, col < n)
@@ -290,5 +299,10 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     shape = {"ROWS": tile, "BLOCK": block, "WEIGHT": True, "ADD": True}
     return [
         (layer_norm_forward_kernel, forward, {**shape, "BIAS": True}, {"num_warps": warps}),
-        (layer_norm_backward_kernel, backward, {**shape, "PARAMETER_GRADS": True, "STAGES": 3}, {"num_warps": warps}),
+        (
+            layer_norm_backward_kernel,
+            backward,
+            {**shape, "PARAMETER_GRADS": True, "EARLY": False, "STAGES": 3},
+            {"num_warps": warps},
+        ),
     ]

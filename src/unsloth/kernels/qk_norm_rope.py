@@ -21,10 +21,18 @@ import torch
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from unsloth.core.errors import ConfigError
 from unsloth.kernels.column_sum import column_sum
-from unsloth.kernels.dispatch import can_launch, check_shape, check_tensors, launch_on, processor_count
+from unsloth.kernels.dispatch import (
+    can_launch,
+    check_shape,
+    check_tensors,
+    launch_on,
+    overlaps_launches,
+    processor_count,
+)
 from unsloth.kernels.rms_norm import rms_norm_reference
 from unsloth.kernels.rope import (
     RopeTables,
@@ -38,6 +46,7 @@ from unsloth.kernels.rope import (
 )
 
 HEADS = 8  # heads that a program of the backward goes through with one tile of angles
+STAGES = 1  # loads ahead of the backward's arithmetic where programs loop
 PROGRAMS = 4  # programs a multiprocessor where programs loop, to sum the weights' gradients
 
 
@@ -153,7 +162,7 @@ class _NormRope(torch.autograd.Function):
         q, k, q_weight, k_weight = ctx.saved_tensors
         tables = ctx.tables
         wanted = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-        constants, rows = _shape(q, tables, launch_shape if wanted else backward_shape)
+        constants, rows = _shape(q, tables, looped_shape if wanted else backward_shape)
         tiles = triton.cdiv(q.shape[0] * q.shape[2], rows)
         q_programs, k_programs = (tiles * triton.cdiv(x.shape[1], HEADS) for x in (q, k))
         dq, dk, partial = torch.empty_like(q), torch.empty_like(k), None
@@ -167,20 +176,26 @@ class _NormRope(torch.autograd.Function):
                     tables.positions, q.shape[0] * q.shape[2], q_programs, k_programs, q.shape[2], q.shape[1],
                     k.shape[1],
                     *dq_out.stride(), *dk_out.stride(), *q.stride(), *k.stride(), *dq.stride(), *dk.stride(),
-                    *tables.strides(), tables.cos.shape[0], ctx.eps, ctx.offset, WEIGHT_GRAD=wanted, HEADS=HEADS,
+                    *tables.strides(), tables.cos.shape[0], ctx.eps, ctx.offset, WEIGHT_GRAD=wanted,
+                    EARLY=wanted and overlaps_launches(q.device), STAGES=STAGES if wanted else 1, HEADS=HEADS,
                     **constants,
                 )  # fmt: skip
         if not wanted:
             return dq, dk, None, None, None, None, None
-        dq_weight = column_sum(partial[:q_programs], q_weight.dtype)
-        dk_weight = column_sum(partial[q_programs:], k_weight.dtype)
-        return dq, dk, dq_weight, dk_weight, None, None, None
+        dtype = torch.promote_types(q_weight.dtype, k_weight.dtype)
+        dq_weight, dk_weight = column_sum(partial, dtype, q_programs)
+        return dq, dk, dq_weight.to(q_weight.dtype), dk_weight.to(k_weight.dtype), None, None, None
 
 
 def backward_shape(half: int) -> tuple[int, int, int]:
     """Pairs of a tile, tokens of a tile, warps: 8 pairs a thread."""
     block = triton.next_power_of_2(half)
     return block, max(1, 512 // block), 2
+
+
+def looped_shape(half: int) -> tuple[int, int, int]:
+    """As backward_shape, where programs loop to sum the weights' gradients."""
+    return launch_shape(half)
 
 
 def _share_programs(q_tiles: int, k_tiles: int, device: torch.device) -> tuple[int, int]:
@@ -230,8 +245,8 @@ def norm_rotate_backward(
     dy, x, weight, dx, partial, cos, sin, positions, first, step, rows, tokens, heads,
     dy_sb, dy_sh, dy_st, dy_sd, x_sb, x_sh, x_st, x_sd, dx_sb, dx_sh, dx_st, dx_sd,
     table_sb, table_st, position_sb, position_st, table_rows, eps, offset, WEIGHT_GRAD: tl.constexpr,
-    HEADS: tl.constexpr, HALF: tl.constexpr, PAIR_STEP: tl.constexpr, INTERLEAVED: tl.constexpr, REST: tl.constexpr,
-    POSITIONS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, PAIR_STEP: tl.constexpr,
+    INTERLEAVED: tl.constexpr, REST: tl.constexpr, POSITIONS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradient of every step-th tile of ROWS tokens and HEADS heads, and those tiles' share of the weight's."""
     w1, w2 = load_pairs(weight + tl.zeros((1, 1), tl.int32), 1, True, HALF, BLOCK, INTERLEAVED)
@@ -255,7 +270,7 @@ def norm_rotate_backward(
             cos, sin, positions, batch, token, live, table_sb, table_st, position_sb, position_st, table_rows, HALF,
             PAIR_STEP, POSITIONS, BLOCK,
         )  # fmt: skip
-        for head in range(first_head, tl.minimum(first_head + HEADS, heads)):
+        for head in tl.range(first_head, tl.minimum(first_head + HEADS, heads), num_stages=STAGES):
             x1, x2 = load_pairs(x_row + head * x_sh, x_sd, live, HALF, BLOCK, INTERLEAVED)
             d1, d2 = load_pairs(dy_row + head * dy_sh, dy_sd, live, HALF, BLOCK, INTERLEAVED)
             n1 = d1 * c + d2 * s
@@ -318,8 +333,8 @@ def qk_norm_rope_backward_kernel(
     tokens, q_heads, k_heads, dqo_sb, dqo_sh, dqo_st, dqo_sd, dko_sb, dko_sh, dko_st, dko_sd,
     q_sb, q_sh, q_st, q_sd, k_sb, k_sh, k_st, k_sd, dq_sb, dq_sh, dq_st, dq_sd, dk_sb, dk_sh, dk_st, dk_sd,
     table_sb, table_st, position_sb, position_st, table_rows, eps, offset, WEIGHT_GRAD: tl.constexpr,
-    HEADS: tl.constexpr, HALF: tl.constexpr, PAIR_STEP: tl.constexpr, INTERLEAVED: tl.constexpr, REST: tl.constexpr,
-    POSITIONS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
+    EARLY: tl.constexpr, STAGES: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, PAIR_STEP: tl.constexpr,
+    INTERLEAVED: tl.constexpr, REST: tl.constexpr, POSITIONS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Query rows in the first q_programs programs, key rows in the others; partial is [programs, D] float32."""
     program = tl.program_id(0)
@@ -329,16 +344,18 @@ def qk_norm_rope_backward_kernel(
         norm_rotate_backward(
             dq_out, q, q_weight, dq, partial, cos, sin, positions, program, q_programs, rows, tokens, q_heads,
             dqo_sb, dqo_sh, dqo_st, dqo_sd, q_sb, q_sh, q_st, q_sd, dq_sb, dq_sh, dq_st, dq_sd, table_sb, table_st,
-            position_sb, position_st, table_rows, eps, offset, WEIGHT_GRAD, HEADS, HALF, PAIR_STEP, INTERLEAVED, REST,
-            POSITIONS, ROWS, BLOCK, REST_BLOCK,
+            position_sb, position_st, table_rows, eps, offset, WEIGHT_GRAD, STAGES, HEADS, HALF, PAIR_STEP, INTERLEAVED,
+            REST, POSITIONS, ROWS, BLOCK, REST_BLOCK,
         )  # fmt: skip
     else:
         norm_rotate_backward(
             dk_out, k, k_weight, dk, partial, cos, sin, positions, program - q_programs, k_programs, rows, tokens,
             k_heads, dko_sb, dko_sh, dko_st, dko_sd, k_sb, k_sh, k_st, k_sd, dk_sb, dk_sh, dk_st, dk_sd, table_sb,
-            table_st, position_sb, position_st, table_rows, eps, offset, WEIGHT_GRAD, HEADS, HALF, PAIR_STEP,
+            table_st, position_sb, position_st, table_rows, eps, offset, WEIGHT_GRAD, STAGES, HEADS, HALF, PAIR_STEP,
             INTERLEAVED, REST, POSITIONS, ROWS, BLOCK, REST_BLOCK,
         )  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
 
 
 def compile_examples(float_dtype: str) -> list[tuple]:
@@ -349,7 +366,10 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     examples = []
     for kernel, constants in (
         (qk_norm_rope_forward_kernel, shape),
-        (qk_norm_rope_backward_kernel, {**shape, "WEIGHT_GRAD": True, "HEADS": HEADS}),
+        (
+            qk_norm_rope_backward_kernel,
+            {**shape, "WEIGHT_GRAD": True, "EARLY": False, "STAGES": STAGES, "HEADS": HEADS},
+        ),
     ):
         names = [name for name in kernel.arg_names if name not in constants]
         signature = dict.fromkeys(names, "i32") | dict.fromkeys(("eps", "offset"), "fp32")

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from unsloth.kernels.column_sum import column_sum
 from unsloth.kernels.dispatch import (
@@ -27,6 +28,7 @@ from unsloth.kernels.dispatch import (
     check_tensors,
     compute_dtype,
     launch_on,
+    overlaps_launches,
     processor_count,
 )
 
@@ -165,8 +167,8 @@ def rms_norm_backward(
     with launch_on(h):
         rms_norm_backward_kernel[(programs,)](
             dy, h, weight, dh, dx, partial, rows, n, dy.stride(0), h.stride(0), 0 if dh is None else dh.stride(0),
-            eps, offset, WEIGHT=weight is not None, ADD=dh is not None, WEIGHT_GRAD=weight_grad, STAGES=stages,
-            ROWS=tile, BLOCK=block, num_warps=warps,
+            eps, offset, WEIGHT=weight is not None, ADD=dh is not None, WEIGHT_GRAD=weight_grad,
+            EARLY=weight_grad and overlaps_launches(h.device), STAGES=stages, ROWS=tile, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return dx, None if partial is None else column_sum(partial, weight.dtype)
 
@@ -238,8 +240,8 @@ def rms_norm_forward_kernel(
 @triton.jit
 def rms_norm_backward_kernel(
     dy, h, weight, dh, dx, partial, rows, n, stride_dy, stride_h, stride_dh, eps, offset,
-    WEIGHT: tl.constexpr, ADD: tl.constexpr, WEIGHT_GRAD: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WEIGHT: tl.constexpr, ADD: tl.constexpr, WEIGHT_GRAD: tl.constexpr, EARLY: tl.constexpr,
+    STAGES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Tiles of ROWS rows, strided over the grid; dx is contiguous, partial is [programs, n] float32."""
     program = tl.program_id(0).to(tl.int64)
@@ -262,6 +264,8 @@ def rms_norm_backward_kernel(
         tl.store(dx + row * n + col, result.to(dx.dtype.element_ty), mask)
         if WEIGHT_GRAD:
             total += tl.sum(grad * value * scale, 0)[None, :]
+    if EARLY:
+        gdc_launch_dependents()
     if WEIGHT_GRAD:
         tl.store(partial + program * n + col, total, col < n)
 
@@ -277,5 +281,10 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     shape = {"ROWS": tile, "BLOCK": block, "WEIGHT": True, "ADD": True}
     return [
         (rms_norm_forward_kernel, forward, shape, {"num_warps": warps}),
-        (rms_norm_backward_kernel, backward, {**shape, "WEIGHT_GRAD": True, "STAGES": 3}, {"num_warps": warps}),
+        (
+            rms_norm_backward_kernel,
+            backward,
+            {**shape, "WEIGHT_GRAD": True, "EARLY": False, "STAGES": 3},
+            {"num_warps": warps},
+        ),
     ]
