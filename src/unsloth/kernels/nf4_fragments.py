@@ -7,8 +7,8 @@ instructions a value. Here a byte, which is two values, costs three: pick it out
 load both values at once as a pair of 16-bit numbers from a table of 256 pairs in shared memory. Every lane has a copy
 of the table in its own bank, 32 KiB in all, so no two lanes ever wait for each other. The matrix units multiply the
 pairs with x as they lie, since the sum over k may run in any order: lane 4 g + t of a warp takes the bytes 8 t to
-8 t + 7 of a block of 64 values in the rows g and g + 8, and the same values of row g of x. Scales multiply the sums of 64
-products in float32, so what is rounded is the table alone (to x's dtype), the output aside.
+8 t + 7 of a block of 64 values in the rows g and g + 8, and the same values of row g of x. Scales multiply the sums of
+64 products in float32, so what is rounded is the table alone (to x's dtype), the output aside.
 
 A program goes through tiles of 16 rows of W. Its warps share K and add their sums through shared memory. The next
 words are on their way while the current ones are multiplied.

@@ -246,7 +246,8 @@ def norm_rotate_backward(
     dy_sb, dy_sh, dy_st, dy_sd, x_sb, x_sh, x_st, x_sd, dx_sb, dx_sh, dx_st, dx_sd,
     table_sb, table_st, position_sb, position_st, table_rows, eps, offset, WEIGHT_GRAD: tl.constexpr,
     STAGES: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, PAIR_STEP: tl.constexpr,
-    INTERLEAVED: tl.constexpr, REST: tl.constexpr, POSITIONS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
+    INTERLEAVED: tl.constexpr, REST: tl.constexpr, POSITIONS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradient of every step-th tile of ROWS tokens and HEADS heads, and those tiles' share of the weight's."""
     w1, w2 = load_pairs(weight + tl.zeros((1, 1), tl.int32), 1, True, HALF, BLOCK, INTERLEAVED)
@@ -334,7 +335,8 @@ def qk_norm_rope_backward_kernel(
     q_sb, q_sh, q_st, q_sd, k_sb, k_sh, k_st, k_sd, dq_sb, dq_sh, dq_st, dq_sd, dk_sb, dk_sh, dk_st, dk_sd,
     table_sb, table_st, position_sb, position_st, table_rows, eps, offset, WEIGHT_GRAD: tl.constexpr,
     EARLY: tl.constexpr, STAGES: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, PAIR_STEP: tl.constexpr,
-    INTERLEAVED: tl.constexpr, REST: tl.constexpr, POSITIONS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
+    INTERLEAVED: tl.constexpr, REST: tl.constexpr, POSITIONS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Query rows in the first q_programs programs, key rows in the others; partial is [programs, D] float32."""
     program = tl.program_id(0)
