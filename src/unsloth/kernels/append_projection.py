@@ -103,8 +103,8 @@ def append_projection(
     """
     rows, features = x.shape
     rank = projection.shape[1]
-    kernel_takes_it = copy is not None and 0 < rank <= _MOST_COLUMNS and rows > 0 and features > 0
-    if not kernel_takes_it or not dispatch.can_launch(x, projection, tail):
+    kernel_takes_it = 0 < rank <= _MOST_COLUMNS and rows > 0 and features > 0
+    if copy is None or not kernel_takes_it or not dispatch.can_launch(x, projection, tail):
         if copy is not None:
             copy.copy_(x)
         torch.mm(x, projection, out=tail)

@@ -217,9 +217,9 @@ class _LayerNorm(torch.autograd.Function):
         dtype = None if not dtypes else torch.float32 if len(dtypes) > 1 else dtypes.pop()
         dx, dweight, dbias = layer_norm_backward(as_rows(dy), h, weight, ctx.eps, rows, dtype)
         dx = dx.view(dy.shape)
-        dweight = dweight.to(weight.dtype) if wanted[0] else None
-        dbias = dbias.to(bias.dtype) if wanted[1] else None
-        return dx, dx if ctx.added else None, dweight, dbias, None
+        grads = [g.to(p.dtype) if w and g is not None else None
+                 for g, p, w in zip((dweight, dbias), (weight, bias), wanted, strict=True)]  # fmt: skip
+        return dx, dx if ctx.added else None, *grads, None
 
 
 @triton.jit

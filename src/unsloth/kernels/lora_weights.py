@@ -20,6 +20,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 import triton
@@ -129,7 +130,7 @@ class PaddedWeight:
         self.placed = tuple(None if adapter is None else _identity(adapter) for adapter in adapters)
 
 
-Weight = torch.Tensor | PaddedWeight | Callable[[], "torch.Tensor | PaddedWeight"]
+Weight: TypeAlias = torch.Tensor | PaddedWeight | Callable[[], torch.Tensor | PaddedWeight]
 
 
 def padded_rank(rank: int) -> int:

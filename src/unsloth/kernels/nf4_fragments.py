@@ -226,7 +226,7 @@ def nf4_fragments_kernel(  # noqa: C901  its switches are compile-time constants
     table = fill_table(code, HALF, 32 * WARPS) + lane * 4
     sums = assembly_int(SUMS, "=r,r", [0])
     tl.debug_barrier()
-    inputs = ()
+    inputs = tl.tuple(())
     for column in tl.static_range(COLUMNS):  # rows beyond the last one give sums that nobody stores
         row = tl.minimum(column * 8 + g, m - 1)
         inputs = inputs + (x.to(tl.int64) + (row.to(tl.int64) * stride_x + t * 16) * 2,)
@@ -269,7 +269,7 @@ def nf4_fragments_kernel(  # noqa: C901  its switches are compile-time constants
                 block1 = tl.inline_asm_elementwise(
                     FROM_QUAD, "=f,f,r", [scale1, j], dtype=tl.float32, is_pure=False, pack=1
                 )
-                grown = ()
+                grown = tl.tuple(())
                 for i in tl.static_range(4 * COLUMNS):
                     grown = grown + (total[i] + (block0 if i % 4 < 2 else block1) * part[i],)
                 total = grown

@@ -170,7 +170,7 @@ def rms_norm_backward(
             eps, offset, WEIGHT=weight is not None, ADD=dh is not None, WEIGHT_GRAD=weight_grad,
             EARLY=weight_grad and overlaps_launches(h.device), STAGES=stages, ROWS=tile, BLOCK=block, num_warps=warps,
         )  # fmt: skip
-    return dx, None if partial is None else column_sum(partial, weight.dtype)
+    return dx, None if partial is None or weight is None else column_sum(partial, weight.dtype)
 
 
 def launch_shape(n: int) -> tuple[int, int, int]:

@@ -136,9 +136,9 @@ def _sdpa(q, k, v, cu, scale):
     for first, last in zip(bounds[:-1], bounds[1:], strict=True):
         if first == last:
             continue
-        heads = (t[first:last].transpose(0, 1)[None] for t in (q, k, v))
+        q_heads, k_heads, v_heads = (t[first:last].transpose(0, 1)[None] for t in (q, k, v))
         grouped = q.shape[1] != k.shape[1]
-        out = scaled_dot_product_attention(*heads, is_causal=True, scale=scale, enable_gqa=grouped)
+        out = scaled_dot_product_attention(q_heads, k_heads, v_heads, is_causal=True, scale=scale, enable_gqa=grouped)
         parts.append(out[0].transpose(0, 1))
     return torch.cat(parts)
 
@@ -222,8 +222,7 @@ def varlen_attention(
     elif backend is None:
         backend = choose_backend(q, window=window, softcap=softcap, sinks=sinks is not None)
     if backend == "reference":
-        kwargs = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
-        return varlen_attention_reference(q, k, v, cu_seqlens, **kwargs)
+        return varlen_attention_reference(q, k, v, cu_seqlens, scale=scale, window=window, softcap=softcap, sinks=sinks)
     if backend == "flex":
         return _flex(q, k, v, cu_seqlens, scale, window, softcap, sinks)
     if backend == "sdpa":
