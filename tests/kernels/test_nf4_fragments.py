@@ -70,14 +70,26 @@ class Warp:
         for line in text.splitlines():
             line = line.strip().rstrip(";")
             if line and line[0] not in ".{}":
+                guard, line = line.split(None, 1) if line[0] == "@" else ("", line)
+                before = dict(self.registers)
                 self.step(*line.split(None, 1))
+                if guard:  # lanes whose predicate is false keep what they had
+                    for name, value in self.registers.items():
+                        if name in before and value is not before[name]:
+                            self.registers[name] = np.where(self.registers[guard[1:]], value, before[name])
 
-    def step(self, op: str, rest: str) -> None:
+    def step(self, op: str, rest: str) -> None:  # noqa: C901  one branch an instruction
         r, names = self.registers, re.findall(r"\$?\w+", rest)
         if op == "mov.f32":
             r[names[0]] = np.zeros(32)
+        elif op == "mov.b32":
+            r[names[0]] = np.full(32, int(names[1]))
         elif op == "mov.b64":
             r[names[0]], r[names[1]] = r[names[2]] & 0xFFFFFFFF, (r[names[2]] >> 32) & 0xFFFFFFFF
+        elif op == "setp.ne.u32":
+            r[names[0]] = r[names[1]] != self.value(names[2])
+        elif op == "selp.b32":
+            r[names[0]] = np.where(r[names[3]], r[names[1]], self.value(names[2]))
         elif op == "prmt.b32":
             r[names[0]] = byte_permute(r[names[1]], self.value(names[2]), self.value(names[3]))
         elif op == "mad.lo.u32":
@@ -85,9 +97,8 @@ class Warp:
         elif op == "ld.shared.b32":
             r[names[0]] = self.read(self.shared, r[names[1]], TABLE)
         elif op == "ld.global.nc.v4.b32":
-            first = r[names[4]] + (int(names[5]) if len(names) > 5 else 0)
             for i in range(4):
-                r[names[i]] = self.read(self.memory, first + 4 * i, X)
+                r[names[i]] = self.read(self.memory, r[names[4]] + int(names[5]) + 4 * i, X)
         elif op.startswith("mma.sync.aligned.m16n8k16.row.col"):
             found = fragment_product(*([r[n] for n in part] for part in (names[4:8], names[8:10], names[10:14])))
             r.update(zip(names[:4], found, strict=True))
@@ -95,25 +106,31 @@ class Warp:
             raise AssertionError(f"unknown instruction {op}")
 
 
-@pytest.mark.parametrize("columns", [1, 2, 4])
-def test_one_block_by_hand(columns):
-    rows, block = 8 * columns, 64
-    packed = torch.randint(0, 256, (16, block // 2), dtype=torch.uint8)
-    x = torch.randn(rows, block).bfloat16()
+@pytest.mark.parametrize("rows", [1, 5, 8, 13])
+def test_a_pair_of_blocks_by_hand(rows):
+    columns, width = -(-rows // 8), 128
+    packed = torch.randint(0, 256, (16, width // 2), dtype=torch.uint8)
+    x = torch.randn(rows, width).bfloat16()
     code = torch.tensor(NF4_CODE).bfloat16()
-    weight = code[torch.stack((packed >> 4, packed & 15), -1).reshape(16, block).long()]
+    weight = code[torch.stack((packed >> 4, packed & 15), -1).reshape(16, width).long()].double()
     pair = bits(code)[np.arange(256) >> 4].astype(np.uint32) | bits(code)[np.arange(256) & 15].astype(np.uint32) << 16
     shared = np.repeat(pair[:, None], 32, 1).reshape(-1).view(np.uint8)
     g, t = LANES >> 2, LANES & 3
-    words = np.ascontiguousarray(packed.numpy()).view(np.int64)  # [16, 4], what lane 4 g + t loads at [g, t]
-    first = 4 * columns
-    operands = {f"${first}": words[g, t], f"${first + 1}": words[g + 8, t], f"${first + 2}": TABLE + 4 * LANES}
-    for tile in range(columns):
-        operands[f"${first + 3 + tile}"] = X + ((8 * tile + g) * block + 16 * t) * 2
+    words = np.ascontiguousarray(packed.numpy()).view(np.int64)  # [16, 8]: lane 4 g + t loads 2 t and 2 t + 1 of row g
+    first = 8 * columns
+    operands = {f"${first + i}": words[g + 8 * (i // 2), 2 * t + i % 2] for i in range(4)}
+    operands |= {f"${first + 4}": TABLE + 4 * LANES, f"${first + 5}": t >> 1}
+    for column in range(columns):
+        row = 8 * column + g
+        operands[f"${first + 6 + 2 * column}"] = X + (np.minimum(row, rows - 1) * width + 32 * t) * 2
+        operands[f"${first + 7 + 2 * column}"] = (row < rows).astype(np.int64)
     warp = Warp(operands, shared, np.ascontiguousarray(bits(x)).view(np.uint8).reshape(-1))
     warp.run(nf4_fragments.MULTIPLY_BF16.value[columns])
-    expected = weight.double() @ x.double().T
-    for tile in range(columns):
-        for i in range(4):
-            want = expected[g + 8 * (i // 2), 8 * tile + 2 * t + i % 2].numpy()
-            np.testing.assert_allclose(warp.registers[f"${4 * tile + i}"], want, atol=1e-9)
+    for part, values in enumerate((slice(0, 128), slice(64, 128))):
+        expected = weight[:, values] @ x.double()[:, values].T
+        for column in range(columns):
+            for i in range(4):
+                batch = 8 * column + 2 * t + i % 2
+                want = expected[g + 8 * (i // 2), np.minimum(batch, rows - 1)].numpy()
+                got = warp.registers[f"${8 * column + 4 * part + i}"]
+                np.testing.assert_allclose(got[batch < rows], want[batch < rows], atol=1e-9)

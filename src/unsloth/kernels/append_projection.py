@@ -182,7 +182,7 @@ def _tile(x: torch.Tensor, rank: int) -> dict[str, int]:
     block_r = max(16, triton.next_power_of_2(rank))
     narrow = x.dtype.itemsize > 2 or block_r > 64
     if x.is_cuda and dispatch.capability(x.device) >= (9, 0) and x.dtype.itemsize == 2:
-        return {"BLOCK_M": 64, "BLOCK_K": 128, "BLOCK_R": block_r, "num_warps": 8, "num_stages": 4}
+        return {"BLOCK_M": 64, "BLOCK_K": 128, "BLOCK_R": block_r, "num_warps": 8, "num_stages": 5}
     return {"BLOCK_M": 32, "BLOCK_K": 32 if narrow else 64, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 3}
 
 

@@ -49,7 +49,7 @@ def glu_forward(gate: torch.Tensor, up: torch.Tensor, activation: str, out: torc
         with launch_on(gate):
             glu_forward_kernel[(rows * triton.cdiv(n, block),)](
                 gate, up, out, n, gate.stride(0), up.stride(0), out.stride(0),
-                ACTIVATION=_variant(activation, gate.dtype), BLOCK=block, num_warps=warps,
+                ACTIVATION=activation, BLOCK=block, num_warps=warps,
             )  # fmt: skip
     return out
 
@@ -86,7 +86,7 @@ def glu_backward(
         with launch_on(gate):
             glu_backward_kernel[(rows * triton.cdiv(n, block),)](
                 dh, gate, up, dgate, dup, h, n, dh.stride(0), gate.stride(0), up.stride(0), dgate.stride(0),
-                dup.stride(0), 0 if h is None else h.stride(0), ACTIVATION=_variant(activation, gate.dtype),
+                dup.stride(0), 0 if h is None else h.stride(0), ACTIVATION=activation,
                 RECOMPUTE=h is not None, BLOCK=block, num_warps=warps,
             )  # fmt: skip
     return dgate, dup
@@ -97,11 +97,6 @@ def launch_shape(n: int, activation: str) -> tuple[int, int]:
     block, each = (1024, 8) if activation == "gelu" else (512, 4)
     block = min(block, triton.next_power_of_2(n))
     return block, max(1, block // (32 * each))
-
-
-def _variant(activation: str, dtype: torch.dtype) -> str:
-    """The kernel's name of an activation."""
-    return "gelu_narrow" if activation == "gelu" and dtype.itemsize == 2 else activation
 
 
 class GatedLinearUnit(torch.autograd.Function):
@@ -140,30 +135,14 @@ def sigmoids(x):
 
 
 @triton.jit
-def normal_cdf(x, decay):
-    """Standard normal distribution function to within 1e-7, given ``decay = exp(-x^2 / 2)``.
-
-    Abramowitz and Stegun 7.1.26: a polynomial times ``decay``, so that the lower tail is small as it should be.
-    """
-    t = tl.div_rn(1.0, 1.0 + 0.2316418882663604 * tl.abs(x))
-    polynomial = 1.421413741 + t * (-1.453152027 + t * 1.061405429)
-    tail = 0.5 * decay * t * (0.254829592 + t * (-0.284496736 + t * polynomial))
-    return tl.where(x >= 0, 1.0 - tail, tail)
-
-
-@triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """``act(x)`` and ``act'(x)`` in float32; "gelu_narrow" is gelu as accurate as 16-bit results need."""
+    """``act(x)`` and ``act'(x)`` in float32."""
     if ACTIVATION == "silu":
         sigmoid, rest = sigmoids(x)
         return x * sigmoid, sigmoid * (1.0 + x * rest)
     elif ACTIVATION == "gelu":
         cdf = 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476))
         return x * cdf, cdf + x * (0.3989422804014327 * tl.exp(-0.5 * x * x))
-    elif ACTIVATION == "gelu_narrow":
-        decay = tl.exp2(-0.7213475204444817 * x * x)
-        cdf = normal_cdf(x, decay)
-        return x * cdf, cdf + x * (0.3989422804014327 * decay)
     else:
         # x/2 * (1 + tanh(z)) is x * sigmoid(2z)
         sigmoid, rest = sigmoids(1.5957691216057308 * (x + 0.044715 * x * x * x))
@@ -219,7 +198,7 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     strides = ("stride_dh", "stride_gate", "stride_up", "stride_dgate", "stride_dup", "stride_h")
     backward |= dict.fromkeys(strides, "i32")
     examples = []
-    for activation in (*ACTIVATIONS, "gelu_narrow"):
+    for activation in ACTIVATIONS:
         block, warps = launch_shape(14336, activation)
         shape = {"ACTIVATION": activation, "BLOCK": block}
         examples.append((glu_forward_kernel, forward, shape, {"num_warps": warps}))

@@ -21,18 +21,8 @@ from torch.autograd.function import once_differentiable
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from unsloth.kernels.column_sum import column_sum
-from unsloth.kernels.dispatch import (
-    as_rows,
-    can_launch,
-    check_shape,
-    check_tensors,
-    compute_dtype,
-    launch_on,
-    overlaps_launches,
-    processor_count,
-)
-
-MAX_COLUMNS = 32768  # one row is held in registers
+from unsloth.kernels.dispatch import as_rows, compute_dtype, interpreting, launch_on, overlaps_launches, processor_count
+from unsloth.kernels.row_norm import launch_shape, result_buffers, row_stride, takes_kernel, two_sums
 
 
 def layer_norm(
@@ -55,8 +45,7 @@ def layer_norm(
     Returns:
         Tensor of x's shape and dtype.
     """
-    _check(x, None, weight, bias)
-    if not (fast and x.shape[-1] <= MAX_COLUMNS and can_launch(x, weight, bias)):
+    if not (takes_kernel("layer_norm", x, weight=weight, bias=bias) and fast):
         return layer_norm_reference(x, weight, bias, eps)
     return _LayerNorm.apply(x, None, weight, bias, eps)
 
@@ -70,22 +59,8 @@ def add_layer_norm(
     *,
     fast: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add, then normalize the sum, in one pass over memory.
-
-    Args:
-        x: Floating-point tensor of shape [..., N], a block's output.
-        residual: Tensor of x's shape and dtype, the residual stream.
-        weight: As in :func:`layer_norm`.
-        bias: As in :func:`layer_norm`.
-        eps: As in :func:`layer_norm`.
-        fast: False takes the plain-torch reference.
-
-    Returns:
-        ``(y, h)``: the normalized sum, and the sum ``h = x + residual``, both of x's shape and dtype.
-    """
-    _check(x, residual, weight, bias)
-    same = x.dtype == residual.dtype
-    if not (fast and same and x.shape[-1] <= MAX_COLUMNS and can_launch(x, residual, weight, bias)):
+    """:func:`layer_norm` of ``h = x + residual`` in one pass over memory; residual is like x. Returns ``(y, h)``."""
+    if not (takes_kernel("layer_norm", x, residual, weight=weight, bias=bias) and fast):
         h = x + residual
         return layer_norm_reference(h, weight, bias, eps), h
     return _LayerNorm.apply(x, residual, weight, bias, eps)
@@ -118,15 +93,14 @@ def layer_norm_forward(
     ``out`` may be columns of a wider buffer; None allocates. Returns ``(y, h)``, h being x where there is no residual.
     """
     rows, n = x.shape
-    y = torch.empty((rows, n), dtype=x.dtype, device=x.device) if out is None else out
-    h = x if residual is None else torch.empty((rows, n), dtype=x.dtype, device=x.device)
+    y, h = result_buffers(x, residual, out)
     if y.numel() == 0:
         return y, h
     block, tile, warps = launch_shape(n)
     with launch_on(x):
         layer_norm_forward_kernel[(triton.cdiv(rows, tile),)](
-            x, residual, weight, bias, y, h, rows, n, x.stride(0), 0 if residual is None else residual.stride(0),
-            y.stride(0), eps, ADD=residual is not None, WEIGHT=weight is not None, BIAS=bias is not None, ROWS=tile,
+            x, residual, weight, bias, y, h, rows, n, x.stride(0), row_stride(residual), y.stride(0), eps,
+            ADD=residual is not None, WEIGHT=weight is not None, BIAS=bias is not None, ROWS=tile,
             BLOCK=block, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
     return y, h
@@ -167,33 +141,17 @@ def layer_norm_backward(
         partial = torch.empty((programs, 2 * n), dtype=torch.float32, device=h.device)
     with launch_on(h):
         layer_norm_backward_kernel[(programs,)](
-            dy, h, weight, dh, dx, partial, rows, n, dy.stride(0), h.stride(0), 0 if dh is None else dh.stride(0), eps,
+            dy, h, weight, dh, dx, partial, rows, n, dy.stride(0), h.stride(0), row_stride(dh), eps,
             WEIGHT=weight is not None, ADD=dh is not None, PARAMETER_GRADS=partial is not None,
-            EARLY=partial is not None and overlaps_launches(h.device), STAGES=stages, ROWS=tile,
-            BLOCK=block, num_warps=warps, enable_fp_fusion=False,
+            EARLY=partial is not None and overlaps_launches(h.device), TOGETHER=not interpreting(), STAGES=stages,
+            ROWS=tile, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
     return dx, *((None, None) if partial is None else column_sum(partial, grad_dtype).split(n))
-
-
-def launch_shape(n: int) -> tuple[int, int, int]:
-    """Columns of a tile, rows of a tile, warps: 16 elements a thread, several short rows to a program."""
-    block = triton.next_power_of_2(n)
-    tile = max(1, 1024 // block)
-    return block, tile, min(16, max(1, block * tile // 512))
 
 
 def looped_shape(n: int, warps: int) -> tuple[int, int, int]:
     """Where programs loop over tiles to sum weight gradients: programs a multiprocessor, warps, stages of loads."""
     return (1, max(1, warps // 2), 4) if n <= 4096 else (2, warps, 3 if n <= 8192 else 1)
-
-
-def _check(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None
-) -> None:
-    check_tensors("layer_norm", x=x, residual=residual, weight=weight, bias=bias)
-    check_shape("layer_norm", "weight", weight, tuple(x.shape[-1:]))
-    check_shape("layer_norm", "bias", bias, tuple(x.shape[-1:]))
-    check_shape("layer_norm", "residual", residual, tuple(x.shape))
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -254,7 +212,7 @@ def layer_norm_forward_kernel(
 def layer_norm_backward_kernel(
     dy, h, weight, dh, dx, partial, rows, n, stride_dy, stride_h, stride_dh, eps,
     WEIGHT: tl.constexpr, ADD: tl.constexpr, PARAMETER_GRADS: tl.constexpr, EARLY: tl.constexpr,
-    STAGES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    TOGETHER: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Tiles of ROWS rows, strided over the grid; dx is contiguous, partial is [programs, 2 * n] float32."""
     program = tl.program_id(0).to(tl.int64)
@@ -270,11 +228,13 @@ def layer_norm_backward_kernel(
         mask = (row < rows) & (col < n)
         value = tl.load(h + row * stride_h + col, mask, other=0.0).to(tl.float32)
         grad = tl.load(dy + row * stride_dy + col, mask, other=0.0).to(tl.float32)
-        value = tl.where(mask, value - (tl.sum(value, 1) / n)[:, None], 0.0)
-        scale = tl.rsqrt(tl.sum(value * value, 1) / n + eps)[:, None]
-        value = value * scale
         scaled = grad * gain
-        result = scale * (scaled - (tl.sum(scaled, 1) / n)[:, None] - value * (tl.sum(scaled * value, 1) / n)[:, None])
+        first, scaled_sum = two_sums(value, scaled, TOGETHER)
+        value = tl.where(mask, value - (first / n)[:, None], 0.0)
+        squares, dot = two_sums(value * value, scaled * value, TOGETHER)
+        scale = tl.rsqrt(squares / n + eps)[:, None]
+        value = value * scale
+        result = scale * (scaled - (scaled_sum / n)[:, None] - value * (scale * (dot / n)[:, None]))
         if ADD:
             result += tl.load(dh + row * stride_dh + col, mask, other=0.0).to(tl.float32)
         tl.store(dx + row * n + col, result.to(dx.dtype.element_ty), mask)
@@ -302,7 +262,7 @@ def compile_examples(float_dtype: str) -> list[tuple]:
         (
             layer_norm_backward_kernel,
             backward,
-            {**shape, "PARAMETER_GRADS": True, "EARLY": False, "STAGES": 3},
+            {**shape, "PARAMETER_GRADS": True, "EARLY": False, "TOGETHER": True, "STAGES": 3},
             {"num_warps": warps},
         ),
     ]

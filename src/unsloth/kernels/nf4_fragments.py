@@ -1,4 +1,4 @@
-"""Products of a 4-bit matrix with up to 32 rows, written for the registers of the matrix units.
+"""Products of a 4-bit matrix with up to 16 rows, written for the registers of the matrix units.
 
     y[m, n] = sum over k of x[m, k] * code[nibble[n, k]] * scale[n, k // blocksize]
 
@@ -22,11 +22,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from unsloth.kernels.dispatch import capability, interpreting, launch_on, processor_count
+from unsloth.kernels.dispatch import capability, interpreting, launch_on, overlaps_launches, processor_count
 from unsloth.kernels.nf4 import NF4Weight, scale_arguments, scale_signature
 
-MOST_ROWS = 32
+MOST_ROWS = 16
 
 
 def takes_fragments(x: torch.Tensor, weight: NF4Weight) -> bool:
@@ -37,80 +38,105 @@ def takes_fragments(x: torch.Tensor, weight: NF4Weight) -> bool:
     return half and aligned and whole and x.shape[0] <= MOST_ROWS and capability(x.device) >= (8, 0)
 
 
-def multiply_fragments(x: torch.Tensor, weight: NF4Weight, shape: tuple[int, int] | None = None) -> torch.Tensor:
-    """``x @ W.T`` for x [M, K] that :func:`takes_fragments` accepts; ``shape`` overrides :func:`launch_shape`."""
+def multiply_fragments(
+    x: torch.Tensor, weight: NF4Weight, *, early: bool = False, shape: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """``x @ W.T`` for x [M, K] that :func:`takes_fragments` accepts.
+
+    Args:
+        x: [M, K].
+        weight: The quantized matrix.
+        early: W was complete before the kernel ahead of this one began, so that this one may read it while that one is
+            still at work (on Hopper and later).
+        shape: Overrides :func:`launch_shape`.
+
+    Returns:
+        [M, N].
+    """
     rows, (n, k) = x.shape[0], weight.shape
     y = torch.empty((rows, n), dtype=x.dtype, device=x.device)
     warps, programs = shape or launch_shape(rows)
     tiles = triton.cdiv(n, 16)
-    columns = 1 << max(0, (triton.cdiv(rows, 8) - 1).bit_length())
+    columns = triton.cdiv(rows, 8)
+    early = early and overlaps_launches(x.device)
     with launch_on(x):
         nf4_fragments_kernel[(min(tiles, programs * processor_count(x.device)),)](
             x, weight.packed, *scale_arguments(weight), y, rows, n, k // 64, tiles, x.stride(0), y.stride(0),
             BLOCKSIZE=weight.blocksize, NESTED=weight.nested, NESTED_BLOCKSIZE=weight.nested_blocksize,
-            EVEN=(k // 64) % (4 * warps) == 0, HALF=x.dtype == torch.float16, COLUMNS=columns, WARPS=warps,
-            num_warps=warps,
+            HALF=x.dtype == torch.float16, EARLY=early, COLUMNS=columns, WARPS=warps, num_warps=warps,
+            **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
     return y
 
 
 def launch_shape(rows: int) -> tuple[int, int]:
-    """Warps of a program (at most 8), and programs a multiprocessor."""
-    return 8, 2 if rows <= 16 else 1
+    """Warps of a program (1, 2, 4 or 8), and programs a multiprocessor."""
+    return 4, 4 if rows <= 8 else 3
 
 
 def _assembly(*lines: str) -> tl.constexpr:
     return tl.constexpr("\n".join(["{", *lines, "}"]))
 
 
-def _load_words() -> tl.constexpr:
-    """Outputs 0 to 3: eight bytes of one row, of four blocks; 4 to 7: of another row. Inputs: addresses, offsets."""
+def _load_pairs() -> tl.constexpr:
+    """Outputs 0 to 3: 16 bytes of one row in each of two pairs of blocks; 4 to 7: of another row.
+
+    Inputs: addresses of the two rows, offsets of the two pairs.
+    """
     lines = [".reg .b64 a, o;"]
-    for i in range(8):
-        lines += [f"cvt.u64.u32 o, ${10 + i % 4};", f"add.u64 a, ${8 + i // 4}, o;"]
-        lines.append(f"ld.global.L1::no_allocate.b64 ${i}, [a];")
+    for i in range(4):
+        lines += [f"cvt.u64.u32 o, ${10 + i % 2};", f"add.u64 a, ${8 + i // 2}, o;"]
+        lines.append(f"ld.global.v2.b64 {{${2 * i}, ${2 * i + 1}}}, [a];")
     return _assembly(*lines)
 
 
-def _load_words_even() -> tl.constexpr:
-    """As _load_words where the four blocks lie one after the other: no offsets."""
-    return _assembly(*(f"ld.global.L1::no_allocate.b64 ${i}, [${8 + i // 4} + {i % 4 * 32}];" for i in range(8)))
+def _multiply_pair(columns: int, kind: str) -> tl.constexpr:
+    """Sums over a pair of blocks, 128 values, and over its second block alone, for 8 rows of x a column.
 
-
-def _multiply_block(columns: int, kind: str) -> tl.constexpr:
-    """Sums over a block of 64 values: per tile of 8 rows of x the outputs c0 to c3 of its fragment.
-
-    Inputs after the outputs: words of row g, words of row g + 8, this lane's place in the table, then the address of
-    x's values and whether the row exists, of every tile.
+    Outputs, for each column: c0 to c3 of the first sum's fragment, then of the second's. Inputs: 16 bytes of row g,
+    16 of row g + 8, this lane's place in the table, whether the lane's bytes belong to the second block, then for each
+    column the address of x's values and whether the row exists (where it does not, nobody reads the sums).
     """
-    first = 4 * columns
-    lines = [".reg .f32 zero;", ".reg .b32 w<4>, a<16>, x<8>;", "mov.f32 zero, 0f00000000;"]
-    lines += [f"mov.b64 {{w0, w1}}, ${first};", f"mov.b64 {{w2, w3}}, ${first + 1};"]
-    for step in range(4):
+    first = 8 * columns
+    lines = [".reg .pred later, p;", ".reg .f32 zero;", ".reg .b32 w<8>, a<4>, x<16>, y<2>;"]
+    lines += ["mov.f32 zero, 0f00000000;", f"setp.ne.u32 later, ${first + 5}, 0;"]
+    lines += [f"mov.b64 {{w{2 * i}, w{2 * i + 1}}}, ${first + i};" for i in range(4)]
+    for column in range(columns):
+        address, exists = first + 6 + 2 * column, first + 7 + 2 * column
+        if columns == 1:  # lanes without a row load nothing, which matters where there is but one row
+            lines += [f"setp.ne.u32 p, ${exists}, 0;", *(f"mov.b32 x{i}, 0;" for i in range(16))]
+        for i in range(4):
+            four = ", ".join(f"x{16 * column + 4 * i + j}" for j in range(4))
+            guard = "@p " if columns == 1 else ""
+            lines.append(f"{guard}ld.global.nc.v4.b32 {{{four}}}, [${address} + {16 * i}];")
+    lines[2] = f".reg .b32 w<8>, a<4>, x<{16 * columns}>, y<2>;"
+    for step in range(8):
         for register in range(4):
             byte, row = 2 * step + register // 2, register % 2
-            name = f"a{4 * step + register}"
-            lines.append(f"prmt.b32 {name}, w{2 * row + byte // 4}, 0, {0x4440 + byte % 4};")
-            lines.append(f"mad.lo.u32 {name}, {name}, 128, ${first + 2};")
-            lines.append(f"ld.shared.b32 {name}, [{name}];")
-    for tile in range(columns):
-        address = first + 3 + tile
-        lines += [f"ld.global.nc.v4.b32 {{x0, x1, x2, x3}}, [${address}];"]
-        lines += [f"ld.global.nc.v4.b32 {{x4, x5, x6, x7}}, [${address} + 16];"]
-        sums = ", ".join(f"${4 * tile + i}" for i in range(4))
-        for step in range(4):
-            a = ", ".join(f"a{4 * step + i}" for i in range(4))
-            before = "zero, zero, zero, zero" if step == 0 else sums
-            lines.append(
-                f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{{sums}}}, {{{a}}}, "
-                f"{{x{2 * step}, x{2 * step + 1}}}, {{{before}}};"
-            )
+            lines.append(f"prmt.b32 a{register}, w{4 * row + byte // 4}, 0, {0x4440 + byte % 4};")
+            lines.append(f"mad.lo.u32 a{register}, a{register}, 128, ${first + 4};")
+            lines.append(f"ld.shared.b32 a{register}, [a{register}];")
+        for column in range(columns):
+            for part, name in enumerate(("x", "y")):
+                index = 16 * column + 2 * step if part == 0 else 0
+                if part:
+                    lines += [f"selp.b32 y{i}, x{16 * column + 2 * step + i}, 0, later;" for i in range(2)]
+                sums = ", ".join(f"${8 * column + 4 * part + i}" for i in range(4))
+                before = "zero, zero, zero, zero" if step == 0 else sums
+                lines.append(
+                    f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{{sums}}}, {{a0, a1, a2, a3}}, "
+                    f"{{{name}{index}, {name}{index + 1}}}, {{{before}}};"
+                )
     return _assembly(*lines)
 
 
 THREAD = _assembly("mov.u32 $0, %tid.x;")
 TABLE = _assembly(".shared .align 128 .b8 table[32768];", "mov.u32 $0, table;")
-SUMS = _assembly(".shared .align 128 .b8 sums[8192];", "mov.u32 $0, sums;")
+SUMS = tl.constexpr(
+    tuple(_assembly(f".shared .align 128 .b8 sums[{warps * 1024}];", "mov.u32 $0, sums;").value for warps in range(9))
+)
+NESTED_TABLE = _assembly(".shared .align 16 .b8 nested[1024];", "mov.u32 $0, nested;")
+STORE_ONE = _assembly("st.shared.f32 [$1], $2;", "mov.b32 $0, 0;")
 FILL = _assembly("st.shared.v4.b32 [$1], {$2, $2, $2, $2};", "mov.b32 $0, 0;")
 PAIR_BF16 = _assembly("cvt.rn.bf16x2.f32 $0, $2, $1;")
 PAIR_FP16 = _assembly("cvt.rn.f16x2.f32 $0, $2, $1;")
@@ -126,12 +152,14 @@ STORE_FP16 = _assembly(
     ".reg .pred p;", ".reg .b16 v;", "setp.ne.u32 p, $3, 0;", "cvt.rn.f16.f32 v, $2;", "@p st.global.b16 [$1], v;",
     "mov.b32 $0, 0;",
 )  # fmt: skip
-LOAD_WORDS, LOAD_WORDS_EVEN = _load_words(), _load_words_even()
-MULTIPLY_BF16 = tl.constexpr(tuple(_multiply_block(c, "bf16").value if c in (1, 2, 4) else "" for c in range(5)))
-MULTIPLY_FP16 = tl.constexpr(tuple(_multiply_block(c, "f16").value if c in (1, 2, 4) else "" for c in range(5)))
+LOAD_PAIRS = _load_pairs()
+MULTIPLY_BF16 = tl.constexpr(tuple(_multiply_pair(c, "bf16").value if c in (1, 2) else "" for c in range(3)))
+MULTIPLY_FP16 = tl.constexpr(tuple(_multiply_pair(c, "f16").value if c in (1, 2) else "" for c in range(3)))
 EIGHT_WORDS = tl.constexpr((tl.int64,) * 8)
-SUM_TYPES = tl.constexpr(tuple((tl.float32,) * (4 * c) for c in range(5)))
-MULTIPLY_CONSTRAINTS = tl.constexpr(tuple(",".join(["=f"] * (4 * c) + ["l", "l", "r"] + ["l"] * c) for c in range(5)))
+SUM_TYPES = tl.constexpr(tuple((tl.float32,) * (8 * c) for c in range(3)))
+MULTIPLY_CONSTRAINTS = tl.constexpr(
+    tuple(",".join(["=&f"] * (8 * c) + ["l"] * 4 + ["r"] * 2 + ["l", "r"] * c) for c in range(3))
+)
 
 
 @triton.jit
@@ -156,29 +184,16 @@ def fill_table(code, HALF: tl.constexpr, THREADS: tl.constexpr):
 
 
 @triton.jit
-def load_block_words(words, row0, row1, first, k_blocks, t, EVEN: tl.constexpr):
-    """This lane's eight bytes of four blocks from ``first`` on, in two rows."""
-    a0 = words.to(tl.int64) + (row0.to(tl.int64) * k_blocks) * 32 + t * 8
-    a1 = words.to(tl.int64) + (row1.to(tl.int64) * k_blocks) * 32 + t * 8
-    if EVEN:
-        return tl.inline_asm_elementwise(
-            LOAD_WORDS_EVEN, "=l,=l,=l,=l,=l,=l,=l,=l,l,l", [a0 + first * 32, a1 + first * 32], dtype=EIGHT_WORDS,
-            is_pure=False, pack=1,
-        )  # fmt: skip
-    else:
-        last = k_blocks - 1
-        offsets = [
-            tl.minimum(first, last) * 32, tl.minimum(first + 1, last) * 32, tl.minimum(first + 2, last) * 32,
-            tl.minimum(first + 3, last) * 32,
-        ]  # fmt: skip
-        return tl.inline_asm_elementwise(
-            LOAD_WORDS,
-            "=l,=l,=l,=l,=l,=l,=l,=l,l,l,r,r,r,r",
-            [a0, a1] + offsets,
-            dtype=EIGHT_WORDS,
-            is_pure=False,
-            pack=1,
-        )
+def load_pairs(words, row0, row1, first, k_blocks, t):
+    """This lane's 16 bytes of two pairs of blocks from ``first`` on, in two rows; clamped to the row's end."""
+    a0 = words.to(tl.int64) + row0.to(tl.int64) * k_blocks * 32
+    a1 = words.to(tl.int64) + row1.to(tl.int64) * k_blocks * 32
+    last = k_blocks * 32 - 16
+    offset = first * 32 + t * 16
+    return tl.inline_asm_elementwise(
+        LOAD_PAIRS, "=l,=l,=l,=l,=l,=l,=l,=l,l,l,r,r",
+        [a0, a1, tl.minimum(offset, last), tl.minimum(offset + 64, last)], dtype=EIGHT_WORDS, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -186,7 +201,7 @@ def load_codes(
     absmax, nested_absmax, row, first, k_blocks, t, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
 ):  # fmt: skip
-    """What the scale of block ``first + t`` of a row is made of: its code, and the nested scale (or scale and 0)."""
+    """What the scale of block ``first + t`` of a row is made of: code and nested scale (or 0 and scale)."""
     block = (row * k_blocks + tl.minimum(first + t, k_blocks - 1)) // (BLOCKSIZE // 64)
     if NESTED:
         return tl.load(absmax + block).to(tl.int32), tl.load(nested_absmax + block // NESTED_BLOCKSIZE)
@@ -195,21 +210,32 @@ def load_codes(
 
 
 @triton.jit
-def finish_scale(index, nested, shift, nested_code, NESTED: tl.constexpr):
-    """The scale from what load_codes gave."""
+def finish_scale(index, nested, shift, nested_table, exists, NESTED: tl.constexpr):
+    """The scale from what load_codes gave, 0 for a block that does not exist."""
+    scale = nested
     if NESTED:
-        return tl.load(nested_code + index) * nested + shift
-    else:
-        return nested
+        entry = tl.inline_asm_elementwise(
+            LOAD_SUM, "=f,r", [nested_table + index * 4], dtype=tl.float32, is_pure=False, pack=1
+        )
+        scale = entry * nested + shift
+    return tl.where(exists, scale, 0.0)
+
+
+@triton.jit
+def of_quad(value, lane: tl.constexpr):
+    """The float of another lane of this lane's four."""
+    return tl.inline_asm_elementwise(FROM_QUAD, "=f,f,r", [value, lane], dtype=tl.float32, is_pure=False, pack=1)
 
 
 @triton.jit
 def nf4_fragments_kernel(  # noqa: C901  its switches are compile-time constants
     x, words, code, absmax, nested_code, nested_absmax, offset, y, m, n, k_blocks, tiles, stride_x, stride_y,
-    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, EVEN: tl.constexpr,
-    HALF: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, HALF: tl.constexpr,
+    EARLY: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """A program computes every tile of 16 outputs that is its own, for up to 8 * COLUMNS rows of x."""
+    if EARLY:
+        gdc_launch_dependents()
     thread = assembly_int(THREAD, "=r,r", [0])
     lane, warp = thread & 31, thread >> 5
     g, t = lane >> 2, lane & 3
@@ -217,36 +243,39 @@ def nf4_fragments_kernel(  # noqa: C901  its switches are compile-time constants
     tile = tl.program_id(0)
     row0, row1 = tl.minimum(tile * 16 + g, n - 1), tl.minimum(tile * 16 + 8 + g, n - 1)
     first = warp * 4
-    ahead = load_block_words(words, row0, row1, first, k_blocks, t, EVEN)
+    ahead = load_pairs(words, row0, row1, first, k_blocks, t)
     code0, nested0 = load_codes(absmax, nested_absmax, row0, first, k_blocks, t, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE)
     code1, nested1 = load_codes(absmax, nested_absmax, row1, first, k_blocks, t, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE)
-    shift = 0.0
+    shift, nested_table = 0.0, 0
     if NESTED:
         shift = tl.load(offset)
+        nested_table = assembly_int(NESTED_TABLE, "=r,r", [0])
+        for start in tl.static_range(0, 256, 32 * WARPS):
+            entry = (start + thread) & 255
+            assembly_int(STORE_ONE, "=r,r,f", [nested_table + entry * 4, tl.load(nested_code + entry)])
     table = fill_table(code, HALF, 32 * WARPS) + lane * 4
-    sums = assembly_int(SUMS, "=r,r", [0])
+    sums = tl.inline_asm_elementwise(SUMS[WARPS], "=r,r", [0], dtype=tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()
+    if EARLY:
+        gdc_wait()
     inputs = tl.tuple(())
-    for column in tl.static_range(COLUMNS):  # rows beyond the last one give sums that nobody stores
+    for column in tl.static_range(COLUMNS):
         row = tl.minimum(column * 8 + g, m - 1)
-        inputs = inputs + (x.to(tl.int64) + (row.to(tl.int64) * stride_x + t * 16) * 2,)
+        inputs = inputs + (x.to(tl.int64) + row.to(tl.int64) * stride_x * 2,)
     parity = 0
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         total = (0.0,) * (4 * COLUMNS)
         for step in range(steps):
             current, place = ahead, first
-            scale0 = finish_scale(code0, nested0, shift, nested_code, NESTED)
-            scale1 = finish_scale(code1, nested1, shift, nested_code, NESTED)
-            if not EVEN:
-                scale0 = tl.where(place + t < k_blocks, scale0, 0.0)
-                scale1 = tl.where(place + t < k_blocks, scale1, 0.0)
+            scale0 = finish_scale(code0, nested0, shift, nested_table, place + t < k_blocks, NESTED)
+            scale1 = finish_scale(code1, nested1, shift, nested_table, place + t < k_blocks, NESTED)
             # the next words: of this tile, or the first ones of the next tile, or any where there is none
             ends = step + 1 == steps
             following = tl.where(ends, tile + tl.num_programs(0), tile)
             row0 = tl.minimum(following * 16 + g, n - 1)
             row1 = tl.minimum(following * 16 + 8 + g, n - 1)
             first = tl.where(ends, warp * 4, first + 4 * WARPS)
-            ahead = load_block_words(words, row0, row1, first, k_blocks, t, EVEN)
+            ahead = load_pairs(words, row0, row1, first, k_blocks, t)
             code0, nested0 = load_codes(
                 absmax, nested_absmax, row0, first, k_blocks, t, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE
             )
@@ -254,24 +283,23 @@ def nf4_fragments_kernel(  # noqa: C901  its switches are compile-time constants
                 absmax, nested_absmax, row1, first, k_blocks, t, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE
             )
             assembly_int(STAY, "=r,r", [0])
-            for j in tl.static_range(4):
-                block = place + j if EVEN else tl.minimum(place + j, k_blocks - 1)
-                operands = [current[j], current[4 + j], table]
+            for pair in tl.static_range(2):
+                at = tl.minimum((place + 2 * pair) * 128 + t * 64, k_blocks * 128 - 64)
+                operands = [current[2 * pair], current[2 * pair + 1], current[4 + 2 * pair], current[5 + 2 * pair],
+                            table, t >> 1]  # fmt: skip
                 for column in tl.static_range(COLUMNS):
-                    operands = operands + [inputs[column] + block * 128]
+                    operands = operands + [inputs[column] + at, (column * 8 + g < m).to(tl.int32)]
                 part = tl.inline_asm_elementwise(
                     MULTIPLY_FP16[COLUMNS] if HALF else MULTIPLY_BF16[COLUMNS], MULTIPLY_CONSTRAINTS[COLUMNS],
                     operands, dtype=SUM_TYPES[COLUMNS], is_pure=False, pack=1,
                 )  # fmt: skip
-                block0 = tl.inline_asm_elementwise(
-                    FROM_QUAD, "=f,f,r", [scale0, j], dtype=tl.float32, is_pure=False, pack=1
-                )
-                block1 = tl.inline_asm_elementwise(
-                    FROM_QUAD, "=f,f,r", [scale1, j], dtype=tl.float32, is_pure=False, pack=1
-                )
+                first0, second0 = of_quad(scale0, 2 * pair), of_quad(scale0, 2 * pair + 1)
+                first1, second1 = of_quad(scale1, 2 * pair), of_quad(scale1, 2 * pair + 1)
                 grown = tl.tuple(())
                 for i in tl.static_range(4 * COLUMNS):
-                    grown = grown + (total[i] + (block0 if i % 4 < 2 else block1) * part[i],)
+                    both, second = part[8 * (i // 4) + i % 4], part[8 * (i // 4) + 4 + i % 4]
+                    value = total[i] + (first0 if i % 4 < 2 else first1) * (both - second)
+                    grown = grown + (value + (second0 if i % 4 < 2 else second1) * second,)
                 total = grown
         for column in tl.static_range(COLUMNS):
             base = sums + parity * (WARPS * 512)
@@ -281,17 +309,18 @@ def nf4_fragments_kernel(  # noqa: C901  its switches are compile-time constants
                  total[4 * column + 3]],
             )  # fmt: skip
             tl.debug_barrier()
-            row, batch = thread & 15, column * 8 + ((thread >> 4) & 7)
-            value = 0.0
-            for other in tl.static_range(WARPS):
-                value += tl.inline_asm_elementwise(
-                    LOAD_SUM, "=f,r", [base + other * 512 + row * 32 + (batch & 7) * 4], dtype=tl.float32,
-                    is_pure=False, pack=1,
-                )  # fmt: skip
-            out = tile * 16 + row
-            wanted = ((thread < 128) & (out < n) & (batch < m)).to(tl.int32)
-            to = y.to(tl.int64) + (batch.to(tl.int64) * stride_y + out) * 2
-            assembly_int(STORE_FP16 if HALF else STORE_BF16, "=r,l,f,r", [to, value, wanted])
+            for start in tl.static_range(0, 128, 32 * WARPS):
+                row, batch = thread & 15, column * 8 + (((start + thread) >> 4) & 7)
+                value = 0.0
+                for other in tl.static_range(WARPS):
+                    value += tl.inline_asm_elementwise(
+                        LOAD_SUM, "=f,r", [base + other * 512 + row * 32 + (batch & 7) * 4], dtype=tl.float32,
+                        is_pure=False, pack=1,
+                    )  # fmt: skip
+                out = tile * 16 + row
+                wanted = ((start + thread < 128) & (out < n) & (batch < m)).to(tl.int32)
+                to = y.to(tl.int64) + (batch.to(tl.int64) * stride_y + out) * 2
+                assembly_int(STORE_FP16 if HALF else STORE_BF16, "=r,l,f,r", [to, value, wanted])
             parity = 1 - parity
 
 
@@ -305,9 +334,9 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     signature = scale_signature() | {"x": "*bf16", "words": "*u8", "y": "*bf16"}
     signature |= dict.fromkeys(("m", "n", "k_blocks", "tiles", "stride_x", "stride_y"), "i32")
     examples = []
-    for columns, even in ((1, True), (2, False), (4, True)):
-        constants = {"BLOCKSIZE": 64, "NESTED": even, "NESTED_BLOCKSIZE": 256, "EVEN": even, "HALF": not even}
-        constants |= {"COLUMNS": columns, "WARPS": 8}
-        types = signature if even else {**signature, "x": "*fp16", "y": "*fp16", "absmax": "*fp32"}
-        examples.append((nf4_fragments_kernel, types, constants, {"num_warps": 8}))
+    for columns, nested in ((1, True), (2, False)):
+        constants = {"BLOCKSIZE": 64, "NESTED": nested, "NESTED_BLOCKSIZE": 256, "HALF": not nested, "EARLY": False}
+        constants |= {"COLUMNS": columns, "WARPS": 4}
+        types = signature if nested else {**signature, "x": "*fp16", "y": "*fp16", "absmax": "*fp32"}
+        examples.append((nf4_fragments_kernel, types, constants, {"num_warps": 4}))
     return examples

@@ -2,11 +2,12 @@
 
     y[m, n] = sum over k of x[m, k] * code[nibble[n, k]] * scale[n, k // blocksize]
 
-Up to :data:`MATVEC_ROWS` rows of x go through a matrix-vector kernel: values are decoded to float32 and multiplied
-there (with 16-bit activations, to within 2^-13 of a block's largest value), so nothing else is rounded before the
-output. Up to :data:`FUSED_ROWS` rows go through a kernel that decodes tiles of W to x's dtype and multiplies them on
-the matrix units, splitting K over programs where N alone gives too few. Beyond that, and wherever a gradient is
-needed, W is dequantized first.
+With 16-bit activations, on cards with bfloat16 products, up to 16 rows of x go through the kernel of
+:mod:`unsloth.kernels.nf4_fragments`. Elsewhere up to :data:`MATVEC_ROWS` rows go through a matrix-vector kernel: values
+are decoded to float32 and multiplied there (with 16-bit activations, to within 2^-13 of a block's largest value), so
+nothing else is rounded before the output. Up to :data:`FUSED_ROWS` rows go through a kernel that decodes tiles of W to
+x's dtype and multiplies them on the matrix units, splitting K over programs where N alone gives too few. Beyond that,
+and wherever a gradient is needed, W is dequantized first.
 
 The layout of W is described in :mod:`unsloth.kernels.nf4`.
 """
@@ -38,17 +39,20 @@ from unsloth.kernels.nf4 import (
     scale_arguments,
     scale_signature,
 )
+from unsloth.kernels.nf4_fragments import multiply_fragments, takes_fragments
 
 MATVEC_ROWS = 4
 FUSED_ROWS = 128
 
 
-def nf4_linear(x: torch.Tensor, weight: NF4Weight, *, fast: bool = True) -> torch.Tensor:
+def nf4_linear(x: torch.Tensor, weight: NF4Weight, *, early: bool = False, fast: bool = True) -> torch.Tensor:
     """Multiply the rows of ``x`` by a 4-bit matrix.
 
     Args:
         x: Floating-point tensor of shape [..., K].
         weight: Quantized matrix [N, K].
+        early: The weight was complete before the kernel ahead of this one began: on Hopper and later, a product of
+            few rows then starts reading it while that kernel is still at work. For loops over weights at rest.
         fast: False takes the plain-torch reference.
 
     Returns:
@@ -68,7 +72,9 @@ def nf4_linear(x: torch.Tensor, weight: NF4Weight, *, fast: bool = True) -> torc
     if wanted or not fits or rows > FUSED_ROWS or not can_launch(x):
         return nf4_linear_reference(x, weight) if not can_launch(x) else x @ dequantize_nf4(weight, dtype=x.dtype).T
     matrix = as_rows(x.detach())
-    if rows <= MATVEC_ROWS:
+    if takes_fragments(matrix, weight):
+        y = multiply_fragments(matrix, weight, early=early)
+    elif rows <= MATVEC_ROWS:
         y = _matvec(matrix, weight, words)
     elif x.dtype == torch.float32:
         y = matrix @ dequantize_nf4(weight, dtype=x.dtype).T

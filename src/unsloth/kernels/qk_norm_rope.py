@@ -46,7 +46,6 @@ from unsloth.kernels.rope import (
 )
 
 HEADS = 8  # heads that a program of the backward goes through with one tile of angles
-STAGES = 1  # loads ahead of the backward's arithmetic where programs loop
 PROGRAMS = 4  # programs a multiprocessor where programs loop, to sum the weights' gradients
 
 
@@ -162,7 +161,7 @@ class _NormRope(torch.autograd.Function):
         q, k, q_weight, k_weight = ctx.saved_tensors
         tables = ctx.tables
         wanted = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-        constants, rows = _shape(q, tables, looped_shape if wanted else backward_shape)
+        constants, rows = _shape(q, tables, launch_shape if wanted else backward_shape)
         tiles = triton.cdiv(q.shape[0] * q.shape[2], rows)
         q_programs, k_programs = (tiles * triton.cdiv(x.shape[1], HEADS) for x in (q, k))
         dq, dk, partial = torch.empty_like(q), torch.empty_like(k), None
@@ -177,7 +176,7 @@ class _NormRope(torch.autograd.Function):
                     k.shape[1],
                     *dq_out.stride(), *dk_out.stride(), *q.stride(), *k.stride(), *dq.stride(), *dk.stride(),
                     *tables.strides(), tables.cos.shape[0], ctx.eps, ctx.offset, WEIGHT_GRAD=wanted,
-                    EARLY=wanted and overlaps_launches(q.device), STAGES=STAGES if wanted else 1, HEADS=HEADS,
+                    EARLY=wanted and overlaps_launches(q.device), HEADS=HEADS,
                     **constants,
                 )  # fmt: skip
         if not wanted:
@@ -191,11 +190,6 @@ def backward_shape(half: int) -> tuple[int, int, int]:
     """Pairs of a tile, tokens of a tile, warps: 8 pairs a thread."""
     block = triton.next_power_of_2(half)
     return block, max(1, 512 // block), 2
-
-
-def looped_shape(half: int) -> tuple[int, int, int]:
-    """As backward_shape, where programs loop to sum the weights' gradients."""
-    return launch_shape(half)
 
 
 def _share_programs(q_tiles: int, k_tiles: int, device: torch.device) -> tuple[int, int]:
@@ -245,7 +239,7 @@ def norm_rotate_backward(
     dy, x, weight, dx, partial, cos, sin, positions, first, step, rows, tokens, heads,
     dy_sb, dy_sh, dy_st, dy_sd, x_sb, x_sh, x_st, x_sd, dx_sb, dx_sh, dx_st, dx_sd,
     table_sb, table_st, position_sb, position_st, table_rows, eps, offset, WEIGHT_GRAD: tl.constexpr,
-    STAGES: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, PAIR_STEP: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, PAIR_STEP: tl.constexpr,
     INTERLEAVED: tl.constexpr, REST: tl.constexpr, POSITIONS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -271,7 +265,7 @@ def norm_rotate_backward(
             cos, sin, positions, batch, token, live, table_sb, table_st, position_sb, position_st, table_rows, HALF,
             PAIR_STEP, POSITIONS, BLOCK,
         )  # fmt: skip
-        for head in tl.range(first_head, tl.minimum(first_head + HEADS, heads), num_stages=STAGES):
+        for head in range(first_head, tl.minimum(first_head + HEADS, heads)):
             x1, x2 = load_pairs(x_row + head * x_sh, x_sd, live, HALF, BLOCK, INTERLEAVED)
             d1, d2 = load_pairs(dy_row + head * dy_sh, dy_sd, live, HALF, BLOCK, INTERLEAVED)
             n1 = d1 * c + d2 * s
@@ -334,7 +328,7 @@ def qk_norm_rope_backward_kernel(
     tokens, q_heads, k_heads, dqo_sb, dqo_sh, dqo_st, dqo_sd, dko_sb, dko_sh, dko_st, dko_sd,
     q_sb, q_sh, q_st, q_sd, k_sb, k_sh, k_st, k_sd, dq_sb, dq_sh, dq_st, dq_sd, dk_sb, dk_sh, dk_st, dk_sd,
     table_sb, table_st, position_sb, position_st, table_rows, eps, offset, WEIGHT_GRAD: tl.constexpr,
-    EARLY: tl.constexpr, STAGES: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, PAIR_STEP: tl.constexpr,
+    EARLY: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, PAIR_STEP: tl.constexpr,
     INTERLEAVED: tl.constexpr, REST: tl.constexpr, POSITIONS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -346,14 +340,14 @@ def qk_norm_rope_backward_kernel(
         norm_rotate_backward(
             dq_out, q, q_weight, dq, partial, cos, sin, positions, program, q_programs, rows, tokens, q_heads,
             dqo_sb, dqo_sh, dqo_st, dqo_sd, q_sb, q_sh, q_st, q_sd, dq_sb, dq_sh, dq_st, dq_sd, table_sb, table_st,
-            position_sb, position_st, table_rows, eps, offset, WEIGHT_GRAD, STAGES, HEADS, HALF, PAIR_STEP, INTERLEAVED,
+            position_sb, position_st, table_rows, eps, offset, WEIGHT_GRAD, HEADS, HALF, PAIR_STEP, INTERLEAVED,
             REST, POSITIONS, ROWS, BLOCK, REST_BLOCK,
         )  # fmt: skip
     else:
         norm_rotate_backward(
             dk_out, k, k_weight, dk, partial, cos, sin, positions, program - q_programs, k_programs, rows, tokens,
             k_heads, dko_sb, dko_sh, dko_st, dko_sd, k_sb, k_sh, k_st, k_sd, dk_sb, dk_sh, dk_st, dk_sd, table_sb,
-            table_st, position_sb, position_st, table_rows, eps, offset, WEIGHT_GRAD, STAGES, HEADS, HALF, PAIR_STEP,
+            table_st, position_sb, position_st, table_rows, eps, offset, WEIGHT_GRAD, HEADS, HALF, PAIR_STEP,
             INTERLEAVED, REST, POSITIONS, ROWS, BLOCK, REST_BLOCK,
         )  # fmt: skip
     if EARLY:
@@ -370,7 +364,7 @@ def compile_examples(float_dtype: str) -> list[tuple]:
         (qk_norm_rope_forward_kernel, shape),
         (
             qk_norm_rope_backward_kernel,
-            {**shape, "WEIGHT_GRAD": True, "EARLY": False, "STAGES": STAGES, "HEADS": HEADS},
+            {**shape, "WEIGHT_GRAD": True, "EARLY": False, "HEADS": HEADS},
         ),
     ):
         names = [name for name in kernel.arg_names if name not in constants]

@@ -341,7 +341,14 @@ def softmax_rows_backward(
         grad: (R, V) of any float dtype.
     """
     if not dispatch.can_launch(logits):
-        return _softmax_rows_backward_torch(logits, labels, statistics, options, up_logprob, up_entropy, grad)
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            again = softmax_rows_reference(leaf, labels, options.plain(), entropy=up_entropy is not None)
+            objective = -(up_logprob * again.loss).sum()
+            if up_entropy is not None:
+                objective = objective + (up_entropy * again.entropy).sum()
+            grad.copy_(torch.autograd.grad(objective, leaf)[0])
+        return
     rows, vocabulary = logits.shape
     if not rows:
         return
@@ -404,24 +411,6 @@ def _softmax_rows_torch(
             e *= counts[:, None] * (options.logit_scale / options.temperature)
             grad.copy_(e)
         return RowStatistics(torch.where(counts, loss, zero), torch.where(counts, lse, zero), spread, top1)
-
-
-def _softmax_rows_backward_torch(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    statistics: RowStatistics,
-    options: HeadOptions,
-    up_logprob: torch.Tensor,
-    up_entropy: torch.Tensor | None,
-    grad: torch.Tensor,
-) -> None:
-    with torch.enable_grad():
-        leaf = logits.detach().requires_grad_()
-        again = softmax_rows_reference(leaf, labels, options.plain(), entropy=up_entropy is not None)
-        objective = -(up_logprob * again.loss).sum()
-        if up_entropy is not None:
-            objective = objective + (up_entropy * again.entropy).sum()
-        grad.copy_(torch.autograd.grad(objective, leaf)[0])
 
 
 def compile_examples(float_dtype: str) -> list[tuple]:
