@@ -96,6 +96,8 @@ class Warp:
             r[names[0]] = r[names[1]] * self.value(names[2]) + self.value(names[3])
         elif op == "ld.shared.b32":
             r[names[0]] = self.read(self.shared, r[names[1]], TABLE)
+        elif op == "ld.global.nc.b32":
+            r[names[0]] = self.read(self.memory, r[names[1]] + int(names[2]), X)
         elif op == "ld.global.nc.v4.b32":
             for i in range(4):
                 r[names[i]] = self.read(self.memory, r[names[4]] + int(names[5]) + 4 * i, X)
@@ -134,3 +136,16 @@ def test_a_pair_of_blocks_by_hand(rows):
                 want = expected[g + 8 * (i // 2), np.minimum(batch, rows - 1)].numpy()
                 got = warp.registers[f"${8 * column + 4 * part + i}"]
                 np.testing.assert_allclose(got[batch < rows], want[batch < rows], atol=1e-9)
+
+
+def test_the_side_path_by_hand():
+    b, t_values = torch.randn(16, 16).bfloat16(), torch.randn(8, 16).bfloat16()
+    g, t = LANES >> 2, LANES & 3
+    halves = bits(t_values).astype(np.int64)
+    operands = {"$4": X + (g * 16 + 2 * t) * 2, "$5": X + ((g + 8) * 16 + 2 * t) * 2}
+    operands |= {f"${6 + i}": halves[g, 8 * i + 2 * t] | halves[g, 8 * i + 2 * t + 1] << 16 for i in range(2)}
+    warp = Warp(operands, np.zeros(4, np.uint8), np.ascontiguousarray(bits(b)).view(np.uint8).reshape(-1))
+    warp.run(nf4_fragments.ADD_SIDE_BF16.value)
+    expected = (b.double() @ t_values.double().T).numpy()
+    for i in range(4):
+        np.testing.assert_allclose(warp.registers[f"${i}"], expected[g + 8 * (i // 2), 2 * t + i % 2], atol=1e-9)

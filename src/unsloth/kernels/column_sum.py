@@ -35,7 +35,8 @@ def column_sum(x: torch.Tensor, dtype: torch.dtype, split: int | None = None) ->
     early = overlaps_launches(x.device)
     with launch_on(x):
         column_sum_kernel[(triton.cdiv(n, 16), 1 if split is None else 2)](
-            x, y, rows, rows if split is None else split, n, x.stride(0), EARLY=early, ROWS=256, BLOCK=16, num_warps=8,
+            x, y, rows, rows if split is None else split, n, x.stride(0), EARLY=early,
+            ROWS=256 if rows <= 256 else 512, BLOCK=16, num_warps=8,
             **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
     return y

@@ -135,7 +135,9 @@ def layer_norm_backward(
     block, tile, warps = launch_shape(n)
     tiles = triton.cdiv(rows, tile)
     programs, stages, partial = tiles, 1, None
-    if grad_dtype is not None:
+    if grad_dtype is None:
+        warps = max(1, warps // 2)
+    else:
         per_processor, warps, stages = looped_shape(n, warps)
         programs = min(tiles, per_processor * processor_count(h.device))
         partial = torch.empty((programs, 2 * n), dtype=torch.float32, device=h.device)
@@ -151,7 +153,7 @@ def layer_norm_backward(
 
 def looped_shape(n: int, warps: int) -> tuple[int, int, int]:
     """Where programs loop over tiles to sum weight gradients: programs a multiprocessor, warps, stages of loads."""
-    return (1, max(1, warps // 2), 4) if n <= 4096 else (2, warps, 3 if n <= 8192 else 1)
+    return (1, warps, 5) if n <= 4096 else (2, warps, 3 if n <= 8192 else 1)
 
 
 class _LayerNorm(torch.autograd.Function):

@@ -19,12 +19,13 @@ instructions on them are written out. The layout of W is described in :mod:`unsl
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from unsloth.kernels.dispatch import capability, interpreting, launch_on, overlaps_launches, processor_count
+from unsloth.kernels.dispatch import capability, interpreting, launch_on, processor_count
 from unsloth.kernels.nf4 import NF4Weight, scale_arguments, scale_signature
 
 MOST_ROWS = 16
@@ -38,16 +39,36 @@ def takes_fragments(x: torch.Tensor, weight: NF4Weight) -> bool:
     return half and aligned and whole and x.shape[0] <= MOST_ROWS and capability(x.device) >= (8, 0)
 
 
+@dataclass(frozen=True)
+class LowRank:
+    """What is added to a product: ``scale * t @ b.T``.
+
+    Attributes:
+        projections: float32 [parts, M, R]; t is their sum over the parts, columns ``first`` to ``first + r``.
+        first: First column of t.
+        b: [N, r] of x's dtype, contiguous, r a multiple of 16.
+        scale: Its factor.
+    """
+
+    projections: torch.Tensor
+    first: int
+    b: torch.Tensor
+    scale: float
+
+
 def multiply_fragments(
-    x: torch.Tensor, weight: NF4Weight, *, early: bool = False, shape: tuple[int, int] | None = None
+    x: torch.Tensor,
+    weight: NF4Weight,
+    *,
+    side: LowRank | None = None,
+    shape: tuple[int, int] | None = None,
 ) -> torch.Tensor:
     """``x @ W.T`` for x [M, K] that :func:`takes_fragments` accepts.
 
     Args:
         x: [M, K].
         weight: The quantized matrix.
-        early: W was complete before the kernel ahead of this one began, so that this one may read it while that one is
-            still at work (on Hopper and later).
+        side: Added before the result is rounded, or None.
         shape: Overrides :func:`launch_shape`.
 
     Returns:
@@ -55,22 +76,26 @@ def multiply_fragments(
     """
     rows, (n, k) = x.shape[0], weight.shape
     y = torch.empty((rows, n), dtype=x.dtype, device=x.device)
-    warps, programs = shape or launch_shape(rows)
     tiles = triton.cdiv(n, 16)
+    warps, programs = shape or launch_shape(rows, tiles, processor_count(x.device))
     columns = triton.cdiv(rows, 8)
-    early = early and overlaps_launches(x.device)
+    parts, _, ranks = (0, 0, 0) if side is None else side.projections.shape
     with launch_on(x):
         nf4_fragments_kernel[(min(tiles, programs * processor_count(x.device)),)](
             x, weight.packed, *scale_arguments(weight), y, rows, n, k // 64, tiles, x.stride(0), y.stride(0),
-            BLOCKSIZE=weight.blocksize, NESTED=weight.nested, NESTED_BLOCKSIZE=weight.nested_blocksize,
-            HALF=x.dtype == torch.float16, EARLY=early, COLUMNS=columns, WARPS=warps, num_warps=warps,
-            **({"launch_pdl": True} if early else {}),
+            None if side is None else side.projections, None if side is None else side.b,
+            0.0 if side is None else side.scale, parts, ranks, 0 if side is None else side.first,
+            RANK=0 if side is None else side.b.shape[1], BLOCKSIZE=weight.blocksize, NESTED=weight.nested,
+            NESTED_BLOCKSIZE=weight.nested_blocksize,
+            HALF=x.dtype == torch.float16, COLUMNS=columns, WARPS=warps, num_warps=warps,
         )  # fmt: skip
     return y
 
 
-def launch_shape(rows: int) -> tuple[int, int]:
-    """Warps of a program (1, 2, 4 or 8), and programs a multiprocessor."""
+def launch_shape(rows: int, tiles: int, processors: int) -> tuple[int, int]:
+    """Warps of a program (1, 2, 4 or 8), and programs a multiprocessor: more warps where tiles are few."""
+    if tiles < 4 * processors:
+        return 8, 3 if rows <= 8 else 2
     return 4, 4 if rows <= 8 else 3
 
 
@@ -130,6 +155,21 @@ def _multiply_pair(columns: int, kind: str) -> tl.constexpr:
     return _assembly(*lines)
 
 
+def _add_side(kind: str) -> tl.constexpr:
+    """Fragment of 16 columns of B, rows at $4 (g) and $5 (g + 8), times the pairs $6 and $7 of t."""
+    loads = [f"ld.global.nc.b32 a{i}, [${4 + i % 2} + {i // 2 * 16}];" for i in range(4)]
+    product = (
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{$0, $1, $2, $3}}, {{a0, a1, a2, a3}}, {{$6, $7}}"
+    )
+    return _assembly(
+        ".reg .b32 a<4>;",
+        ".reg .f32 zero;",
+        "mov.f32 zero, 0f00000000;",
+        *loads,
+        f"{product}, {{zero, zero, zero, zero}};",
+    )
+
+
 THREAD = _assembly("mov.u32 $0, %tid.x;")
 TABLE = _assembly(".shared .align 128 .b8 table[32768];", "mov.u32 $0, table;")
 SUMS = tl.constexpr(
@@ -155,6 +195,8 @@ STORE_FP16 = _assembly(
 LOAD_PAIRS = _load_pairs()
 MULTIPLY_BF16 = tl.constexpr(tuple(_multiply_pair(c, "bf16").value if c in (1, 2) else "" for c in range(3)))
 MULTIPLY_FP16 = tl.constexpr(tuple(_multiply_pair(c, "f16").value if c in (1, 2) else "" for c in range(3)))
+ADD_SIDE_BF16, ADD_SIDE_FP16 = _add_side("bf16"), _add_side("f16")
+SUM_OF_FOUR = tl.constexpr((tl.float32,) * 4)
 EIGHT_WORDS = tl.constexpr((tl.int64,) * 8)
 SUM_TYPES = tl.constexpr(tuple((tl.float32,) * (8 * c) for c in range(3)))
 MULTIPLY_CONSTRAINTS = tl.constexpr(
@@ -181,6 +223,16 @@ def fill_table(code, HALF: tl.constexpr, THREADS: tl.constexpr):
         for i in tl.static_range(8):  # each lane begins elsewhere, so that a warp's stores fall into different banks
             assembly_int(FILL, "=r,r,r", [table + byte * 128 + ((thread + i) & 7) * 16, pair])
     return table
+
+
+@triton.jit
+def sum_parts(projections, at, parts, stride, HALF: tl.constexpr):
+    """Two neighbouring entries of the projections, summed over the parts, as a pair of 16-bit numbers."""
+    first, second = 0.0, 0.0
+    for part in range(parts):
+        first += tl.load(projections + part * stride + at)
+        second += tl.load(projections + part * stride + at + 1)
+    return assembly_int(PAIR_FP16 if HALF else PAIR_BF16, "=r,f,f", [first, second])
 
 
 @triton.jit
@@ -230,12 +282,11 @@ def of_quad(value, lane: tl.constexpr):
 @triton.jit
 def nf4_fragments_kernel(  # noqa: C901  its switches are compile-time constants
     x, words, code, absmax, nested_code, nested_absmax, offset, y, m, n, k_blocks, tiles, stride_x, stride_y,
+    projections, side_b, side_scale, parts, ranks, first_rank, RANK: tl.constexpr,
     BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, HALF: tl.constexpr,
-    EARLY: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr,
+    COLUMNS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """A program computes every tile of 16 outputs that is its own, for up to 8 * COLUMNS rows of x."""
-    if EARLY:
-        gdc_launch_dependents()
     thread = assembly_int(THREAD, "=r,r", [0])
     lane, warp = thread & 31, thread >> 5
     g, t = lane >> 2, lane & 3
@@ -256,12 +307,15 @@ def nf4_fragments_kernel(  # noqa: C901  its switches are compile-time constants
     table = fill_table(code, HALF, 32 * WARPS) + lane * 4
     sums = tl.inline_asm_elementwise(SUMS[WARPS], "=r,r", [0], dtype=tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()
-    if EARLY:
-        gdc_wait()
     inputs = tl.tuple(())
     for column in tl.static_range(COLUMNS):
         row = tl.minimum(column * 8 + g, m - 1)
         inputs = inputs + (x.to(tl.int64) + row.to(tl.int64) * stride_x * 2,)
+    thin = tl.tuple(())
+    for column in tl.static_range(COLUMNS):
+        for i in tl.static_range(RANK // 8):
+            at = tl.minimum(column * 8 + g, m - 1) * ranks + first_rank + 8 * i + 2 * t
+            thin = thin + (sum_parts(projections, at, parts, m * ranks, HALF),)
     parity = 0
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         total = (0.0,) * (4 * COLUMNS)
@@ -301,6 +355,20 @@ def nf4_fragments_kernel(  # noqa: C901  its switches are compile-time constants
                     value = total[i] + (first0 if i % 4 < 2 else first1) * (both - second)
                     grown = grown + (value + (second0 if i % 4 < 2 else second1) * second,)
                 total = grown
+        for s in tl.static_range(RANK // 16):  # every warp computes it, one counts it
+            factor = tl.where(warp == s % WARPS, side_scale, 0.0)
+            b_row0 = side_b.to(tl.int64) + (tl.minimum(tile * 16 + g, n - 1) * RANK + 16 * s + 2 * t) * 2
+            b_row1 = side_b.to(tl.int64) + (tl.minimum(tile * 16 + 8 + g, n - 1) * RANK + 16 * s + 2 * t) * 2
+            for column in tl.static_range(COLUMNS):
+                part = tl.inline_asm_elementwise(
+                    ADD_SIDE_FP16 if HALF else ADD_SIDE_BF16, "=&f,=&f,=&f,=&f,l,l,r,r",
+                    [b_row0, b_row1, thin[column * (RANK // 8) + 2 * s], thin[column * (RANK // 8) + 2 * s + 1]],
+                    dtype=SUM_OF_FOUR, is_pure=False, pack=1,
+                )  # fmt: skip
+                grown = tl.tuple(())
+                for i in tl.static_range(4 * COLUMNS):
+                    grown = grown + (total[i] + factor * part[i % 4] if i // 4 == column else total[i],)
+                total = grown
         for column in tl.static_range(COLUMNS):
             base = sums + parity * (WARPS * 512)
             assembly_int(
@@ -334,9 +402,11 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     signature = scale_signature() | {"x": "*bf16", "words": "*u8", "y": "*bf16"}
     signature |= dict.fromkeys(("m", "n", "k_blocks", "tiles", "stride_x", "stride_y"), "i32")
     examples = []
+    signature |= {"projections": "*fp32", "side_b": "*bf16", "side_scale": "fp32"}
+    signature |= dict.fromkeys(("parts", "ranks", "first_rank"), "i32")
     for columns, nested in ((1, True), (2, False)):
-        constants = {"BLOCKSIZE": 64, "NESTED": nested, "NESTED_BLOCKSIZE": 256, "HALF": not nested, "EARLY": False}
-        constants |= {"COLUMNS": columns, "WARPS": 4}
-        types = signature if nested else {**signature, "x": "*fp16", "y": "*fp16", "absmax": "*fp32"}
+        constants = {"BLOCKSIZE": 64, "NESTED": nested, "NESTED_BLOCKSIZE": 256, "HALF": not nested}
+        constants |= {"COLUMNS": columns, "WARPS": 4, "RANK": 32}
+        types = signature if nested else {**signature, "x": "*fp16", "y": "*fp16", "side_b": "*fp16", "absmax": "*fp32"}
         examples.append((nf4_fragments_kernel, types, constants, {"num_warps": 4}))
     return examples

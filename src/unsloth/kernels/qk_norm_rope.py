@@ -167,6 +167,7 @@ class _NormRope(torch.autograd.Function):
         dq, dk, partial = torch.empty_like(q), torch.empty_like(k), None
         if wanted:
             q_programs, k_programs = _share_programs(q_programs, k_programs, q.device)
+            constants["num_stages"] = 4
             partial = torch.empty((q_programs + k_programs, q.shape[-1]), dtype=torch.float32, device=q.device)
         if q_programs + k_programs:
             with launch_on(q):

@@ -134,10 +134,11 @@ def rms_norm_backward(
         return dx, torch.zeros_like(weight) if weight_grad else None
     block, tile, warps = launch_shape(n)
     tiles = triton.cdiv(rows, tile)
-    programs, stages = tiles, 1
     if weight_grad:
         per_processor, warps, stages = looped_shape(n, warps)
         programs = min(tiles, per_processor * processor_count(h.device))
+    else:
+        programs, warps, stages = tiles, max(1, warps // 2), 1
     partial = torch.empty((programs, n), dtype=torch.float32, device=h.device) if weight_grad else None
     with launch_on(h):
         rms_norm_backward_kernel[(programs,)](
