@@ -6,9 +6,10 @@ A matrix-vector product reads W once, so it should take as long as reading it; w
 instructions a value. Here a byte, which is two values, costs three: pick it out of its word, turn it into an address,
 load both values at once as a pair of 16-bit numbers from a table of 256 pairs in shared memory. Every lane has a copy
 of the table in its own bank, 32 KiB in all, so no two lanes ever wait for each other. The matrix units multiply the
-pairs with x as they lie, since the sum over k may run in any order: lane 4 g + t of a warp takes the bytes 8 t to
-8 t + 7 of a block of 64 values in the rows g and g + 8, and the same values of row g of x. Scales multiply the sums of
-64 products in float32, so what is rounded is the table alone (to x's dtype), the output aside.
+pairs with x as they lie, since the sum over k may run in any order: of a pair of blocks of 64 values, lane 4 g + t of a
+warp takes the bytes 16 t to 16 t + 15 in the rows g and g + 8, and the same 32 values of row g of x. The blocks have
+scales of their own, so the second block's sum is taken once more by itself, with the other lanes' x set to zero.
+Scales multiply these sums in float32: what is rounded is the table alone (to x's dtype), the output aside.
 
 A program goes through tiles of 16 rows of W. Its warps share K and add their sums through shared memory. The next
 words are on their way while the current ones are multiplied.
@@ -32,9 +33,10 @@ MOST_ROWS = 16
 
 
 def takes_fragments(x: torch.Tensor, weight: NF4Weight) -> bool:
-    """Whether the kernel can take rows ``x`` [M, K] of a supported number: 16-bit, on a card with bfloat16 products."""
+    """Whether the kernel can take ``x`` [M, K]: at most 16 aligned rows, 16-bit, on a card with bfloat16 products."""
     aligned = x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(1) == 1
     half = x.dtype in (torch.float16, torch.bfloat16) and not interpreting() and x.is_cuda
+    aligned = aligned and weight.packed.data_ptr() % 16 == 0
     whole = weight.shape[1] % 64 == 0 and weight.blocksize >= 64
     return half and aligned and whole and x.shape[0] <= MOST_ROWS and capability(x.device) >= (8, 0)
 
@@ -123,7 +125,7 @@ def _multiply_pair(columns: int, kind: str) -> tl.constexpr:
     column the address of x's values and whether the row exists (where it does not, nobody reads the sums).
     """
     first = 8 * columns
-    lines = [".reg .pred later, p;", ".reg .f32 zero;", ".reg .b32 w<8>, a<4>, x<16>, y<2>;"]
+    lines = [".reg .pred later, p;", ".reg .f32 zero;", f".reg .b32 w<8>, a<4>, x<{16 * columns}>, y<2>;"]
     lines += ["mov.f32 zero, 0f00000000;", f"setp.ne.u32 later, ${first + 5}, 0;"]
     lines += [f"mov.b64 {{w{2 * i}, w{2 * i + 1}}}, ${first + i};" for i in range(4)]
     for column in range(columns):
@@ -134,7 +136,6 @@ def _multiply_pair(columns: int, kind: str) -> tl.constexpr:
             four = ", ".join(f"x{16 * column + 4 * i + j}" for j in range(4))
             guard = "@p " if columns == 1 else ""
             lines.append(f"{guard}ld.global.nc.v4.b32 {{{four}}}, [${address} + {16 * i}];")
-    lines[2] = f".reg .b32 w<8>, a<4>, x<{16 * columns}>, y<2>;"
     for step in range(8):
         for register in range(4):
             byte, row = 2 * step + register // 2, register % 2
@@ -142,15 +143,14 @@ def _multiply_pair(columns: int, kind: str) -> tl.constexpr:
             lines.append(f"mad.lo.u32 a{register}, a{register}, 128, ${first + 4};")
             lines.append(f"ld.shared.b32 a{register}, [a{register}];")
         for column in range(columns):
-            for part, name in enumerate(("x", "y")):
-                index = 16 * column + 2 * step if part == 0 else 0
-                if part:
-                    lines += [f"selp.b32 y{i}, x{16 * column + 2 * step + i}, 0, later;" for i in range(2)]
+            pair = [f"x{16 * column + 2 * step + i}" for i in range(2)]
+            lines += [f"selp.b32 y{i}, {pair[i]}, 0, later;" for i in range(2)]
+            for part, (b0, b1) in enumerate((pair, ("y0", "y1"))):
                 sums = ", ".join(f"${8 * column + 4 * part + i}" for i in range(4))
                 before = "zero, zero, zero, zero" if step == 0 else sums
                 lines.append(
                     f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{{sums}}}, {{a0, a1, a2, a3}}, "
-                    f"{{{name}{index}, {name}{index + 1}}}, {{{before}}};"
+                    f"{{{b0}, {b1}}}, {{{before}}};"
                 )
     return _assembly(*lines)
 
@@ -401,9 +401,9 @@ def compile_examples(float_dtype: str) -> list[tuple]:
         return []
     signature = scale_signature() | {"x": "*bf16", "words": "*u8", "y": "*bf16"}
     signature |= dict.fromkeys(("m", "n", "k_blocks", "tiles", "stride_x", "stride_y"), "i32")
-    examples = []
     signature |= {"projections": "*fp32", "side_b": "*bf16", "side_scale": "fp32"}
     signature |= dict.fromkeys(("parts", "ranks", "first_rank"), "i32")
+    examples = []
     for columns, nested in ((1, True), (2, False)):
         constants = {"BLOCKSIZE": 64, "NESTED": nested, "NESTED_BLOCKSIZE": 256, "HALF": not nested}
         constants |= {"COLUMNS": columns, "WARPS": 4, "RANK": 32}
