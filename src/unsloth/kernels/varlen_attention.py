@@ -194,14 +194,14 @@ def _sdpa(q, k, v, cu, cu_keys, scale):
         if first == last:
             continue
         its_keys = slice(key_bounds[i], key_bounds[i + 1])
-        heads = (t[None].transpose(1, 2) for t in (q[first:last], k[its_keys], v[its_keys]))
+        queries, keys, values = (t[None].transpose(1, 2) for t in (q[first:last], k[its_keys], v[its_keys]))
         count, key_count = last - first, its_keys.stop - its_keys.start
         visible = None
         if count != key_count:
             visible = torch.ones(count, key_count, dtype=torch.bool, device=q.device).tril(key_count - count)
         grouped = q.shape[1] != k.shape[1]
         out = scaled_dot_product_attention(
-            *heads, attn_mask=visible, is_causal=visible is None, scale=scale, enable_gqa=grouped
+            queries, keys, values, attn_mask=visible, is_causal=visible is None, scale=scale, enable_gqa=grouped
         )
         parts.append(out[0].transpose(0, 1))
     return torch.cat(parts)
@@ -289,8 +289,9 @@ def varlen_attention(
     elif backend is None:
         backend = choose_backend(q, window=window, softcap=softcap, sinks=sinks is not None)
     if backend == "reference":
-        kwargs = {"keys": keys, "scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
-        return varlen_attention_reference(q, k, v, cu_seqlens, **kwargs)
+        return varlen_attention_reference(
+            q, k, v, cu_seqlens, keys=keys, scale=scale, window=window, softcap=softcap, sinks=sinks
+        )
     if backend == "flex":
         return _flex(q, k, v, cu_seqlens, scale, window, softcap, sinks)
     cu = cu_seqlens.to(torch.int32)
