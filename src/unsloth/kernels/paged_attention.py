@@ -93,6 +93,7 @@ def paged_attention_kernel(
         v = tl.load(v_ptr + v_at[:, None] + d[None, :], mask=(n[:, None] < stop) & (d[None, :] < D), other=0.0)
         if UPCAST:
             k, v = k.to(tl.float32), v.to(tl.float32)
+        k, v = k.to(q.dtype), v.to(q.dtype)  # a cache may hold eight-bit floats
         s = tl.dot(q, k, input_precision="ieee") * scale
         if CAP:
             s = softcap * (2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0)
@@ -166,7 +167,7 @@ def paged_attention(
 
     Args:
         q: (B, H, D).
-        k_cache: (pages, P, K, D), unit stride along D; K divides H.
+        k_cache: (pages, P, K, D), unit stride along D; K divides H. Of q's dtype, or E4M3.
         v_cache: Like ``k_cache``.
         page_table: (B, most pages of a sequence) int32 or int64; entries beyond a sequence's length are not read.
         lengths: (B,) int32 or int64 tokens in the cache, the new one included.
@@ -185,7 +186,8 @@ def paged_attention(
     batch, heads, dim = q.shape
     kv_heads = k_cache.shape[2]
     scale = dim**-0.5 if scale is None else scale
-    present = (q, k_cache, v_cache) if sinks is None else (q, k_cache, v_cache, sinks)
+    floats = [q, sinks] if k_cache.dtype == torch.float8_e4m3fn else [q, k_cache, v_cache, sinks]
+    present = [tensor for tensor in floats if tensor is not None]
     aligned = k_cache.stride(3) == 1 and v_cache.stride(3) == 1 and dim <= 256
     if not fast or not aligned or not dispatch.can_launch(*present):
         return _one_by_one(q, k_cache, v_cache, page_table, lengths, scale, window, softcap, sinks)
@@ -289,7 +291,7 @@ def _check(
             got=(tuple(q.shape), tuple(k_cache.shape), tuple(v_cache.shape)),
             do="Pass q (B, H, D) and caches (pages, P, K, D) with K dividing H.",
         )
-    if len({q.dtype, k_cache.dtype, v_cache.dtype}) > 1:
+    if k_cache.dtype != v_cache.dtype or k_cache.dtype not in (q.dtype, torch.float8_e4m3fn):
         raise ConfigError(
             "Queries and cache differ in dtype", got=(q.dtype, k_cache.dtype, v_cache.dtype), do="Cast the queries."
         )
