@@ -166,6 +166,58 @@ def export(
 
 
 @app.command()
+def serve(
+    model: ModelName,
+    name: Annotated[str | None, typer.Option(help="The model's name in requests; default: its folder's.")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="Serve this adapter too; may be repeated.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
+    api_key_file: Annotated[
+        str | None, typer.Option(help="File with the API key; default: UNSLOTH_API_KEY, or a new key.")
+    ] = None,
+    no_api_key: Annotated[bool, typer.Option("--no-api-key", help="Ask for no key; only on this machine.")] = False,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A further host name of this server; may be repeated.")
+    ] = None,
+    adapter_folder: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Requests may load adapters from here; default: they may not.")
+    ] = None,
+    max_seq_length: Annotated[int, typer.Option(min=1, help="Longest prompt and answer in tokens.")] = 4096,
+    max_requests: Annotated[int, typer.Option(min=1, help="Completions in flight, running or queued.")] = 1024,
+    drain_seconds: Annotated[
+        float, typer.Option(min=0, help="How long requests in flight may go on at the end.")
+    ] = 30.0,
+    memory: Annotated[float, typer.Option(min=0.05, max=1, help="Share of the GPU's memory to use.")] = 0.85,
+    precision: Precision = None,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Serve a model and adapters through the OpenAI interface."""
+    from unsloth.cli import serve as command
+
+    command.serve(
+        command.ServeCommand(
+            model=model,
+            name=name,
+            adapters=tuple(adapter or ()),
+            host=host,
+            port=port,
+            key_file=api_key_file,
+            no_key=no_api_key,
+            allowed_hosts=tuple(allow_host or ()),
+            adapter_folder=adapter_folder,
+            max_seq_length=max_seq_length,
+            max_requests=max_requests,
+            drain_seconds=drain_seconds,
+            memory=memory,
+            precision=precision,
+            trust_remote_code=trust_remote_code,
+        )
+    )
+
+
+@app.command()
 def estimate(
     config: ConfigFile,
     changes: Changes = None,
