@@ -344,7 +344,7 @@ def eval_tasks(
     output: EvalOutput = None,
     trust_remote_code: RemoteCode = False,
 ) -> None:
-    """Run tasks of the lm-evaluation-harness (pip install "unsloth[eval]")."""
+    """Run tasks of the lm-evaluation-harness, which the extra eval installs."""
     from unsloth.cli import evaluate as command
 
     options = command.EvalOptions(precision, batch_size, tokenizer, output, trust_remote_code)
