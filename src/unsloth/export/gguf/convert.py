@@ -18,6 +18,7 @@ from unsloth.export.gguf.file import Planned, Writer, as_bytes
 from unsloth.export.gguf.metadata import Metadata
 from unsloth.export.gguf.methods import Shape
 from unsloth.export.gguf.tensors import Rule
+from unsloth.export.gguf.vocabulary import Vocabulary
 from unsloth.models import families
 from unsloth.models.record import transformers_model
 
@@ -35,6 +36,7 @@ class Conversion:
         planned: The tensors of the file.
         extra: Tensors of the file that the model does not have, by name.
         metadata: Of the file.
+        vocabulary: Of the tokenizer.
         dtype: Of the weights.
         shape: Of the model, for the choice of types.
     """
@@ -44,6 +46,7 @@ class Conversion:
     planned: list[Planned]
     extra: dict[str, torch.Tensor]
     metadata: Metadata
+    vocabulary: Vocabulary
     dtype: str
     shape: Shape
 
@@ -111,7 +114,7 @@ def plan(
     queries, keys = config.num_attention_heads, config.num_key_value_heads
     large = config.num_hidden_layers == 80 and (spec.name == "qwen2" or (spec.name == "llama" and queries != keys))
     shape = Shape(config.num_hidden_layers, queries // keys, large)
-    return Conversion(model, found, planned, extra, made, dtype, shape)
+    return Conversion(model, found, planned, extra, made, words, dtype, shape)
 
 
 def _first(first_conversion: str | None, inner: PreTrainedModel) -> str:

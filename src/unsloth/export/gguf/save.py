@@ -202,7 +202,8 @@ class _Judge:
         self._reference: Reference | None = None
         reason = self._reason(options)
         if reason is None:
-            self._reference = check.reference(conversion.model, tokenizer, ends[0] if ends else None)
+            end = ends[0] if ends else None
+            self._reference = check.reference(conversion.model, tokenizer, end, conversion.vocabulary)
         else:
             self._engine = None
             self._notes.append(reason)
