@@ -89,6 +89,7 @@ class SaveOptions:
 
 
 SAVE_METHODS = ("lora", "merged_16bit")
+EXPORT_METHODS = (*SAVE_METHODS, "merged_4bit", "merged_4bit_forced")
 """The ways in which a result can be saved."""
 
 
