@@ -179,20 +179,21 @@ def _floats(raw: np.ndarray, kind: int) -> np.ndarray:
     return dequantize(raw, Type(kind))
 
 
-def running(path: Path, wanted: Reference, limit: float | None) -> verify.Comparison:
+def running(path: Path, wanted: Reference, limit: float | None, adapter: Path | None = None) -> verify.Comparison:
     """Run the file with llama.cpp, and compare tokens, end and logits.
 
     Args:
         path: The file, or its first shard.
         wanted: From :func:`reference`.
         limit: Largest median KL divergence in nats; None for any that is finite.
+        adapter: A LoRA adapter to run it with.
 
     Raises:
         ExportError: It does not load, or predicts something else.
         TokenizerError: It cuts texts otherwise, or stops at another token.
     """
     texts = list(TEXTS)
-    answer = runtime.ask(runtime.Request(path, ids=wanted.ids, texts=texts))
+    answer = runtime.ask(runtime.Request(path, ids=wanted.ids, texts=texts, adapter=adapter))
     for text, ours, theirs in zip(texts, wanted.tokens, answer.tokens, strict=True):
         if not wanted.words.is_known_gap(text):
             _same_tokens(text, ours, theirs)

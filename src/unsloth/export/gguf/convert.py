@@ -19,6 +19,7 @@ from unsloth.export.gguf.metadata import Metadata
 from unsloth.export.gguf.methods import Shape
 from unsloth.export.gguf.tensors import Rule
 from unsloth.export.gguf.vocabulary import Vocabulary
+from unsloth.export.merge import MergeOptions
 from unsloth.models import families
 from unsloth.models.record import transformers_model
 
@@ -39,6 +40,7 @@ class Conversion:
         vocabulary: Of the tokenizer.
         dtype: Of the weights.
         shape: Of the model, for the choice of types.
+        options: What is merged.
     """
 
     model: torch.nn.Module
@@ -49,6 +51,7 @@ class Conversion:
     vocabulary: Vocabulary
     dtype: str
     shape: Shape
+    options: MergeOptions = MergeOptions()
 
     @property
     def size(self) -> int:
@@ -64,7 +67,7 @@ class Conversion:
         with Writer(path, architecture, entries, self.planned, shard_bytes) as writer:
             for name, tensor in self.extra.items():
                 writer.put(name, as_bytes(tensor, by_name[name].type))
-            for name, tensor in merge.model_tensors(self.model, DTYPES[self.dtype]):
+            for name, tensor in merge.model_tensors(self.model, DTYPES[self.dtype], self.options):
                 rule = self.rules[name]
                 writer.put(rule.name, as_bytes(rule.apply(tensor), by_name[rule.name].type))
         return writer.paths

@@ -30,6 +30,7 @@ def save_pretrained_gguf(
     max_shard_size: int | str | None = None,
     maximum_memory_usage: float = 0.75,
     verify: bool = True,
+    save_method: str = "merged",
 ) -> str:
     """Save the model as GGUF, for llama.cpp, Ollama and what is built on them, with the adapter merged in.
 
@@ -50,9 +51,12 @@ def save_pretrained_gguf(
         max_shard_size: Largest file, such as ``"4GB"``; None writes one file a method.
         maximum_memory_usage: Share of the free memory that llama.cpp may take.
         verify: Whether llama.cpp runs the files, where it is installed.
+        save_method: ``"merged"``, or ``"lora"`` for the adapter alone, to be loaded beside a file of the base model;
+            ``quantization_method`` is then ``"f16"``, ``"f32"`` or ``"bf16"``.
 
     Returns:
-        The text of the Modelfile, which also stands in the folder and on ``tokenizer._ollama_modelfile``.
+        The text of the Modelfile, which also stands in the folder and on ``tokenizer._ollama_modelfile``; empty for
+        an adapter.
 
     Raises:
         ConfigError: An unknown method.
@@ -73,4 +77,9 @@ def save_pretrained_gguf(
         maximum_memory_usage=maximum_memory_usage,
         verify=verify,
     )
+    if save_method == "lora":
+        save.save_adapter(self, save_directory, tokenizer, options)
+        return ""
+    if save_method != "merged":
+        raise ConfigError('save_method is "merged" or "lora"', got=save_method)
     return save.save(self, save_directory, tokenizer, options)[1]
