@@ -18,7 +18,8 @@ from unsloth.core import artifact, device
 from unsloth.core.errors import ConfigError
 from unsloth.core.log import get_logger
 from unsloth.export import ollama, verify
-from unsloth.export.gguf import check, convert, lora, methods, quantize, runtime
+from unsloth.export.card import public_name
+from unsloth.export.gguf import card, check, convert, lora, methods, quantize, runtime
 from unsloth.export.gguf.check import Proof, Reference
 from unsloth.export.gguf.convert import Conversion
 from unsloth.export.gguf.file import Planned, Reader
@@ -112,7 +113,8 @@ def save(
     inner = transformers_model(model)
     name = _file_name(Path(inner.config._name_or_path or "model").name)
     ends = convert.ends_of(inner, tokenizer)
-    details: dict[str, Any] = {"base": inner.config._name_or_path, "files": _earlier(Path(folder))}
+    base, is_public = public_name(inner.config._name_or_path or "model")
+    details: dict[str, Any] = {"base": base, "files": _earlier(Path(folder))}
     saved = []
     with artifact.stage(folder, kind=KIND, details=details, existing="extend", needed_bytes=needed) as staging:
         judge = _Judge(conversion, tokenizer, ends, options)
@@ -130,6 +132,7 @@ def save(
         stops = [text for text in tokenizer.convert_ids_to_tokens(ends) if isinstance(text, str)]
         modelfile = ollama.modelfile(tokenizer, saved[0].files[0], stops)
         (staging / "Modelfile").write_text(modelfile, encoding="utf-8")
+        _write_card(Path(folder), staging, base, is_public, details["files"])
     for each in saved:
         logger.info("saved %s: %s", Path(folder) / each.files[0], each.proof)
     return saved, modelfile
@@ -151,22 +154,24 @@ def save_adapter(
     inner = transformers_model(model)
     name = _file_name(Path(inner.config._name_or_path or "model").name)
     plans = [(method, *lora.plan(model, conversion, method)) for method in _wanted(options.methods, conversion.dtype)]
-    details: dict[str, Any] = {"base": inner.config._name_or_path, "files": _earlier(Path(folder))}
+    base, is_public = public_name(inner.config._name_or_path or "model")
+    details: dict[str, Any] = {"base": base, "files": _earlier(Path(folder))}
     needed = conversion.size + sum(tensor.size for _, _, planned in plans for tensor in planned)
     saved = []
     with artifact.stage(folder, kind=KIND, details=details, existing="extend", needed_bytes=needed) as staging:
         judge = _Judge(conversion, tokenizer, convert.ends_of(inner, tokenizer), options)
-        base = staging / ".conversion" / "model.gguf"
-        base.parent.mkdir()
+        beside = staging / ".conversion" / "model.gguf"
+        beside.parent.mkdir()
         if judge.runs:
-            lora.base_of(conversion).write(base)
+            lora.base_of(conversion).write(beside)
         for method, made, planned in plans:
             path = staging / f"{name}.lora.{method.name.upper()}.gguf"
             lora.write(model, conversion, path, made, planned)
-            proof = judge.prove_adapter(base, path, made, planned)
+            proof = judge.prove_adapter(beside, path, made, planned)
             saved.append(Saved(method.name, (path.name,), proof))
             details["files"][path.name] = {"method": f"lora {method.name}", **proof.as_json()}
-        shutil.rmtree(base.parent)
+        shutil.rmtree(beside.parent)
+        _write_card(Path(folder), staging, base, is_public, details["files"])
     for each in saved:
         logger.info("saved %s: %s", Path(folder) / each.files[0], each.proof)
     return saved
@@ -205,6 +210,11 @@ def _plan(job: quantize.Job, conversion: Conversion) -> tuple[list[Planned], lis
             first.wanted.name,
         )
     return planned, replaced
+
+
+def _write_card(folder: Path, staging: Path, base: str, is_public: bool, files: Mapping[str, Any]) -> None:
+    if card.may_be_written(folder):
+        (staging / card.NAME).write_text(card.text(base, is_public, files), encoding="utf-8")
 
 
 def _file_name(name: str) -> str:
