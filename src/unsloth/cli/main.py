@@ -144,9 +144,39 @@ def export(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be written and how large it is; load no weights.")
     ] = False,
+    form: Annotated[
+        str, typer.Option("--format", help="safetensors, or gguf for llama.cpp and Ollama.")
+    ] = "safetensors",
+    quantization: Annotated[
+        list[str] | None,
+        typer.Option("--quantization", "-q", help="GGUF: such as q4_k_m, q8_0, f16; may be repeated."),
+    ] = None,
+    imatrix: Annotated[str | None, typer.Option(help="GGUF: an importance matrix in llama.cpp's format.")] = None,
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Write a model or adapter in another form."""
+    if form not in ("safetensors", "gguf"):
+        raise ConfigError("unknown --format", got=form, do="Use safetensors or gguf.")
+    if form == "gguf":
+        from unsloth.cli import export_gguf
+
+        if dry_run or further or scale != 1.0 or base_weight:
+            raise ConfigError("--dry-run, --with, --scale and --base-weight do not work with --format gguf")
+        export_gguf.export(
+            export_gguf.GgufOptions(
+                name=model,
+                out=out,
+                methods=tuple(quantization or ("fast_quantized",)),
+                imatrix=imatrix,
+                adapter_only=method == "lora",
+                precision=precision,
+                maximum_memory_usage=maximum_memory_usage,
+                push_to=push_to,
+                public=public,
+                trust_remote_code=trust_remote_code,
+            )
+        )
+        return
     from unsloth.cli import run_config
 
     if method not in run_config.EXPORT_METHODS:
@@ -414,7 +444,7 @@ def eval_tasks(
     output: EvalOutput = None,
     trust_remote_code: RemoteCode = False,
 ) -> None:
-    """Run tasks of the lm-evaluation-harness (pip install "unsloth[eval]")."""
+    """Run tasks of the lm-evaluation-harness, which the extra eval installs."""
     from unsloth.cli import evaluate as command
 
     options = command.EvalOptions(precision, batch_size, tokenizer, output, trust_remote_code)
