@@ -14,7 +14,8 @@ The activation's kernels make t_d and the adapter gradients that need h, de or d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -81,34 +82,76 @@ class _LoraMlp(torch.autograd.Function):
         x, t_gu, gated, t_d, *pairs = ctx.saved_tensors
         adapters, needs = gather_adapters(pairs, ctx.scales), ctx.needs_input_grad
         with torch.autocast(x.device.type, enabled=False):
-            group = _down_group(ctx.down, adapters, ctx.dtype, gated.shape[1] // 2, again=False)
             flat = grad.to(ctx.dtype).reshape(x.shape[0], grad.shape[-1])
-            wide, p = project_gradients([flat], group)
-            dh = group.input_gradient(wide, p)
-            db_d = matmul_wide(flat.t(), t_d) if needs[12] else None
-            p = p.clone() if group.room else p
-            del wide
+            kept = MlpKept(x, t_gu, gated, t_d)
+            dx, found = mlp_backward(
+                lambda: LoraGroup(ctx.gate_up, adapters[:2], ctx.dtype, again=False),
+                lambda: _down_group(ctx.down, adapters, ctx.dtype, gated.shape[1] // 2, again=False),
+                kept,
+                flat,
+                ctx.activation,
+                needs=(needs[0], *needs[7:]),
+            )
+        dx = None if dx is None else dx.view(ctx.shape).to(ctx.x_dtype)
+        return dx, *[None] * 6, *finish_gradients(found, pairs, ctx.scales, needs[7:])
 
-            group = LoraGroup(ctx.gate_up, adapters[:2], ctx.dtype, again=False)
-            ranks = group.rank_slices()
-            width = gated.shape[1]
-            wide = torch.empty(x.shape[0], width + group.room, dtype=ctx.dtype, device=x.device)
-            thin = (t_gu[:, ranks[0]], t_gu[:, ranks[1]])
-            da_d, db_g, db_u = glu_backward(dh, gated, ctx.activation, p, thin, wide[:, :width])
-            del dh
-            p_gu = _project_gated(wide, width, group)
-            grads = [wide] if group.room else [wide[:, part] for part in group.out_slices()]
-            dx = group.input_gradient(grads, p_gu).view(ctx.shape).to(ctx.x_dtype) if needs[0] else None
-            da_gu = matmul_wide(p_gu.t(), x) if needs[7] or needs[9] else None
-        found = [
-            None if da_gu is None else da_gu[ranks[0]],
-            db_g.t(),
-            None if da_gu is None else da_gu[ranks[1]],
-            db_u.t(),
-            da_d,
-            db_d,
-        ]
-        return dx, *[None] * 6, *_finish(found, pairs, ctx.scales, needs[7:])
+
+@dataclass(frozen=True, slots=True)
+class MlpKept:
+    """What the backward of an MLP reads.
+
+    Attributes:
+        x: (M, K).
+        t_gu: (M, columns) x A^T of gate and up.
+        gated: (M, 2 I) gate(x) and up(x), or with room for the projections of their gradients behind.
+        t_d: (M, columns) h A^T of down.
+    """
+
+    x: torch.Tensor
+    t_gu: torch.Tensor
+    gated: torch.Tensor
+    t_d: torch.Tensor
+
+
+def mlp_backward(
+    gate_up: Callable[[], LoraGroup],
+    down: Callable[[], LoraGroup],
+    kept: MlpKept,
+    grad: torch.Tensor,
+    activation: str,
+    needs: Sequence[bool],
+    *,
+    overwrite: bool = False,
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """(dx or None, dA and dB of gate, up and down in float32, not yet scaled).
+
+    Args:
+        gate_up: Yields the group of gate and up, when it is its turn.
+        down: Yields that of down.
+        kept: Of the forward.
+        grad: (M, H).
+        activation: As in the forward.
+        needs: Whether x and each A and B want a gradient.
+        overwrite: Write the gradients of gate(x) and up(x) over ``kept.gated``, which has room behind them.
+    """
+    group = down()
+    wide, p = project_gradients([grad], group)
+    dh = group.input_gradient(wide, p)
+    db_d = matmul_wide(grad.t(), kept.t_d) if needs[6] else None
+    p = p.clone() if group.room else p
+    del wide, group
+    group = gate_up()
+    ranks, width = group.rank_slices(), sum(group.outs)
+    wide = kept.gated if overwrite else dh.new_empty(dh.shape[0], width + group.room)
+    thin = (kept.t_gu[:, ranks[0]], kept.t_gu[:, ranks[1]])
+    da_d, db_g, db_u = glu_backward(dh, kept.gated[:, :width], activation, p, thin, wide[:, :width])
+    del dh
+    p_gu = _project_gated(wide, width, group)
+    grads = [wide] if group.room else [wide[:, part] for part in group.out_slices()]
+    dx = group.input_gradient(grads, p_gu) if needs[0] else None
+    da_gu = matmul_wide(p_gu.t(), kept.x) if needs[1] or needs[3] else None
+    da_g, da_u = (None, None) if da_gu is None else (da_gu[ranks[0]], da_gu[ranks[1]])
+    return dx, [da_g, db_g.t(), da_u, db_u.t(), da_d, db_d]
 
 
 def _down_group(
@@ -138,7 +181,7 @@ def _project_gated(wide: torch.Tensor, width: int, group: LoraGroup) -> torch.Te
     return tail
 
 
-def _finish(
+def finish_gradients(
     found: Sequence[torch.Tensor | None],
     pairs: Sequence[torch.Tensor | None],
     scales: Sequence[float],

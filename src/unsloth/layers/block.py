@@ -20,6 +20,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from unsloth.layers.fast import Fast, is_untouched
 from unsloth.layers.norm import NormOptions, add_and_normalize
+from unsloth.layers.read_block import read_block
+from unsloth.layers.whole_block import whole_block
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class BlockOptions:
         residual_scale: s.
         attention_dropout: Between attention and the residual stream, or None.
         mlp_dropout: Between the MLP and the residual stream, or None.
+        whole: Whether to train as one function (:mod:`unsloth.layers.whole_block`) in calls that allow it.
     """
 
     attention: str
@@ -51,6 +54,7 @@ class BlockOptions:
     residual_scale: float = 1.0
     attention_dropout: str | None = None
     mlp_dropout: str | None = None
+    whole: bool = False
 
 
 def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -60,7 +64,11 @@ def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -
     fast: Fast = self.unsloth_fast
     if args:
         return fast.decline(self, "positional arguments", hidden_states, *args, **kwargs)
-    fast.took()
+    parts = read_block(self, hidden_states, kwargs) if fast.options.whole else "not asked for"
+    if not isinstance(parts, str):
+        fast.took()
+        return whole_block(hidden_states, parts)
+    fast.took(but=f"not as one function: {parts}" if fast.options.whole else None)
     if _must_checkpoint(self):
         # a block that is computed twice must not write to a cache; transformers says so to the user
         kwargs = {name: value for name, value in kwargs.items() if not isinstance(value, Cache)} | {"use_cache": False}

@@ -31,6 +31,7 @@ def plan(
     *,
     family: spec.ModelSpec | None = None,
     attention: bool | None = None,
+    whole: bool | None = None,
     also: Sequence[Replacement] = (),
 ) -> PatchPlan:
     """Make a plan for ``model``, which is not changed.
@@ -40,6 +41,8 @@ def plan(
         family: Its spec; None looks it up.
         attention: Whether to compute scores by :mod:`unsloth.layers.packed_attention` where the model is set to
             ``sdpa``; None means: on a GPU, where that has kernels.
+        whole: Whether blocks train as one function each (:mod:`unsloth.layers.whole_block`), in calls that allow it;
+            None means: on a GPU.
         also: Further replacements, such as of the output head.
 
     Raises:
@@ -57,8 +60,9 @@ def plan(
             "", inner, f"no spec for {inner.config.model_type} in this form: blocks run as transformers wrote them"
         )
     else:
-        _Family(draft, family).add()
-        if attention or (attention is None and inner.device.type == "cuda"):
+        on_gpu = inner.device.type == "cuda"
+        _Family(draft, family, on_gpu if whole is None else whole).add()
+        if attention or (attention is None and on_gpu):
             _add_scores(draft, family)
     _add_linears(draft)
     draft.replacements += also
@@ -162,8 +166,8 @@ class _Draft:
 class _Family:
     """Adds the parts of a family's blocks to a draft."""
 
-    def __init__(self, draft: _Draft, family: spec.ModelSpec) -> None:
-        self.draft, self.family, self.config = draft, family, draft.model.config
+    def __init__(self, draft: _Draft, family: spec.ModelSpec, whole: bool) -> None:
+        self.draft, self.family, self.config, self.whole = draft, family, draft.model.config, whole
 
     def add(self) -> None:
         """Every block, then what surrounds them."""
@@ -208,6 +212,7 @@ class _Family:
             residual_scale=spec.factor(self.config, parts.residual_scale),
             attention_dropout=parts.attention_dropout,
             mlp_dropout=parts.mlp_dropout,
+            whole=self.whole,
         )
         covers = [] if second is None else [self.draft.module(second)]
         new = "block" if second is None else f"block, addition with {parts.mlp_input_norm}"
