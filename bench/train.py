@@ -27,6 +27,7 @@ import random_llama
 import torch
 import transformers
 import triton
+from torch.autograd import DeviceType
 
 from unsloth.layers import fused_head
 from unsloth.models import record
@@ -199,7 +200,8 @@ def profile(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, Any]:
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as found:
         forward(model, ids).backward()
         synchronize()
-    events = [(e.name, e.device_time_total / 1e3) for e in found.events() if e.device_time_total > 0]
+    on_gpu = [event for event in found.events() if event.device_type == DeviceType.CUDA]
+    events = [(event.name, event.time_range.elapsed_us() / 1e3) for event in on_gpu]
     by_kind: Counter[str] = Counter()
     by_name: Counter[str] = Counter()
     for name, ms in events:
