@@ -122,6 +122,7 @@ def mlp_backward(
     needs: Sequence[bool],
     *,
     overwrite: bool = False,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
     """(dx or None, dA and dB of gate, up and down in float32, not yet scaled).
 
@@ -133,6 +134,7 @@ def mlp_backward(
         activation: As in the forward.
         needs: Whether x and each A and B want a gradient.
         overwrite: Write the gradients of gate(x) and up(x) over ``kept.gated``, which has room behind them.
+        out: (M, K) to write dx into.
     """
     group = down()
     wide, p = project_gradients([grad], group)
@@ -148,7 +150,7 @@ def mlp_backward(
     del dh
     p_gu = _project_gated(wide, width, group)
     grads = [wide] if group.room else [wide[:, part] for part in group.out_slices()]
-    dx = group.input_gradient(grads, p_gu) if needs[0] else None
+    dx = group.input_gradient(grads, p_gu, out=out) if needs[0] else None
     da_gu = matmul_wide(p_gu.t(), kept.x) if needs[1] or needs[3] else None
     da_g, da_u = (None, None) if da_gu is None else (da_gu[ranks[0]], da_gu[ranks[1]])
     return dx, [da_g, db_g.t(), da_u, db_u.t(), da_d, db_d]

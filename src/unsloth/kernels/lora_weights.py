@@ -359,23 +359,27 @@ class LoraGroup:
                 part.addmm_(projected[:, ranks], self.sb(i, x.dtype).t())
         return y
 
-    def add_forward(self, residual: torch.Tensor, x: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        """As :meth:`forward` of a group of one linear, added to ``residual`` (M, O) before it is rounded."""
+    def add_forward(
+        self, residual: torch.Tensor, x: torch.Tensor, projected: torch.Tensor, *, out: torch.Tensor
+    ) -> torch.Tensor:
+        """Into ``out``, :meth:`forward` of a group of one linear plus ``residual`` (M, O), rounded as one sum."""
         if self.padded is not None:
             weight = self.padded.buffer[: self.padded.out_features, : self.in_features + self.room].t()
-            return torch.addmm(residual, x, weight)
-        y = torch.addmm(residual, x, self.weights[0].t())
+            return torch.addmm(residual, x, weight, out=out)
+        y = torch.addmm(residual, x, self.weights[0].t(), out=out)
         return y.addmm_(projected, self.sb(0, x.dtype).t()) if self.columns else y
 
-    def input_gradient(self, grads: Sequence[torch.Tensor], projected: torch.Tensor) -> torch.Tensor:
+    def input_gradient(
+        self, grads: Sequence[torch.Tensor], projected: torch.Tensor, *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """(M, K) gradient; ``grads`` is one (M, O + room) in the padded form, one (M, out_i) a linear in the plain one.
 
-        ``projected`` is g sB (M, columns).
+        ``projected`` is g sB (M, columns); written to ``out`` if given.
         """
         if self.padded is not None:
             rows = self.padded.out_features + self.room
-            return torch.mm(grads[0], self.padded.buffer[:rows, : self.in_features])
-        dx = torch.mm(grads[0], self.weights[0])
+            return torch.mm(grads[0], self.padded.buffer[:rows, : self.in_features], out=out)
+        dx = torch.mm(grads[0], self.weights[0], out=out)
         for g, weight in zip(grads[1:], self.weights[1:], strict=True):
             dx.addmm_(g, weight)
         if self.columns:

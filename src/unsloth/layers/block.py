@@ -22,6 +22,7 @@ from unsloth.layers.fast import Fast, is_untouched
 from unsloth.layers.norm import NormOptions, add_and_normalize
 from unsloth.layers.read_block import read_block
 from unsloth.layers.whole_block import whole_block
+from unsloth.memory.keeper import Keeper
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class BlockOptions:
         residual_scale: s.
         attention_dropout: Between attention and the residual stream, or None.
         mlp_dropout: Between the MLP and the residual stream, or None.
-        whole: Whether to train as one function (:mod:`unsloth.layers.whole_block`) in calls that allow it.
+        keeper: Decides on the memory of blocks that train as one function (:mod:`unsloth.layers.whole_block`), as this
+            one does in calls that allow it; None: never.
+        number: Of the block, from 0.
     """
 
     attention: str
@@ -54,7 +57,8 @@ class BlockOptions:
     residual_scale: float = 1.0
     attention_dropout: str | None = None
     mlp_dropout: str | None = None
-    whole: bool = False
+    keeper: Keeper | None = None
+    number: int = 0
 
 
 def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -64,11 +68,14 @@ def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -
     fast: Fast = self.unsloth_fast
     if args:
         return fast.decline(self, "positional arguments", hidden_states, *args, **kwargs)
-    parts = read_block(self, hidden_states, kwargs) if fast.options.whole else "not asked for"
-    if not isinstance(parts, str):
+    if fast.options.keeper is None or not torch.is_grad_enabled():
         fast.took()
-        return whole_block(hidden_states, parts)
-    fast.took(but=f"not as one function: {parts}" if fast.options.whole else None)
+    else:
+        parts = read_block(self, hidden_states, kwargs)
+        if not isinstance(parts, str):
+            fast.took()
+            return whole_block(hidden_states, parts)
+        fast.took(but=f"not as one function: {parts}")
     if _must_checkpoint(self):
         # a block that is computed twice must not write to a cache; transformers says so to the user
         kwargs = {name: value for name, value in kwargs.items() if not isinstance(value, Cache)} | {"use_cache": False}

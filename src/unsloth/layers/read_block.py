@@ -15,11 +15,16 @@ from unsloth.kernels.causal_attention import Visible, choose_backend
 from unsloth.kernels.lora_linear import product_dtype
 from unsloth.kernels.rope import RopeTables
 from unsloth.layers import attention, mlp
+from unsloth.layers.block_mlp import MlpParts
+from unsloth.layers.block_sizes import LEAN_TILE, TILE, block_sizes
 from unsloth.layers.fast import has_foreign_forward, is_swapped, is_untouched
 from unsloth.layers.linear import Frozen, read_all
 from unsloth.layers.norm import NormOptions
 from unsloth.layers.packed_attention import NAME, documents_of
 from unsloth.layers.whole_block import Parts
+from unsloth.memory import checkpointing
+from unsloth.memory.budget import Place
+from unsloth.memory.keeper import Decision
 
 _UNREAD = {
     "position_embeddings", "position_ids", "use_cache", "cache_position", "num_items_in_batch", "return_dict",
@@ -50,11 +55,10 @@ def read_block(block: torch.nn.Module, x: torch.Tensor, kwargs: Mapping[str, Any
     head_norms = _norms([(attend, name) for name in of_attention.head_norms or ()], of_attention.head_norm, x)
     if norms is None or head_norms is None:
         return "a norm that is trained, or of another kind or dtype"
-    recompute = block.training and getattr(block, "gradient_checkpointing", False)
     for module in (attend, feed, getattr(block, options.input_norm), getattr(attend, of_attention.output)):
         if is_swapped(module):
             module.unsloth_fast.took()
-    return _parts(x, kwargs, attend, of_attention, of_mlp, linears, norms, head_norms, recompute)
+    return _parts(block, x, kwargs, attend, of_attention, of_mlp, linears, norms, head_norms)
 
 
 def _call(x: torch.Tensor, kwargs: Mapping[str, Any]) -> str | None:
@@ -114,6 +118,7 @@ def _norms(
 
 
 def _parts(
+    block: Any,
     x: torch.Tensor,
     kwargs: Mapping[str, Any],
     attend: Any,
@@ -122,28 +127,42 @@ def _parts(
     linears: list[Frozen],
     norms: list[tuple[torch.Tensor, NormOptions]],
     head_norms: list[tuple[torch.Tensor, NormOptions]],
-    recompute: bool,
 ) -> Parts | str:
     visible = _visible(x, kwargs.get("position_ids"), attend, options.window)
     backend = choose_backend(x.device, x.dtype, options.head_dim, visible)
     if backend is None:
         return "no attention kernel that hands out its log-sum-exp"
+    heads = (options.heads, options.key_heads, options.head_dim)
+    decision = _decide(block, x, heads, linears)
+    tile = LEAN_TILE if decision.lean else TILE
     return Parts(
-        norms=(norms[0], norms[1]),
+        norm=norms[0],
         qkv=tuple(linears[: len(options.projections)]),
         output=linears[-4],
-        gate_up=(linears[-3], linears[-2]),
-        down=linears[-1],
-        heads=(options.heads, options.key_heads, options.head_dim),
+        mlp=MlpParts(*norms[1], (linears[-3], linears[-2]), linears[-1], of_mlp.activation, tile),
+        heads=heads,
         head_norms=(head_norms[0][0], head_norms[1][0]) if head_norms else None,
         head_norm=options.head_norm,
         tables=_tables(x, options, attend, kwargs.get("position_embeddings")),
         visible=visible,
         scale=options.scale,
         backend=backend,
-        activation=of_mlp.activation,
-        recompute=recompute,
+        decision=decision,
+        keeper=block.unsloth_fast.options.keeper,
     )
+
+
+def _decide(block: Any, x: torch.Tensor, heads: tuple[int, int, int], linears: list[Frozen]) -> Decision:
+    """What becomes of this block's values."""
+    options = block.unsloth_fast.options
+    policy = checkpointing.policy_of(block)
+    if policy is False:
+        return Decision(Place.KEEP, lean=False)
+    sizes = block_sizes(x.shape[0] * x.shape[1], x.shape[2], heads, linears, x.element_size())
+    trained = [adapter for linear in linears if (adapter := linear.adapter) is not None]
+    # gradients, and two moments in float32 at most
+    later = 3 * options.keeper.layers * sum(adapter.a.nbytes + adapter.b.nbytes for adapter in trained)
+    return options.keeper.decide(options.number, policy, sizes, later, x.device)
 
 
 def _visible(x: torch.Tensor, positions: torch.Tensor | None, attend: Any, window: int | None) -> Visible:

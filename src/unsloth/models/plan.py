@@ -20,6 +20,7 @@ from unsloth.core.errors import PlanError
 from unsloth.layers import attention as attention_layer
 from unsloth.layers import block, linear, mlp, norm
 from unsloth.layers.fast import Fast, has_foreign_forward, is_swapped
+from unsloth.memory.keeper import Keeper
 from unsloth.models import families, record, spec
 from unsloth.models.patch import AttentionSwap, ForwardSwap, LeftAlone, PatchPlan, Replacement
 
@@ -167,7 +168,8 @@ class _Family:
     """Adds the parts of a family's blocks to a draft."""
 
     def __init__(self, draft: _Draft, family: spec.ModelSpec, whole: bool) -> None:
-        self.draft, self.family, self.config, self.whole = draft, family, draft.model.config, whole
+        self.draft, self.family, self.config = draft, family, draft.model.config
+        self.keeper = Keeper(len(list(draft.module(family.layers).children()))) if whole else None
 
     def add(self) -> None:
         """Every block, then what surrounds them."""
@@ -177,7 +179,7 @@ class _Family:
             path = f"{family.layers}.{i}"
             self._add_attention(f"{path}.{family.attention.path}", i)
             self._add_mlp(f"{path}.{family.mlp.path}")
-            self._add_block(path)
+            self._add_block(path, i)
         self._add_norm(family.final_norm)
         self.draft.leave(family.embedding, self.draft.module(family.embedding), "a look-up")
         self.draft.leave(family.rotary, self.draft.module(family.rotary), "makes its tables once for all blocks")
@@ -191,7 +193,7 @@ class _Family:
         options = self._norm_options(path)
         self.draft.swap(path, norm.forward, options, f"{options.kind} norm", "one pass over memory")
 
-    def _add_block(self, path: str) -> None:
+    def _add_block(self, path: str, number: int) -> None:
         family, parts = self.family, self.family.block
         for name in (parts.input_norm, parts.attention_norm, parts.mlp_norm):
             if name is not None:
@@ -212,7 +214,8 @@ class _Family:
             residual_scale=spec.factor(self.config, parts.residual_scale),
             attention_dropout=parts.attention_dropout,
             mlp_dropout=parts.mlp_dropout,
-            whole=self.whole,
+            keeper=self.keeper,
+            number=number,
         )
         covers = [] if second is None else [self.draft.module(second)]
         new = "block" if second is None else f"block, addition with {parts.mlp_input_norm}"

@@ -1,0 +1,93 @@
+"""How much of a forward pass may stay for the backward pass, and which layer's share stays where.
+
+Between forward and backward every layer has a part that must exist somewhere (its input and attention's output: the
+least), and a rest that can be computed again from it. Where memory is short the least part moves to host memory; where
+it is plentiful the rest stays too. Layers are released in the reverse of their order, so the last ones are the ones to
+keep whole, and the first ones have the most time to move out and back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from unsloth.core.errors import ConfigError
+
+
+class Place(Enum):
+    """What becomes of a layer's values between forward and backward.
+
+    Attributes:
+        KEEP: All that the backward reads stays on the device.
+        RECOMPUTE: The least stays on the device, the rest is computed again.
+        OFFLOAD: The least goes to host memory, the rest is computed again.
+    """
+
+    KEEP = "keep"
+    RECOMPUTE = "recompute"
+    OFFLOAD = "offload"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that layers may keep between forward and backward.
+
+    Attributes:
+        device: On the device, with what one layer needs while it is computed again; None: what is free when a forward
+            pass begins.
+        host: Pinned host memory; None: up to half of what is free there; 0: none.
+    """
+
+    device: int | None = None
+    host: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("device", "host"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+                raise ConfigError(
+                    f"a memory budget's {name} must be a number of bytes", got=value, do="Pass an int, or None."
+                )
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """Bytes of one layer for a batch.
+
+    Attributes:
+        least: What must exist between forward and backward, and can move to the host.
+        fixed: What must exist and stays on the device.
+        rest: What a layer keeps beside them that computes nothing again.
+        working: What the backward of one layer holds at once beside its own least part, computed again or not.
+    """
+
+    least: int
+    fixed: int
+    rest: int
+    working: int
+
+
+def assign(layers: int, sizes: LayerSizes, device: int, host: int, staging: int = 3) -> tuple[Place, ...]:
+    """The place of every layer, first to last.
+
+    Args:
+        layers: How many, all alike.
+        sizes: Of one.
+        device: Bytes for them on the device.
+        host: Bytes for them on the host.
+        staging: Layers whose least part is on the device while it moves.
+
+    Returns:
+        Some (or no) layers offloaded, then some recomputed, then some kept. Where even offloading all of them does not
+        fit, as many are offloaded as the host takes.
+    """
+    room = device - sizes.working - layers * sizes.fixed
+    spare = room - layers * sizes.least
+    if spare >= 0:
+        kept = min(layers, spare // sizes.rest) if sizes.rest else layers
+        return (Place.RECOMPUTE,) * (layers - kept) + (Place.KEEP,) * kept
+    fits = max(0, room // sizes.least - staging)
+    offloaded = min(layers - min(fits, layers), host // sizes.least)
+    if not offloaded:
+        return (Place.RECOMPUTE,) * layers
+    return (Place.OFFLOAD,) * offloaded + (Place.RECOMPUTE,) * (layers - offloaded)

@@ -1,0 +1,113 @@
+"""Decides, for one model, what becomes of each layer's values between forward and backward, and moves those that go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from unsloth.core.device import free_memory
+from unsloth.core.log import get_logger
+from unsloth.memory.arena import Arena
+from unsloth.memory.budget import Budget, LayerSizes, Place, assign
+from unsloth.memory.checkpointing import Policy
+from unsloth.memory.offload import Offloader, Parcel
+
+_RESERVE = 2**30
+_RESERVED_SHARE = 0.04
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """For one layer of one forward pass.
+
+    Attributes:
+        place: Of its values.
+        lean: Whether memory is so short that time is spent to hold less of it at once.
+    """
+
+    place: Place
+    lean: bool
+
+
+class Keeper:
+    """State that the layers of one model share: the places of the pass that is running, and what is on the host.
+
+    A copy starts anew, with nothing of the original's memory.
+
+    Args:
+        layers: How many there are.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+        self.places: tuple[Place, ...] = ()
+        self._offloader: Offloader | None = None
+        self._asked: tuple[Policy, LayerSizes] | None = None
+
+    def __reduce__(self) -> tuple:
+        return Keeper, (self.layers,)
+
+    def decide(
+        self, layer: int, policy: Policy | None, sizes: LayerSizes, later: int, device: torch.device
+    ) -> Decision:
+        """The decision for layer number ``layer``; that of all is made when the first one asks.
+
+        Args:
+            layer: From 0.
+            policy: None keeps everything.
+            sizes: Of every layer, for this batch.
+            later: Bytes of the device that the rest of the step will need: gradients, optimizer state.
+            device: Where it computes.
+        """
+        if policy is None or policy is False:
+            return Decision(Place.KEEP, lean=False)
+        if policy is True or device.type != "cuda" and policy == "unsloth":
+            return Decision(Place.RECOMPUTE, lean=False)
+        if layer == 0 or self._asked != (policy, sizes):
+            budget = policy if isinstance(policy, Budget) else Budget()
+            self._asked = policy, sizes
+            host = self._host_bytes(budget)
+            self.places = assign(self.layers, sizes, _device_bytes(budget, later, device), host)
+            self._prepare(host, sizes, device)
+        return Decision(self.places[layer], lean=Place.OFFLOAD in self.places)
+
+    def send(self, tensors: list[torch.Tensor]) -> Parcel | None:
+        """Move contiguous ``tensors`` to the host; None if there is no room."""
+        return None if self._offloader is None else self._offloader.send(tensors)
+
+    def _host_bytes(self, budget: Budget) -> int:
+        """The limit of the arena, there or to come."""
+        if budget.host is not None:
+            return budget.host
+        if self._offloader is not None:
+            return self._offloader.arena.limit
+        return (free_memory(torch.device("cpu")) or 0) // 2
+
+    def _prepare(self, limit: int, sizes: LayerSizes, device: torch.device) -> None:
+        """Reserve host memory for what will go there."""
+        count = self.places.count(Place.OFFLOAD)
+        if not count:
+            return
+        if self._offloader is None or self._offloader.arena.limit != limit:
+            self._offloader = Offloader(Arena(limit, pin=device.type == "cuda"), device)
+        arena = self._offloader.arena
+        missing = count * sizes.least - (arena.reserved - arena.used)
+        if missing > 0 and arena.reserve(missing):
+            logger.info(
+                "activations: %d of %d layers wait in host memory, %.1f GiB pinned",
+                count,
+                self.layers,
+                arena.reserved / 2**30,
+            )
+
+
+def _device_bytes(budget: Budget, later: int, device: torch.device) -> int:
+    if budget.device is not None:
+        return budget.device
+    if device.type != "cuda":
+        return 0
+    reserve = max(_RESERVE, int(_RESERVED_SHARE * torch.cuda.mem_get_info(device)[1]))
+    return max(0, (free_memory(device) or 0) - later - reserve)
