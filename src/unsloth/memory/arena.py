@@ -1,17 +1,15 @@
 """One piece of host memory that a GPU can read and write while it computes, cut into slices.
 
-Torch's own allocator of such (pinned) memory rounds every request up to a power of two, and never gives any back. Here
-memory is reserved in the sizes that are asked for, and freed with the arena.
+Memory is reserved in the sizes that are asked for, and freed with the arena.
 """
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 
 import torch
 
-from unsloth.core.errors import UnslothError
+from unsloth.memory.pinned import PinnedMemory
 
 _ALIGNMENT = 4096
 
@@ -44,9 +42,7 @@ class Arena:
     def __init__(self, limit: int, *, pin: bool) -> None:
         self.limit, self.pin = limit, pin
         self._blocks: list[torch.Tensor] = []
-        self._pinned: list[int] = []
-        if pin:
-            weakref.finalize(self, _unpin, self._pinned)
+        self._pinned: list[PinnedMemory] = []
         self._free: list[list[tuple[int, int]]] = []
 
     @property
@@ -66,8 +62,7 @@ class Arena:
             return False
         memory = torch.empty(size, dtype=torch.uint8)
         if self.pin:
-            _pin(memory)
-            self._pinned.append(memory.data_ptr())
+            self._pinned.append(PinnedMemory(memory))
         self._blocks.append(memory)
         self._free.append([(0, size)])
         return True
@@ -98,18 +93,3 @@ def aligned(size: int) -> int:
     """Bytes that a slice of ``size`` takes."""
     return -(-max(size, 1) // _ALIGNMENT) * _ALIGNMENT
 
-
-def _pin(memory: torch.Tensor) -> None:
-    size = memory.numel()
-    code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))
-    if code:
-        raise UnslothError(
-            "host memory for activations cannot be pinned",
-            got=f"{size / 2**30:.1f} GiB, CUDA error {code}",
-            do="Give a smaller budget: use_gradient_checkpointing=Budget(host=...), or raise the limit (ulimit -l).",
-        )
-
-
-def _unpin(addresses: list[int]) -> None:
-    for address in addresses:
-        torch.cuda.cudart().cudaHostUnregister(address)
