@@ -29,7 +29,12 @@ import transformers
 import triton
 from torch.autograd import DeviceType
 
-from unsloth.layers import fused_head
+from unsloth.core.errors import UnslothError
+from unsloth.layers import fused_head, host_embedding
+from unsloth.layers.block import BlockOptions
+from unsloth.layers.fast import Fast
+from unsloth.memory import checkpointing
+from unsloth.memory.budget import Budget
 from unsloth.models import record
 from unsloth.models.patch import PatchPlan
 from unsloth.models.plan import plan
@@ -98,21 +103,26 @@ class Way:
     """A way to train: switched on for a model, measured, switched off.
 
     Args:
-        name: ``hf``, ``liger`` or ``ours``, then ``-keep`` to keep all activations instead of recomputing them.
+        name: ``hf``, ``liger`` or ``ours``, then ``-keep`` to keep all activations instead of recomputing them. Of ours
+            also ``-parts`` (recomputing, no block as one function), ``-auto`` (as memory allows), or a number: GiB of
+            the device for activations. Then ``+host``: with the input embedding in host memory.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.kind, _, self.policy = name.partition("-")
+        way, _, self.embedding = name.partition("+")
+        self.kind, _, self.policy = way.partition("-")
         self.made: PatchPlan | None = None
+        self.original: torch.nn.Module | None = None
 
     def enter(self, model: torch.nn.Module) -> None:
         """Change the model."""
         inner = record.transformers_model(model)
-        if self.policy == "keep":
-            inner.gradient_checkpointing_disable()
-        else:
-            inner.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpointing.apply(inner, self.memory())
+        if self.embedding:
+            self.original = inner.get_input_embeddings()
+            host_embedding.move(inner)
+            self.original.to("cpu")
         if self.kind == "ours":
             self.made = plan(model, attention=True, whole=self.policy != "parts")
             self.made.apply()
@@ -122,8 +132,16 @@ class Way:
 
             apply_liger_kernel_to_llama(model=inner)
 
+    def memory(self) -> checkpointing.Policy:
+        """The memory policy of the name."""
+        if self.policy in ("keep", "auto", "", "parts"):
+            return {"keep": False, "auto": "unsloth"}.get(self.policy, True)
+        return Budget(device=int(float(self.policy) * 2**30))
+
     def leave(self, model: torch.nn.Module) -> None:
         """Take it back, Liger's excepted, which cannot be: it comes last."""
+        if self.original is not None:
+            record.transformers_model(model).set_input_embeddings(self.original.to(DEVICE))
         if self.made is not None:
             fused_head.remove(record.transformers_model(model))
             self.made.undo()
@@ -259,8 +277,8 @@ def run_case(
             expected = expected or (loss, found)
             values = measure_steps(model, way, case, vocabulary, steps)
             more = profile(model, ids)
-        except torch.OutOfMemoryError as error:
-            print(f"{case} {name}: out of memory: {str(error)[:120]}")
+        except (RuntimeError, UnslothError) as error:  # out of memory among others
+            print(f"{case} {name}: {type(error).__name__}: {str(error)[:500]}", flush=True)
             continue
         finally:
             clean(model)
@@ -290,6 +308,9 @@ def show(rows: list[Row], longest: list[tuple[str, float]] | None = None, made: 
     for name, ms in longest or ():
         print(f"        {ms:8.2f} ms  {name}")
     if made is not None:
+        keepers = {r.fast.options.keeper for r in made.replacements if isinstance(getattr(r, "fast", None), Fast)
+                   and isinstance(r.fast.options, BlockOptions)}  # fmt: skip
+        print("      places:", [dict(Counter(p.value for p in k.places)) for k in keepers if k is not None])
         print("\n".join(line for line in str(made).splitlines() if "partly" in line or "declined" in line))
 
 

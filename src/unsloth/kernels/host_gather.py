@@ -1,7 +1,7 @@
 """Rows of a matrix in host memory, gathered by the GPU itself: ``y[i] = weight[ids[i]]``.
 
 The matrix is pinned (see :mod:`unsloth.memory.pinned`), so kernels read it by its address over the bus. Only the rows
-that are asked for travel, and the host neither waits for the ids nor touches the rows. Bytes over the bus: M K elements.
+that are asked for travel, and the host neither waits for the ids nor touches the rows. Bytes over the bus: M K values.
 Shapes: M ids, V rows of K values.
 """
 

@@ -92,4 +92,3 @@ class Arena:
 def aligned(size: int) -> int:
     """Bytes that a slice of ``size`` takes."""
     return -(-max(size, 1) // _ALIGNMENT) * _ALIGNMENT
-
