@@ -310,7 +310,7 @@ def show(rows: list[Row], longest: list[tuple[str, float]] | None = None, made: 
     if made is not None:
         keepers = {r.fast.options.keeper for r in made.replacements if isinstance(getattr(r, "fast", None), Fast)
                    and isinstance(r.fast.options, BlockOptions)}  # fmt: skip
-        print("      places:", [dict(Counter(p.value for p in k.places)) for k in keepers if k is not None])
+        print("      places:", [dict(Counter(p.value for p in k.assignment.places)) for k in keepers if k is not None])
         print("\n".join(line for line in str(made).splitlines() if "partly" in line or "declined" in line))
 
 

@@ -82,7 +82,7 @@ def budgeted(model, policy):
 
 
 def places(made):
-    return blocks(made)[0].fast.options.keeper.places
+    return blocks(made)[0].fast.options.keeper.assignment.places
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

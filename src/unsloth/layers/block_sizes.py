@@ -34,14 +34,25 @@ def block_sizes(
     inner = down.base.in_features
     attended, projected = heads[0] * heads[2], (heads[0] + 2 * heads[1]) * heads[2]
     thin = [_columns(group) for group in (qkv, [output], [gate, up], [down])]
-    tile = min(rows, LEAN_TILE)
-    weights = (2 * inner + thin[2]) * (width + thin[2]) + (width + thin[3]) * (inner + thin[3])
-    again = rows * (projected + width + sum(thin[:3]))
+    again = rows * (projected + width + sum(thin[:2]))
+    of_mlp = (2 * inner + thin[2]) * (width + thin[2]), (width + thin[3]) * (inner + thin[3])
+    of_attention = (projected + thin[0]) * (width + thin[0]) + (width + thin[1]) * (attended + thin[1])
+
+    def mlp(tile: int) -> int:
+        """While the MLP's gradients are made: three values of the width of its input, and a tile of its inner ones."""
+        return again + rows * (4 * width + thin[2]) + min(tile, rows) * (3 * inner + thin[2] + width) + sum(of_mlp)
+
+    # while attention's are: those of q, k and v, of its output, and the sum of q's in float32
+    scores = again + rows * (2 * width + attended + projected) + rows * attended * 4 // itemsize
+    kept = again + rows * (3 * width + inner + thin[2]) + max(of_mlp)
+    lean, quick = max(mlp(LEAN_TILE), scores), max(mlp(TILE) + rows * width, scores) + of_attention
     return LayerSizes(
         least=aligned(rows * width * itemsize) + aligned(rows * attended * itemsize),
         fixed=rows * (heads[0] * 4 + thin[3] * itemsize),
-        rest=(again + rows * (2 * inner + thin[2])) * itemsize,
-        working=(again + tile * (3 * inner + thin[2]) + weights + 4 * rows * width) * itemsize,
+        rest=(again + rows * (2 * inner + 2 * thin[2])) * itemsize,
+        working=lean * itemsize,
+        quick=(quick - lean) * itemsize,
+        keeping=max(0, kept - lean - again) * itemsize,
     )
 
 

@@ -13,6 +13,9 @@ from enum import Enum
 
 from unsloth.core.errors import ConfigError
 
+STAGING = 3
+"""Layers whose values are on the device while they move out or back."""
+
 
 class Place(Enum):
     """What becomes of a layer's values between forward and backward.
@@ -58,17 +61,42 @@ class LayerSizes:
         least: What must exist between forward and backward, and can move to the host.
         fixed: What must exist and stays on the device.
         rest: What a layer keeps beside them that computes nothing again.
-        working: What the backward of one layer holds at once beside its own least part, computed again or not.
+        working: What the backward of one layer holds at once beside its own least part, at the least.
+        quick: How much more it holds where it spends memory to save time.
+        keeping: How much more it holds if it was kept.
     """
 
     least: int
     fixed: int
     rest: int
     working: int
+    quick: int = 0
+    keeping: int = 0
 
 
-def assign(layers: int, sizes: LayerSizes, device: int, host: int, staging: int = 3) -> tuple[Place, ...]:
-    """The place of every layer, first to last.
+@dataclass(frozen=True)
+class Assignment:
+    """What becomes of the layers of one pass.
+
+    Attributes:
+        places: Of every layer, first to last: some (or none) offloaded, then some recomputed, then some kept.
+        lean: Whether memory is so short that time is spent to hold less of it at once.
+    """
+
+    places: tuple[Place, ...]
+    lean: bool
+
+    def device_bytes(self, sizes: LayerSizes, staging: int = STAGING) -> int:
+        """Bytes on the device when the backward of the last layer runs, the most there is for layers."""
+        count = {place: self.places.count(place) for place in Place}
+        least = count[Place.KEEP] + count[Place.RECOMPUTE] + min(staging, count[Place.OFFLOAD])
+        between = len(self.places) * sizes.fixed + least * sizes.least + count[Place.KEEP] * sizes.rest
+        more = sizes.keeping if count[Place.KEEP] else 0 if self.lean else sizes.quick
+        return between + sizes.working + more
+
+
+def assign(layers: int, sizes: LayerSizes, device: int, host: int, staging: int = STAGING) -> Assignment:
+    """Decide for every layer.
 
     Args:
         layers: How many, all alike.
@@ -78,16 +106,19 @@ def assign(layers: int, sizes: LayerSizes, device: int, host: int, staging: int 
         staging: Layers whose least part is on the device while it moves.
 
     Returns:
-        Some (or no) layers offloaded, then some recomputed, then some kept. Where even offloading all of them does not
-        fit, as many are offloaded as the host takes.
+        What keeps most and fits. Where offloading every layer does not fit, as many are offloaded as the host takes.
     """
     room = device - sizes.working - layers * sizes.fixed
     spare = room - layers * sizes.least
     if spare >= 0:
-        kept = min(layers, spare // sizes.rest) if sizes.rest else layers
-        return (Place.RECOMPUTE,) * (layers - kept) + (Place.KEEP,) * kept
+        most = layers if not sizes.rest else max(0, spare - sizes.keeping) // sizes.rest
+        kept = min(layers, most)
+        return Assignment((Place.RECOMPUTE,) * (layers - kept) + (Place.KEEP,) * kept, lean=spare < sizes.quick)
     fits = max(0, room // sizes.least - staging)
     offloaded = min(layers - min(fits, layers), host // sizes.least)
-    if not offloaded:
-        return (Place.RECOMPUTE,) * layers
-    return (Place.OFFLOAD,) * offloaded + (Place.RECOMPUTE,) * (layers - offloaded)
+    return Assignment((Place.OFFLOAD,) * offloaded + (Place.RECOMPUTE,) * (layers - offloaded), lean=True)
+
+
+def fixed_assignment(layers: int, place: Place) -> Assignment:
+    """The same place for every layer, without counting bytes."""
+    return Assignment((place,) * layers, lean=place is Place.OFFLOAD)

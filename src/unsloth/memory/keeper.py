@@ -9,7 +9,7 @@ import torch
 from unsloth.core.device import free_memory
 from unsloth.core.log import get_logger
 from unsloth.memory.arena import Arena
-from unsloth.memory.budget import Budget, LayerSizes, Place, assign
+from unsloth.memory.budget import Assignment, Budget, LayerSizes, Place, assign
 from unsloth.memory.checkpointing import Policy
 from unsloth.memory.offload import Offloader, Parcel
 
@@ -43,7 +43,7 @@ class Keeper:
 
     def __init__(self, layers: int) -> None:
         self.layers = layers
-        self.places: tuple[Place, ...] = ()
+        self.assignment = Assignment((), lean=False)
         self._offloader: Offloader | None = None
         self._asked: tuple[Policy, LayerSizes] | None = None
 
@@ -70,9 +70,9 @@ class Keeper:
             budget = policy if isinstance(policy, Budget) else Budget()
             self._asked = policy, sizes
             host = self._host_bytes(budget)
-            self.places = assign(self.layers, sizes, _device_bytes(budget, later, device), host)
+            self.assignment = assign(self.layers, sizes, _device_bytes(budget, later, device), host)
             self._prepare(host, sizes, device)
-        return Decision(self.places[layer], lean=Place.OFFLOAD in self.places)
+        return Decision(self.assignment.places[layer], self.assignment.lean)
 
     def send(self, tensors: list[torch.Tensor]) -> Parcel | None:
         """Move contiguous ``tensors`` to the host; None if there is no room."""
@@ -88,7 +88,7 @@ class Keeper:
 
     def _prepare(self, limit: int, sizes: LayerSizes, device: torch.device) -> None:
         """Reserve host memory for what will go there."""
-        count = self.places.count(Place.OFFLOAD)
+        count = self.assignment.places.count(Place.OFFLOAD)
         if not count:
             return
         if self._offloader is None or self._offloader.arena.limit != limit:
