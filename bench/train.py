@@ -245,6 +245,7 @@ def gradients(model: torch.nn.Module, ids: torch.Tensor) -> tuple[float, torch.T
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     """Of the angle between two gradients."""
+    a, b = a.double(), b.double()
     return (torch.dot(a, b) / (a.norm() * b.norm())).item()
 
 

@@ -60,6 +60,14 @@ class BlockOptions:
     keeper: Keeper | None = None
     number: int = 0
 
+    def peculiarity(self) -> str | None:
+        """Why a block like this cannot be one function, or None."""
+        plain = self.attention_norm is None and self.mlp_norm is None and not self.parallel
+        plain = plain and self.residual_scale == 1.0 and not self.attention_dropout and not self.mlp_dropout
+        if not plain or self.norm is None or self.norm.kind != "rms" or self.input_norm is None:
+            return "a block of another structure"
+        return None
+
 
 def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """The forward of a decoder layer: (B, T, K) to (B, T, K)."""

@@ -17,7 +17,7 @@ from unsloth.kernels.rope import RopeTables
 from unsloth.layers import attention, mlp
 from unsloth.layers.block_mlp import MlpParts
 from unsloth.layers.block_sizes import LEAN_TILE, TILE, block_sizes
-from unsloth.layers.fast import has_foreign_forward, is_swapped, is_untouched
+from unsloth.layers.fast import is_swapped, is_untouched
 from unsloth.layers.linear import Frozen, read_all
 from unsloth.layers.norm import NormOptions
 from unsloth.layers.packed_attention import NAME, documents_of
@@ -36,7 +36,7 @@ def read_block(block: torch.nn.Module, x: torch.Tensor, kwargs: Mapping[str, Any
     """The parts of a call of ``block`` with input ``x`` (B, T, K), or why it must be made of separate functions."""
     options = block.unsloth_fast.options  # type: ignore[union-attr]
     attend, feed = getattr(block, options.attention), getattr(block, options.mlp)
-    reason = _call(x, kwargs) or _structure(options) or _modules(attend, feed)
+    reason = _call(x, kwargs) or options.peculiarity() or _modules(attend, feed)
     if reason is not None:
         return reason
     of_attention: attention.AttentionOptions = attend.unsloth_fast.options
@@ -75,17 +75,9 @@ def _call(x: torch.Tensor, kwargs: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _structure(options: Any) -> str | None:
-    plain = options.attention_norm is None and options.mlp_norm is None and not options.parallel
-    plain = plain and options.residual_scale == 1.0 and not options.attention_dropout and not options.mlp_dropout
-    if not plain or options.norm is None or options.norm.kind != "rms" or options.input_norm is None:
-        return "a block of another structure"
-    return None
-
-
 def _modules(attend: torch.nn.Module, feed: torch.nn.Module) -> str | None:
     for module in (attend, feed):
-        if not is_swapped(module) or not is_untouched(module) or has_foreign_forward(module):
+        if not is_swapped(module) or not is_untouched(module):
             return "attention or an MLP that is not swapped, or has hooks"
     return None
 

@@ -88,11 +88,14 @@ class Assignment:
 
     def device_bytes(self, sizes: LayerSizes, staging: int = STAGING) -> int:
         """Bytes on the device when the backward of the last layer runs, the most there is for layers."""
+        more = sizes.keeping if Place.KEEP in self.places else 0 if self.lean else sizes.quick
+        return self.waiting_bytes(sizes, staging) + sizes.working + more
+
+    def waiting_bytes(self, sizes: LayerSizes, staging: int = STAGING) -> int:
+        """Bytes on the device between the forward of the last layer and its backward."""
         count = {place: self.places.count(place) for place in Place}
         least = count[Place.KEEP] + count[Place.RECOMPUTE] + min(staging, count[Place.OFFLOAD])
-        between = len(self.places) * sizes.fixed + least * sizes.least + count[Place.KEEP] * sizes.rest
-        more = sizes.keeping if count[Place.KEEP] else 0 if self.lean else sizes.quick
-        return between + sizes.working + more
+        return len(self.places) * sizes.fixed + least * sizes.least + count[Place.KEEP] * sizes.rest
 
 
 def assign(layers: int, sizes: LayerSizes, device: int, host: int, staging: int = STAGING) -> Assignment:

@@ -45,7 +45,7 @@ class Keeper:
         self.layers = layers
         self.assignment = Assignment((), lean=False)
         self._offloader: Offloader | None = None
-        self._asked: tuple[Policy, LayerSizes] | None = None
+        self._asked: tuple[Policy, LayerSizes, torch.device] | None = None
 
     def __reduce__(self) -> tuple:
         return Keeper, (self.layers,)
@@ -66,12 +66,14 @@ class Keeper:
             return Decision(Place.KEEP, lean=False)
         if policy is True or device.type != "cuda" and policy == "unsloth":
             return Decision(Place.RECOMPUTE, lean=False)
-        if layer == 0 or self._asked != (policy, sizes):
+        if layer == 0:
             budget = policy if isinstance(policy, Budget) else Budget()
-            self._asked = policy, sizes
+            self._asked = policy, sizes, device
             host = self._host_bytes(budget)
             self.assignment = assign(self.layers, sizes, _device_bytes(budget, later, device), host)
             self._prepare(host, sizes, device)
+        if self._asked != (policy, sizes, device):  # another device, or called on its own
+            return Decision(Place.RECOMPUTE, lean=True)
         return Decision(self.assignment.places[layer], self.assignment.lean)
 
     def send(self, tensors: list[torch.Tensor]) -> Parcel | None:

@@ -18,6 +18,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from unsloth.core import device
 from unsloth.models import adapters, load, plan, record
 from unsloth.models.patch import PatchPlan
+from unsloth.train import block_memory
 
 _ATTENTION = "unsloth_shapes"
 _BLOCK, _NESTED_BLOCK = 64, 256  # of NF4 with double quantization, see quant/nf4.py
@@ -31,11 +32,13 @@ class Skeleton:
         model: The model.
         shapes: The mode that its tensors belong to: operations on them must run under it.
         plan: What would be swapped in the loaded model; the skeleton itself keeps its layers.
+        blocks: Its blocks, if they would train as one function each on a GPU.
     """
 
     model: PreTrainedModel | PeftModel
     shapes: FakeTensorMode
     plan: PatchPlan
+    blocks: block_memory.Blocks | None
 
 
 def build(config: PretrainedConfig, options: load.LoadOptions, adapter: adapters.AdapterOptions | None) -> Skeleton:
@@ -77,11 +80,13 @@ def build(config: PretrainedConfig, options: load.LoadOptions, adapter: adapters
             ),
         )
         adapted = model if precision == "full" else adapters.add(model, adapter or adapters.AdapterOptions())
-    planned = plan.plan(adapted)  # while its weights are still of the classes that loaded ones have
+    # while its weights are still of the classes that loaded ones have
+    planned, whole = plan.plan(adapted), plan.plan(adapted, whole=True)
+    blocks = block_memory.find(whole, record.transformers_model(adapted))
     shapes = FakeTensorMode(allow_non_fake_inputs=True)
     with shapes:
         _give_shapes(adapted)
-    return Skeleton(adapted, shapes, planned)
+    return Skeleton(adapted, shapes, planned, blocks)
 
 
 def precision_of(config: PretrainedConfig, options: load.LoadOptions) -> record.Precision:
