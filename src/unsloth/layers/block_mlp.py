@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from unsloth.kernels.glu_adapters import glu_forward
-from unsloth.kernels.lora_mlp import MlpKept, mlp_backward
+from unsloth.kernels.lora_mlp import GateUpKept, down_gradients, gate_up_gradients
 from unsloth.kernels.lora_weights import LoraGroup
 from unsloth.layers.direct import norm
 from unsloth.layers.linear import Frozen, weights_of
@@ -112,27 +112,34 @@ def mlp_gradients(
         needs: Whether each A and B wants a gradient.
     """
     needs, dtype = (True, *needs), h.dtype
-    if inner is not None:
-        n = torch.empty_like(h)
-        norm(h, parts.weight, parts.options, n)
-        kept = MlpKept(n, inner.t_gu, inner.gated, t_d)
-        gate_up, down = (lambda: group_of(parts.gate_up, dtype)), (lambda: group_of([parts.down], dtype))
-        dn, found = mlp_backward(gate_up, down, kept, grad, parts.activation, needs, overwrite=True)
-        assert dn is not None
-        return dn, found
-    group, last = group_of(parts.gate_up, dtype), group_of([parts.down], dtype)
-    wide, _ = _normed(parts, group, h, None)
-    n, t_gu, dn = wide[:, : h.shape[1]], tail_of(wide, group), torch.empty_like(h)
-    total: list[torch.Tensor | None] = []
-    for part in _tiles(h.shape[0], parts.tile):
-        gated = _gated(group, wide[part], None)
-        kept = MlpKept(n[part], t_gu[part], gated, t_d[part])
+    tiles = list(_tiles(h.shape[0], h.shape[0] if inner is not None else parts.tile))
+    dn, total = torch.empty_like(h), []
+    group, down, kept, wide = None, None, None, None
+    for part in tiles:
+        down = group_of([parts.down], dtype) if down is None else down
+        dh, p, db = down_gradients(down, t_d[part], grad[part], needs[6])
+        if len(tiles) == 1:
+            down = None  # a dequantized weight, before the next one is made
+        if group is None or kept is None or wide is None:
+            group, wide, kept = _gate_up(parts, h, inner)
+        gated = _gated(group, wide[part], None) if inner is None else kept.gated
+        piece = GateUpKept(kept.x[part], kept.t_gu[part], gated)
         del gated
-        _, found = mlp_backward(
-            lambda: group, lambda: last, kept, grad[part], parts.activation, needs, overwrite=True, out=dn[part]
-        )
-        total = _sum(total, found)
+        _, found = gate_up_gradients(group, piece, dh, p, parts.activation, needs[:5], overwrite=True, out=dn[part])
+        del dh, piece
+        total = _sum(total, [*found, db])
     return dn, total
+
+
+def _gate_up(parts: MlpParts, h: torch.Tensor, inner: MlpInner | None) -> tuple[LoraGroup, torch.Tensor, GateUpKept]:
+    """The group of gate and up, its input, and what its backward reads: gate and up themselves only if kept."""
+    group = group_of(parts.gate_up, h.dtype)
+    if inner is None:
+        wide, _ = _normed(parts, group, h, None)
+        return group, wide, GateUpKept(wide[:, : h.shape[1]], tail_of(wide, group), h.new_empty(0))
+    n = torch.empty_like(h)
+    norm(h, parts.weight, parts.options, n)
+    return group, n, GateUpKept(n, inner.t_gu, inner.gated)
 
 
 def _normed(
