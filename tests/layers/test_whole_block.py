@@ -233,3 +233,42 @@ def test_a_copy_of_the_model_has_a_memory_of_its_own():
     keepers = {id(layer.unsloth_fast.options.keeper) for layer in theirs}
     assert len(keepers) == 1 and id(ours[0].unsloth_fast.options.keeper) not in keepers
     assert tiny.worst(run(copied), expected) < 1e-12
+
+
+def test_held_weights_serve_every_step_and_follow_adapters_and_base():
+    model = make("llama", quantized=True)
+    made = plan(model, attention=True, whole=True)
+    made.apply()
+    keeper = blocks(made)[0].fast.options.keeper
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    for step in range(3):
+        budgeted(model, Budget(device=2**30))
+        found = run(model)
+        assert keeper.assignment.holding == 2 and set(keeper.held(1)) == {"qkv", "output", "gate_up", "down"}
+        budgeted(model, False)
+        assert tiny.worst(found, run(model)) < 1e-6
+        with torch.no_grad():
+            for parameter in adapters:
+                parameter.data.add_(0.1 * (step + 1))  # as optimizers do that do not raise the version
+    budgeted(model, Budget(device=2**30))
+    before = run(model)
+    layer = model.get_base_model().model.layers[0].mlp.down_proj
+    layer.merge()
+    layer.unmerge()
+    assert not torch.equal(run(model)[0], before[0])
+    found = run(model)
+    budgeted(model, False)
+    assert tiny.worst(found, run(model)) < 1e-6
+
+
+def test_held_weights_go_when_there_is_no_room():
+    model = make("llama", quantized=True)
+    made = plan(model, attention=True, whole=True)
+    made.apply()
+    keeper = blocks(made)[0].fast.options.keeper
+    budgeted(model, Budget(device=2**30))
+    run(model)
+    assert set(keeper._held) == {0, 1}
+    budgeted(model, Budget(device=0, host=2**20))
+    run(model)
+    assert keeper._held == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 
 import pytest
@@ -65,3 +66,13 @@ def test_whatever_is_chosen_fits_and_could_not_keep_one_more(device):
 def test_budgets_are_bytes(value):
     with pytest.raises(ConfigError, match="number of bytes"):
         Budget(device=value)
+
+
+def test_what_is_left_after_values_holds_weights():
+    sizes = dataclasses.replace(SIZES, weights=30)
+    everything = 107 + 8 + 80 + 400
+    assert assign(8, sizes, everything + 29, 0).holding == 0
+    assert assign(8, sizes, everything + 95, 0).holding == 3
+    assert assign(8, sizes, everything + 95, 0).device_bytes(sizes) == everything + 90
+    assert assign(8, sizes, everything + 1000, 0).holding == 8
+    assert assign(8, sizes, everything - 1, 0).holding == 0

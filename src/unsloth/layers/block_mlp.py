@@ -18,8 +18,8 @@ from unsloth.kernels.glu_adapters import glu_forward
 from unsloth.kernels.lora_mlp import GateUpKept, down_gradients, gate_up_gradients
 from unsloth.kernels.lora_weights import LoraGroup
 from unsloth.layers.direct import norm
-from unsloth.layers.linear import Frozen, weights_of
 from unsloth.layers.norm import NormOptions
+from unsloth.layers.site import Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ class MlpParts:
 
     weight: torch.Tensor
     options: NormOptions
-    gate_up: tuple[Frozen, Frozen]
-    down: Frozen
+    gate_up: Site
+    down: Site
     activation: str
     tile: int
 
@@ -56,16 +56,11 @@ class MlpInner:
     gated: torch.Tensor
 
 
-def group_of(linears: Sequence[Frozen], dtype: torch.dtype) -> LoraGroup:
-    """Linears of one input, ready to multiply."""
-    return LoraGroup(weights_of(linears, dtype), [linear.adapter for linear in linears], dtype)
-
-
 def mlp_forward(
     parts: MlpParts, added: torch.Tensor, residual: torch.Tensor, *, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, MlpInner | None]:
     """(y, h = residual + added, h A_d^T, what else was kept)."""
-    group, dtype = group_of(parts.gate_up, added.dtype), added.dtype
+    group, dtype = parts.gate_up.group(added.dtype), added.dtype
     wide, h = _normed(parts, group, added, residual)
     rows, features = h.shape[0], sum(group.outs) // 2
     inner = MlpInner(tail_of(wide, group), added.new_empty(0)) if keep else None
@@ -79,7 +74,7 @@ def mlp_forward(
         if i + 1 == len(tiles):
             del group, wide  # a dequantized weight, before the next one is made
         if down is None:
-            down = group_of([parts.down], dtype)
+            down = parts.down.group(dtype)
             t_d = h.new_empty(rows, down.columns)
         assert t_d is not None
         inside = h.new_empty(gated.shape[0], features + down.room)
@@ -113,10 +108,10 @@ def mlp_gradients(
     """
     needs, dtype = (True, *needs), h.dtype
     tiles = list(_tiles(h.shape[0], h.shape[0] if inner is not None else parts.tile))
-    dn, total = torch.empty_like(h), []
+    dn, total = torch.empty_like(h), list[torch.Tensor | None]()
     group, down, kept, wide = None, None, None, None
     for part in tiles:
-        down = group_of([parts.down], dtype) if down is None else down
+        down = parts.down.group(dtype, again=False) if down is None else down
         dh, p, db = down_gradients(down, t_d[part], grad[part], needs[6])
         if len(tiles) == 1:
             down = None  # a dequantized weight, before the next one is made
@@ -133,7 +128,7 @@ def mlp_gradients(
 
 def _gate_up(parts: MlpParts, h: torch.Tensor, inner: MlpInner | None) -> tuple[LoraGroup, torch.Tensor, GateUpKept]:
     """The group of gate and up, its input, and what its backward reads: gate and up themselves only if kept."""
-    group = group_of(parts.gate_up, h.dtype)
+    group = parts.gate_up.group(h.dtype, again=False)
     if inner is None:
         wide, _ = _normed(parts, group, h, None)
         return group, wide, GateUpKept(wide[:, : h.shape[1]], tail_of(wide, group), h.new_empty(0))

@@ -53,6 +53,7 @@ def block_sizes(
         working=lean * itemsize,
         quick=(quick - lean) * itemsize,
         keeping=max(0, kept - lean - again) * itemsize,
+        weights=(sum(of_mlp) + of_attention) * itemsize if all(linear.quantized for linear in linears) else 0,
     )
 
 

@@ -21,6 +21,7 @@ from unsloth.layers.fast import is_swapped, is_untouched
 from unsloth.layers.linear import Frozen, read_all
 from unsloth.layers.norm import NormOptions
 from unsloth.layers.packed_attention import NAME, documents_of
+from unsloth.layers.site import Site
 from unsloth.layers.whole_block import Parts
 from unsloth.memory import checkpointing
 from unsloth.memory.budget import Place
@@ -125,13 +126,21 @@ def _parts(
     if backend is None:
         return "no attention kernel that hands out its log-sum-exp"
     heads = (options.heads, options.key_heads, options.head_dim)
+    keeper, number = block.unsloth_fast.options.keeper, block.unsloth_fast.options.number
     decision = _decide(block, x, heads, linears)
+    held = keeper.held(number) if decision.holds_weights else None
     tile = LEAN_TILE if decision.lean else TILE
     return Parts(
         norm=norms[0],
-        qkv=tuple(linears[: len(options.projections)]),
-        output=linears[-4],
-        mlp=MlpParts(*norms[1], (linears[-3], linears[-2]), linears[-1], of_mlp.activation, tile),
+        qkv=Site("qkv", tuple(linears[:-4]), held),
+        output=Site("output", (linears[-4],), held),
+        mlp=MlpParts(
+            *norms[1],
+            gate_up=Site("gate_up", (linears[-3], linears[-2]), held),
+            down=Site("down", (linears[-1],), held),
+            activation=of_mlp.activation,
+            tile=tile,
+        ),
         heads=heads,
         head_norms=(head_norms[0][0], head_norms[1][0]) if head_norms else None,
         head_norm=options.head_norm,
@@ -140,7 +149,7 @@ def _parts(
         scale=options.scale,
         backend=backend,
         decision=decision,
-        keeper=block.unsloth_fast.options.keeper,
+        keeper=keeper,
     )
 
 

@@ -32,10 +32,11 @@ from unsloth.kernels.lora_linear import adapter_gradients, flatten_adapters, pro
 from unsloth.kernels.lora_mlp import finish_gradients
 from unsloth.kernels.lora_weights import LoraGroup
 from unsloth.kernels.rope import RopeTables
-from unsloth.layers.block_mlp import MlpInner, MlpParts, apart, group_of, mlp_forward, mlp_gradients, tail_of
+from unsloth.layers.block_mlp import MlpInner, MlpParts, apart, mlp_forward, mlp_gradients, tail_of
 from unsloth.layers.direct import HeadNorms, norm, norm_gradient, rotate
 from unsloth.layers.linear import Frozen
 from unsloth.layers.norm import NormOptions
+from unsloth.layers.site import Site
 from unsloth.memory.budget import Place
 from unsloth.memory.keeper import Decision, Keeper
 from unsloth.memory.offload import Parcel
@@ -62,8 +63,8 @@ class Parts:
     """
 
     norm: tuple[torch.Tensor, NormOptions]
-    qkv: tuple[Frozen, ...]
-    output: Frozen
+    qkv: Site
+    output: Site
     mlp: MlpParts
     heads: tuple[int, int, int]
     head_norms: tuple[torch.Tensor, torch.Tensor] | None
@@ -77,7 +78,7 @@ class Parts:
 
     def linears(self) -> tuple[Frozen, ...]:
         """All of them, in the order of the function's adapters."""
-        return (*self.qkv, self.output, *self.mlp.gate_up, self.mlp.down)
+        return (*self.qkv.linears, *self.output.linears, *self.mlp.gate_up.linears, *self.mlp.down.linears)
 
 
 @dataclass(slots=True)
@@ -173,11 +174,11 @@ def whole_block(x: torch.Tensor, parts: Parts) -> torch.Tensor:
 def _forward(parts: Parts, x: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, _Kept]:
     place = parts.decision.place
     version = x._version
-    qkv, t_qkv, _, _ = _project(parts, x)
+    qkv, t_qkv, _, _ = _project(parts, x, again=True)
     attended = attention_forward(*_heads(parts, qkv, shape), parts.visible, parts.scale, parts.backend)
     if place is not Place.KEEP:
         del qkv
-    added, t_o, _ = _output(parts, attended.out)
+    added, t_o, _ = _output(parts, attended.out, again=True)
     y, h, t_d, inner = mlp_forward(parts.mlp, added, x, keep=place is Place.KEEP)
     if place is Place.KEEP:
         return y, _Kept(x, version, attended, t_d, _Rest(qkv, t_qkv, t_o, h, inner, {}), None)
@@ -190,33 +191,35 @@ def _forward(parts: Parts, x: torch.Tensor, shape: torch.Size) -> tuple[torch.Te
 
 def _again(parts: Parts, x: torch.Tensor, attended: Attended, shape: torch.Size) -> _Rest:
     """The rest, computed again, with groups and normalized input where memory allows to reuse them."""
-    qkv, t_qkv, group, normed = _project(parts, x)
+    qkv, t_qkv, group, normed = _project(parts, x, again=False)
     if parts.head_norms is None:
         _heads(parts, qkv, shape)
-    added, t_o, output = _output(parts, attended.out)
+    added, t_o, output = _output(parts, attended.out, again=False)
     h = added.add_(x)
     if parts.decision.lean:
         return _Rest(qkv, t_qkv, t_o, h, None, {})
     return _Rest(qkv, t_qkv, t_o, h, None, {"qkv": group, "output": output}, normed)
 
 
-def _project(parts: Parts, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, LoraGroup, torch.Tensor]:
+def _project(
+    parts: Parts, x: torch.Tensor, *, again: bool
+) -> tuple[torch.Tensor, torch.Tensor, LoraGroup, torch.Tensor]:
     """(q, k and v before rotation, t_qkv, the group, n1(x))."""
-    group = group_of(parts.qkv, x.dtype)
+    group = parts.qkv.group(x.dtype, again=again)
     wide = x.new_empty(x.shape[0], x.shape[1] + group.room)
     normed, tail = wide[:, : x.shape[1]], tail_of(wide, group)
     norm(x, *parts.norm, normed)
     if group.columns:
         torch.mm(normed, group.a.t(), out=tail)
-    qkv = group.forward(wide, tail, [linear.bias for linear in parts.qkv])
+    qkv = group.forward(wide, tail, [linear.bias for linear in parts.qkv.linears])
     return qkv, apart(tail, group), group, normed
 
 
-def _output(parts: Parts, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, LoraGroup]:
+def _output(parts: Parts, out: torch.Tensor, *, again: bool) -> tuple[torch.Tensor, torch.Tensor, LoraGroup]:
     """(o W_o (M, K), t_o, the group)."""
-    group = group_of([parts.output], out.dtype)
+    group = parts.output.group(out.dtype, again=again)
     wide, tail = project_input(out.reshape(-1, out.shape[2] * out.shape[3]), group)
-    return group.forward(wide, tail, [parts.output.bias]), apart(tail, group), group
+    return group.forward(wide, tail, [parts.output.linears[0].bias]), apart(tail, group), group
 
 
 def _heads(
@@ -246,7 +249,7 @@ def _backward(
     """(dx, dA and dB of every linear, not yet scaled)."""
     x, attended = kept.back()
     rest = _again(parts, x, attended, shape) if kept.rest is None else kept.rest
-    kept.rest, first = None, 1 + 2 * len(parts.qkv)
+    kept.rest, first = None, 1 + 2 * len(parts.qkv.linears)
     inner, rest.mlp = rest.mlp, None
     dn, mlp = mlp_gradients(parts.mlp, rest.h, kept.t_d, inner, grad, needs[first + 2 :])
     del inner
@@ -254,19 +257,19 @@ def _backward(
     del dn
     rest.h = None
 
-    group = rest.groups.pop("output") if rest.groups else group_of([parts.output], x.dtype)
+    group = rest.groups.pop("output") if rest.groups else parts.output.group(x.dtype, again=False)
     flat = attended.out.reshape(x.shape[0], -1)
     do, o = _linears_gradients(group, [dh], flat, rest.t_o, (True, *needs[first : first + 2]))
     assert do is not None
     grads = _attention_gradients(parts, attended, rest, do.view(attended.out.shape), shape)
     del do, flat, attended
 
-    group = rest.groups.pop("qkv") if rest.groups else group_of(parts.qkv, x.dtype)
+    group = rest.groups.pop("qkv") if rest.groups else parts.qkv.group(x.dtype, again=False)
     normed = rest.normed
     if normed is None:
         normed = torch.empty_like(x)
         norm(x, *parts.norm, normed)
-    grads = grads if len(grads) == len(parts.qkv) else [torch.cat(grads, dim=1)]
+    grads = grads if len(grads) == len(parts.qkv.linears) else [torch.cat(grads, dim=1)]
     dx, qkv = _linears_gradients(group, grads, normed, rest.t_qkv, needs[:first])
     if dx is not None:
         dx = norm_gradient(dx, x, *parts.norm, dh)

@@ -64,6 +64,7 @@ class LayerSizes:
         working: What the backward of one layer holds at once beside its own least part, at the least.
         quick: How much more it holds where it spends memory to save time.
         keeping: How much more it holds if it was kept.
+        weights: Its weights, dequantized.
     """
 
     least: int
@@ -72,6 +73,7 @@ class LayerSizes:
     working: int
     quick: int = 0
     keeping: int = 0
+    weights: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,12 @@ class Assignment:
     Attributes:
         places: Of every layer, first to last: some (or none) offloaded, then some recomputed, then some kept.
         lean: Whether memory is so short that time is spent to hold less of it at once.
+        holding: How many layers, from the first, hold their dequantized weights between passes.
     """
 
     places: tuple[Place, ...]
     lean: bool
+    holding: int = 0
 
     def device_bytes(self, sizes: LayerSizes, staging: int = STAGING) -> int:
         """Bytes on the device when the backward of the last layer runs, the most there is for layers."""
@@ -95,7 +99,8 @@ class Assignment:
         """Bytes on the device between the forward of the last layer and its backward."""
         count = {place: self.places.count(place) for place in Place}
         least = count[Place.KEEP] + count[Place.RECOMPUTE] + min(staging, count[Place.OFFLOAD])
-        return len(self.places) * sizes.fixed + least * sizes.least + count[Place.KEEP] * sizes.rest
+        values = len(self.places) * sizes.fixed + least * sizes.least + count[Place.KEEP] * sizes.rest
+        return values + self.holding * sizes.weights
 
 
 def assign(layers: int, sizes: LayerSizes, device: int, host: int, staging: int = STAGING) -> Assignment:
@@ -116,7 +121,10 @@ def assign(layers: int, sizes: LayerSizes, device: int, host: int, staging: int 
     if spare >= 0:
         most = layers if not sizes.rest else max(0, spare - sizes.keeping) // sizes.rest
         kept = min(layers, most)
-        return Assignment((Place.RECOMPUTE,) * (layers - kept) + (Place.KEEP,) * kept, lean=spare < sizes.quick)
+        left = spare - sizes.keeping - kept * sizes.rest
+        holding = min(layers, left // sizes.weights) if kept == layers and sizes.weights else 0
+        places = (Place.RECOMPUTE,) * (layers - kept) + (Place.KEEP,) * kept
+        return Assignment(places, lean=spare < sizes.quick, holding=holding)
     fits = max(0, room // sizes.least - staging)
     offloaded = min(layers - min(fits, layers), host // sizes.least)
     return Assignment((Place.OFFLOAD,) * offloaded + (Place.RECOMPUTE,) * (layers - offloaded), lean=True)

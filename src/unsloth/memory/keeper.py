@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -26,10 +27,12 @@ class Decision:
     Attributes:
         place: Of its values.
         lean: Whether memory is so short that time is spent to hold less of it at once.
+        holds_weights: Whether dequantized weights stay for the next pass.
     """
 
     place: Place
     lean: bool
+    holds_weights: bool = False
 
 
 class Keeper:
@@ -45,6 +48,7 @@ class Keeper:
         self.layers = layers
         self.assignment = Assignment((), lean=False)
         self._offloader: Offloader | None = None
+        self._held: dict[int, dict[str, tuple[Any, Any]]] = {}
         self._asked: tuple[Policy, LayerSizes, torch.device] | None = None
 
     def __reduce__(self) -> tuple:
@@ -63,6 +67,7 @@ class Keeper:
             device: Where it computes.
         """
         if policy is None or policy is False:
+            self._held = {}
             return Decision(Place.KEEP, lean=False)
         if policy is True or device.type != "cuda" and policy == "unsloth":
             return Decision(Place.RECOMPUTE, lean=False)
@@ -70,11 +75,18 @@ class Keeper:
             budget = policy if isinstance(policy, Budget) else Budget()
             self._asked = policy, sizes, device
             host = self._host_bytes(budget)
-            self.assignment = assign(self.layers, sizes, _device_bytes(budget, later, device), host)
+            bytes_there = _device_bytes(budget, later - len(self._held) * sizes.weights, device)
+            self.assignment = assign(self.layers, sizes, bytes_there, host)
+            self._held = {i: held for i, held in self._held.items() if i < self.assignment.holding}
             self._prepare(host, sizes, device)
         if self._asked != (policy, sizes, device):  # another device, or called on its own
             return Decision(Place.RECOMPUTE, lean=True)
-        return Decision(self.assignment.places[layer], self.assignment.lean)
+        chosen = self.assignment
+        return Decision(chosen.places[layer], chosen.lean, layer < chosen.holding)
+
+    def held(self, layer: int) -> dict[str, tuple[Any, Any]]:
+        """Where the dequantized weights of a layer stay, by name, with what they are of."""
+        return self._held.setdefault(layer, {})
 
     def send(self, tensors: list[torch.Tensor]) -> Parcel | None:
         """Move contiguous ``tensors`` to the host; None if there is no room."""
