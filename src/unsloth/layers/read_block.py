@@ -16,13 +16,13 @@ from unsloth.kernels.lora_linear import product_dtype
 from unsloth.kernels.rope import RopeTables
 from unsloth.layers import attention, mlp
 from unsloth.layers.block_mlp import MlpParts
+from unsloth.layers.block_passes import Parts
 from unsloth.layers.block_sizes import LEAN_TILE, TILE, block_sizes
 from unsloth.layers.fast import is_swapped, is_untouched
 from unsloth.layers.linear import Frozen, read_all
 from unsloth.layers.norm import NormOptions
 from unsloth.layers.packed_attention import NAME, documents_of
 from unsloth.layers.site import Site
-from unsloth.layers.whole_block import Parts
 from unsloth.memory import checkpointing
 from unsloth.memory.budget import Place
 from unsloth.memory.keeper import Decision
@@ -150,6 +150,7 @@ def _parts(
         backend=backend,
         decision=decision,
         keeper=keeper,
+        number=number,
     )
 
 

@@ -42,17 +42,22 @@ class Keeper:
 
     Args:
         layers: How many there are.
+        captures: Whether layers may be recorded as CUDA graphs.
+
+    Attributes:
+        shapes: Of batches, with the graphs recorded for them; who records decides what is in it.
     """
 
-    def __init__(self, layers: int) -> None:
-        self.layers = layers
+    def __init__(self, layers: int, captures: bool = False) -> None:
+        self.layers, self.captures = layers, captures
+        self.shapes: dict[tuple, Any] = {}
         self.assignment = Assignment((), lean=False)
         self._offloader: Offloader | None = None
         self._held: dict[int, dict[str, tuple[Any, Any]]] = {}
         self._asked: tuple[Policy, LayerSizes, torch.device] | None = None
 
     def __reduce__(self) -> tuple:
-        return Keeper, (self.layers,)
+        return Keeper, (self.layers, self.captures)
 
     def decide(
         self, layer: int, policy: Policy | None, sizes: LayerSizes, later: int, device: torch.device

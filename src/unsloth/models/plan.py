@@ -33,6 +33,7 @@ def plan(
     family: spec.ModelSpec | None = None,
     attention: bool | None = None,
     whole: bool | None = None,
+    graphs: bool | None = None,
     also: Sequence[Replacement] = (),
 ) -> PatchPlan:
     """Make a plan for ``model``, which is not changed.
@@ -44,6 +45,8 @@ def plan(
             ``sdpa``; None means: on a GPU, where that has kernels.
         whole: Whether blocks train as one function each (:mod:`unsloth.layers.whole_block`), in calls that allow it;
             None means: on a GPU.
+        graphs: Whether such blocks are recorded as CUDA graphs (:mod:`unsloth.layers.block_graphs`), for batches of
+            shapes that come again; None means: on a GPU.
         also: Further replacements, such as of the output head.
 
     Raises:
@@ -62,7 +65,8 @@ def plan(
         )
     else:
         on_gpu = inner.device.type == "cuda"
-        _Family(draft, family, on_gpu if whole is None else whole).add()
+        keeps = _keeper(draft.module(family.layers), on_gpu if whole is None else whole, graphs)
+        _Family(draft, family, keeps).add()
         if attention or (attention is None and on_gpu):
             _add_scores(draft, family)
     _add_linears(draft)
@@ -167,9 +171,8 @@ class _Draft:
 class _Family:
     """Adds the parts of a family's blocks to a draft."""
 
-    def __init__(self, draft: _Draft, family: spec.ModelSpec, whole: bool) -> None:
-        self.draft, self.family, self.config = draft, family, draft.model.config
-        self.keeper = Keeper(len(list(draft.module(family.layers).children()))) if whole else None
+    def __init__(self, draft: _Draft, family: spec.ModelSpec, keeper: Keeper | None) -> None:
+        self.draft, self.family, self.config, self.keeper = draft, family, draft.model.config, keeper
 
     def add(self) -> None:
         """Every block, then what surrounds them."""
@@ -288,6 +291,10 @@ class _Family:
                     do="Correct the spec in models/families.",
                 )
         return modules
+
+
+def _keeper(blocks: torch.nn.Module, whole: bool, graphs: bool | None) -> Keeper | None:
+    return Keeper(len(list(blocks.children())), captures=graphs is not False) if whole else None
 
 
 def _add_scores(draft: _Draft, family: spec.ModelSpec) -> None:
