@@ -104,8 +104,9 @@ class Way:
 
     Args:
         name: ``hf``, ``liger`` or ``ours``, then ``-keep`` to keep all activations instead of recomputing them. Of ours
-            also ``-parts`` (recomputing, no block as one function), ``-auto`` (as memory allows), or a number: GiB of
-            the device for activations. Then ``+host``: with the input embedding in host memory.
+            also ``-parts`` (recomputing, no block as one function), ``-calls`` (recomputing, blocks not recorded as
+            graphs), ``-auto`` (as memory allows), or a number: GiB of the device for activations. Then ``+host``: with
+            the input embedding in host memory.
     """
 
     def __init__(self, name: str) -> None:
@@ -124,7 +125,7 @@ class Way:
             host_embedding.move(inner)
             self.original.to("cpu")
         if self.kind == "ours":
-            self.made = plan(model, attention=True, whole=self.policy != "parts")
+            self.made = plan(model, attention=True, whole=self.policy != "parts", graphs=self.policy != "calls")
             self.made.apply()
             fused_head.install(inner)
         if self.kind == "liger":
@@ -134,7 +135,7 @@ class Way:
 
     def memory(self) -> checkpointing.Policy:
         """The memory policy of the name."""
-        if self.policy in ("keep", "auto", "", "parts"):
+        if self.policy in ("keep", "auto", "", "parts", "calls"):
             return {"keep": False, "auto": "unsloth"}.get(self.policy, True)
         return Budget(device=int(float(self.policy) * 2**30))
 
@@ -257,6 +258,13 @@ def clean(model: torch.nn.Module) -> None:
         torch.cuda.empty_cache()
 
 
+@torch.no_grad()
+def restore(trained: list[torch.nn.Parameter], values: list[torch.Tensor]) -> None:
+    """Set the adapters back, where they are."""
+    for parameter, value in zip(trained, values, strict=True):
+        parameter.copy_(value)
+
+
 def run_case(
     model: torch.nn.Module, shape: str, case: Case, ways: list[str], steps: int, out_of_time: Callable[[], bool]
 ) -> list[Row]:
@@ -274,18 +282,17 @@ def run_case(
         way = Way(name)
         way.enter(model)
         try:
-            loss, found = gradients(model, ids)
-            expected = expected or (loss, found)
             values = measure_steps(model, way, case, vocabulary, steps)
             more = profile(model, ids)
+            restore(trained, start)
+            loss, found = gradients(model, ids)  # last, when whatever a way does only later is being done
+            expected = expected or (loss, found)
         except (RuntimeError, UnslothError) as error:  # out of memory among others
             print(f"{case} {name}: {type(error).__name__}: {str(error)[:500]}", flush=True)
             continue
         finally:
             clean(model)
-            with torch.no_grad():
-                for parameter, value in zip(trained, start, strict=True):
-                    parameter.copy_(value)
+            restore(trained, start)
             way.leave(model)
         longest = more.pop("longest")
         difference = loss - expected[0]
@@ -311,7 +318,11 @@ def show(rows: list[Row], longest: list[tuple[str, float]] | None = None, made: 
     if made is not None:
         keepers = {r.fast.options.keeper for r in made.replacements if isinstance(getattr(r, "fast", None), Fast)
                    and isinstance(r.fast.options, BlockOptions)}  # fmt: skip
-        print("      places:", [dict(Counter(p.value for p in k.assignment.places)) for k in keepers if k is not None])
+        for keeper in keepers - {None}:
+            chosen = keeper.assignment
+            recorded = sum(len(shape.captured) for shape in keeper.shapes.values())
+            print(f"      places: {dict(Counter(p.value for p in chosen.places))}, holding {chosen.holding},", end=" ")
+            print(f"{recorded} blocks recorded, failed: {any(s.failed for s in keeper.shapes.values())}", flush=True)
         print("\n".join(line for line in str(made).splitlines() if "partly" in line or "declined" in line))
 
 
