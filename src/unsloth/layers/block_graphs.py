@@ -4,9 +4,9 @@ A block of 4,096 tokens keeps an H100 busy for 3 ms forward and 7 ms backward, h
 its kernels; smaller ones wait for Python. Where batches of one shape come again and again, and values are not kept but
 computed again, the launches of each block are recorded at the third such batch and replayed from then on.
 
-All graphs of one shape share one pool of memory and one set of buffers for what goes in and out, since they run one
-after the other. A replay reads weights and adapters where they were when it was recorded; whether they still are there
-is asked at each call. What is computed is what :mod:`unsloth.layers.block_passes` computes, to the bit.
+All graphs of one shape share one set of buffers for what goes in and out, and those of all shapes one pool of memory,
+since they run one after the other. A replay reads weights and adapters where they were when it was recorded; whether
+they still are there is asked at each call. What is computed is what :mod:`unsloth.layers.block_passes` computes.
 """
 
 from __future__ import annotations
@@ -66,8 +66,10 @@ class Shared:
     stream: torch.cuda.Stream
 
     @classmethod
-    def like(cls, x: torch.Tensor, attended: Attended, t_d: torch.Tensor, parts: Parts, numbers: int) -> Shared:
-        """Buffers for values like these."""
+    def like(
+        cls, x: torch.Tensor, attended: Attended, t_d: torch.Tensor, parts: Parts, numbers: int, pool: Any
+    ) -> Shared:
+        """Buffers for values like these, with the pool of an earlier shape or a new one."""
         tables = parts.tables
         if tables is not None:
             cos, sin = tables.cos.contiguous().clone(), tables.sin.contiguous().clone()
@@ -83,7 +85,7 @@ class Shared:
             flat=torch.empty(numbers, dtype=torch.float32, device=x.device),
             tables=tables,
             source=None,
-            pool=torch.cuda.graph_pool_handle(),
+            pool=torch.cuda.graph_pool_handle() if pool is None else pool,
             stream=torch.cuda.Stream(x.device),
         )
 
@@ -177,9 +179,9 @@ def find(parts: Parts, x: torch.Tensor, shape: torch.Size, needs: tuple[bool, ..
     if not keeper.captures or not x.is_cuda or not parts.visible.single or parts.visible.window or not all(needs[1:]):
         return None
     key = (shape, x.dtype, x.device, parts.decision.lean)
-    if key not in keeper.shapes and len(keeper.shapes) >= _SHAPES:
+    known = _shape(keeper.shapes, key)
+    if known is None:
         return None
-    known = keeper.shapes.setdefault(key, Shape())
     calls = known.calls[parts.number] = known.calls.get(parts.number, 0) + 1
     if known.failed or calls <= _CALLS_BEFORE:
         return None
@@ -196,6 +198,16 @@ def find(parts: Parts, x: torch.Tensor, shape: torch.Size, needs: tuple[bool, ..
             logger.warning("blocks are launched call by call: recording them failed: %s", str(error).splitlines()[0])
             return None
     return captured
+
+
+def _shape(shapes: dict[tuple, Shape], key: tuple) -> Shape | None:
+    """What is known of ``key``; a new one takes the place of one without graphs, if there are many already."""
+    if key not in shapes and len(shapes) >= _SHAPES:
+        idle = next((other for other, known in shapes.items() if not known.captured), None)
+        if idle is None:
+            return None
+        del shapes[idle]
+    return shapes.setdefault(key, Shape())
 
 
 def _signature(parts: Parts, needs: tuple[bool, ...]) -> tuple:
@@ -221,7 +233,8 @@ def _capture(
     if known.shared is None:
         _, attended, t_d, _ = forward_pass(parts, x, shape, keep=False)
         numbers = sum(pair.numel() for pair in pairs if pair is not None)
-        known.shared = Shared.like(x, attended, t_d, parts, numbers)
+        pools = (other.shared.pool for other in parts.keeper.shapes.values() if other.captured and other.shared)
+        known.shared = Shared.like(x, attended, t_d, parts, numbers, next(pools, None))
         del attended, t_d
     shared = known.shared
     fixed = replace(parts, tables=shared.tables, decision=Decision(Place.RECOMPUTE, parts.decision.lean))

@@ -79,6 +79,8 @@ def find(plan: PatchPlan, model: torch.nn.Module) -> Blocks | None:
     linears = tuple(item for item in read if isinstance(item, Frozen))
     if len(linears) < len(read) or len(of_mlp.gate_up) != 2 or of_attention.softcap is not None:
         return None
+    if any(linear.bias is not None for linear in linears[-3:]):
+        return None
     heads = (of_attention.heads, of_attention.key_heads, of_attention.head_dim)
     return Blocks(len(found), linears[-1].base.out_features, heads, linears)
 
