@@ -17,10 +17,10 @@ CONFIG = {
 }  # fmt: skip
 
 
-def blocks(adapter=None, **changes):
+def blocks(**changes):
     # one layer has all that the rules read; the number of layers is put in afterwards
     config = LlamaConfig(**{**CONFIG, **changes, "num_hidden_layers": 1})
-    return skeleton.build(config, LoadOptions("llama", precision="4bit"), adapter or AdapterOptions(r=32)).blocks
+    return skeleton.build(config, LoadOptions("llama", precision="4bit"), AdapterOptions(r=32)).blocks
 
 
 @pytest.fixture(scope="module")
@@ -61,5 +61,5 @@ def test_policies_take_less_and_less(llama_8b):
 
 
 def test_models_whose_blocks_are_not_one_function_are_not_counted_so():
+    assert blocks() is not None
     assert blocks(mlp_bias=True) is None
-    assert blocks(AdapterOptions(r=8, use_dora=True)) is None
