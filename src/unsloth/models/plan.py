@@ -25,6 +25,7 @@ from unsloth.models import families, record, spec
 from unsloth.models.patch import AttentionSwap, ForwardSwap, LeftAlone, PatchPlan, Replacement
 
 _ATTRIBUTE = "unsloth_plan"
+_REMEDY = "Load it with fast_layers=False, or correct the spec in models/families."
 
 
 def plan(
@@ -153,7 +154,7 @@ class _Draft:
             raise PlanError(
                 f"{type(self.model).__name__} lacks a module that its family's spec names",
                 got=path,
-                do="Correct the spec in models/families.",
+                do=_REMEDY,
             ) from error
 
     def attribute(self, path: str, name: str) -> Any:
@@ -163,7 +164,7 @@ class _Draft:
             raise PlanError(
                 f"{path} lacks an attribute that its family's spec names",
                 got=name,
-                do="Correct the spec in models/families.",
+                do=_REMEDY,
             )
         return getattr(module, name)
 
@@ -288,7 +289,7 @@ class _Family:
             if (getattr(base, "bias", None) is not None) != expected:
                 raise PlanError(
                     f"{path}.{name} {'lacks a' if expected else 'has a'} bias, against its family's spec",
-                    do="Correct the spec in models/families.",
+                    do=_REMEDY,
                 )
         return modules
 
