@@ -272,3 +272,23 @@ def test_held_weights_go_when_there_is_no_room():
     budgeted(model, Budget(device=0, host=2**20))
     run(model)
     assert keeper._held == {}
+
+
+def test_continuations_of_one_beginning_are_left_to_the_separate_functions():
+    model = make("llama")
+    inner = model.get_base_model()
+    inner.config._attn_implementation = "unsloth"
+    ids = torch.randint(3, 256, (1, 9), generator=torch.Generator().manual_seed(1))
+    positions = torch.tensor([[0, 1, 2, 3, 2, 3, 4, 2, 3]])  # three continuations of the first two tokens
+
+    def gradients(model):
+        model.zero_grad()
+        loss = model(input_ids=ids, position_ids=positions.clone(), labels=ids, use_cache=False).loss
+        loss.backward()
+        return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    expected = separate(model, gradients)
+    made = plan(model, attention=True, whole=True)
+    made.apply()
+    assert tiny.worst(gradients(model), expected) < 1e-12
+    assert all("several continuations" in next(iter(r.fast.partly)) for r in blocks(made))

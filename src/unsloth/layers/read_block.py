@@ -122,6 +122,8 @@ def _parts(
     head_norms: list[tuple[torch.Tensor, NormOptions]],
 ) -> Parts | str:
     visible = _visible(x, kwargs.get("position_ids"), attend, options.window)
+    if visible is None:
+        return "documents with several continuations"
     backend = choose_backend(x.device, x.dtype, options.head_dim, visible)
     if backend is None:
         return "no attention kernel that hands out its log-sum-exp"
@@ -167,13 +169,16 @@ def _decide(block: Any, x: torch.Tensor, heads: tuple[int, int, int], linears: l
     return options.keeper.decide(options.number, policy, sizes, later, x.device)
 
 
-def _visible(x: torch.Tensor, positions: torch.Tensor | None, attend: Any, window: int | None) -> Visible:
+def _visible(x: torch.Tensor, positions: torch.Tensor | None, attend: Any, window: int | None) -> Visible | None:
+    """Who sees whom; None where tokens see more than the tokens before them in their part of a row."""
     batch, tokens, _ = x.shape
     if positions is None or attend.config._attn_implementation != NAME:
         bounds = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=x.device)
         longest, single = tokens, True
     else:
         documents = documents_of(positions, batch)
+        if documents.branches is not None:
+            return None
         bounds, longest, single = documents.cu_seqlens, documents.longest, documents.single
     return Visible(bounds, longest, single, window if window is not None and window < longest else 0)
 
