@@ -24,6 +24,7 @@ from unsloth.kernels.lora_linear import flatten_adapters
 from unsloth.kernels.lora_mlp import finish_gradients
 from unsloth.kernels.rope import RopeTables
 from unsloth.layers.block_passes import Parts, backward_pass, forward_pass
+from unsloth.layers.block_sizes import RECORDED_ROWS
 from unsloth.memory.budget import Place
 from unsloth.memory.keeper import Decision
 
@@ -176,7 +177,8 @@ def find(parts: Parts, x: torch.Tensor, shape: torch.Size, needs: tuple[bool, ..
         needs: Whether x, and each A and B, want a gradient.
     """
     keeper = parts.keeper
-    if not keeper.captures or not x.is_cuda or not parts.visible.single or parts.visible.window or not all(needs[1:]):
+    fits = parts.visible.single and not parts.visible.window and all(needs[1:]) and x.shape[0] <= RECORDED_ROWS
+    if not keeper.captures or not x.is_cuda or not fits:
         return None
     key = (shape, x.dtype, x.device, parts.decision.lean)
     known = _shape(keeper.shapes, key)

@@ -16,6 +16,8 @@ TILE = 4096
 """Rows of the MLP whose inner values exist at a time; fewer make its products slower."""
 LEAN_TILE = 2048
 """The same where memory is short."""
+RECORDED_ROWS = 8192
+"""Blocks of more rows keep a GPU busy without being recorded as graphs, and their buffers would be large."""
 
 
 def block_sizes(
