@@ -15,6 +15,7 @@ import argparse
 import csv
 import datetime
 import gc
+import os
 import statistics
 import time
 from collections import Counter
@@ -250,6 +251,11 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     return (torch.dot(a, b) / (a.norm() * b.norm())).item()
 
 
+def allocator() -> str:
+    """Settings of torch's allocator that are not its defaults."""
+    return os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+
+
 def clean(model: torch.nn.Module) -> None:
     """Drop gradients and cached memory."""
     model.zero_grad(set_to_none=True)
@@ -297,7 +303,7 @@ def run_case(
         longest = more.pop("longest")
         difference = loss - expected[0]
         rows.append(Row(shape, str(case), name, **values, **more, loss=loss, loss_difference=difference,
-                        gradient_cosine=cosine(found, expected[1])))  # fmt: skip
+                        gradient_cosine=cosine(found, expected[1]), options=allocator()))  # fmt: skip
         show(rows[-1:], longest, way.made)
     return rows
 

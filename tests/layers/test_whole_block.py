@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -24,8 +25,11 @@ WHOLE = ["llama", "mistral", "qwen2", "qwen3", "gemma", "smollm3", "helium", "er
 PACKED = [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 0]
 
 
-def make(family: str, dtype: torch.dtype = torch.float64, quantized: bool = False, **options) -> torch.nn.Module:
-    model = tiny.build(family)
+def make(
+    family: str, dtype: torch.dtype = torch.float64, quantized: bool = False, layers: int = 2, **options
+) -> torch.nn.Module:
+    with mock.patch.dict(tiny.COMMON, num_hidden_layers=layers):
+        model = tiny.build(family)
     if quantized:
         tiny.quantize(model)
     model = tiny.adapt(model, resolve_targets(families.find(model), tiny.TARGETS), **options)
@@ -85,17 +89,17 @@ def places(made):
     return blocks(made)[0].fast.options.keeper.assignment.places
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "helium"])
 @pytest.mark.parametrize(
     ("policy", "expected"),
     [
-        (Budget(device=0, host=2**30), [Place.OFFLOAD, Place.OFFLOAD]),
-        (Budget(device=0, host=0), [Place.RECOMPUTE, Place.RECOMPUTE]),
-        (Budget(device=2**30), [Place.KEEP, Place.KEEP]),
+        (Budget(device=0, host=2**30), [Place.OFFLOAD] * 3 + [Place.RECOMPUTE] * 2),
+        (Budget(device=0, host=0), [Place.RECOMPUTE] * 5),
+        (Budget(device=2**30), [Place.KEEP] * 5),
     ],
 )
 def test_wherever_values_wait_the_gradients_are_the_same(family, policy, expected):
-    model = make(family)
+    model = make(family, layers=5)
     made = plan(model, attention=True, whole=True)
     made.apply()
     kept = run(model)
@@ -107,13 +111,13 @@ def test_wherever_values_wait_the_gradients_are_the_same(family, policy, expecte
 
 
 def test_a_full_host_leaves_the_rest_on_the_device():
-    model = make("llama")
+    model = make("llama", layers=4)
     expected = separate(model)
     made = plan(model, attention=True, whole=True)
     made.apply()
     budgeted(model, Budget(device=0, host=65536))
     found = run(model)
-    assert list(places(made)) == [Place.OFFLOAD, Place.RECOMPUTE]
+    assert list(places(made)) == [Place.OFFLOAD] + [Place.RECOMPUTE] * 3
     assert tiny.worst(found, expected) < 1e-10
 
 
@@ -209,7 +213,7 @@ def test_an_input_changed_in_place_is_noticed():
 
 
 def test_values_are_gone_after_the_backward_and_with_the_graph():
-    model = make("llama")
+    model = make("llama", layers=4)
     made = plan(model, attention=True, whole=True)
     made.apply()
     budgeted(model, Budget(device=0, host=2**20))
@@ -223,7 +227,7 @@ def test_values_are_gone_after_the_backward_and_with_the_graph():
 
 
 def test_a_copy_of_the_model_has_a_memory_of_its_own():
-    model = make("llama")
+    model = make("llama", layers=4)
     made = plan(model, attention=True, whole=True)
     made.apply()
     budgeted(model, Budget(device=0, host=2**20))

@@ -49,7 +49,7 @@ def test_a_budget_is_kept_and_the_rest_is_on_the_host(llama_8b):
     found = block_memory.measure(llama_8b, Budget(device=16 * GIB), 65536, 2, CONFIG["vocab_size"])
     assert found.activations <= 16 * GIB + 65536 * 4096 * 2
     assert found.host % sizes.least == 0 and found.host > 0
-    assert block_memory.measure(llama_8b, "unsloth", 65536, 2, CONFIG["vocab_size"]).host == 32 * sizes.least
+    assert block_memory.measure(llama_8b, "unsloth", 65536, 2, CONFIG["vocab_size"]).host == 30 * sizes.least
 
 
 def test_policies_take_less_and_less(llama_8b):
@@ -57,7 +57,7 @@ def test_policies_take_less_and_less(llama_8b):
     least = block_memory.measure(llama_8b, "unsloth", 4096, 2, CONFIG["vocab_size"])
     assert taken[0] > taken[1] > least.activations
     chosen = block_memory._assignment(32, llama_8b.sizes(4096, 2), "unsloth")
-    assert set(chosen.places) == {Place.OFFLOAD}
+    assert chosen.places == (Place.OFFLOAD,) * 30 + (Place.RECOMPUTE,) * 2
 
 
 def test_models_whose_blocks_are_not_one_function_are_not_counted_so():

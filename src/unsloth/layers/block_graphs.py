@@ -25,6 +25,7 @@ from unsloth.kernels.lora_mlp import finish_gradients
 from unsloth.kernels.rope import RopeTables
 from unsloth.layers.block_passes import Parts, backward_pass, forward_pass
 from unsloth.layers.block_sizes import RECORDED_ROWS
+from unsloth.layers.linear import Identity
 from unsloth.memory.budget import Place
 from unsloth.memory.keeper import Decision
 
@@ -40,12 +41,10 @@ class Shared:
 
     Attributes:
         x: (M, K) in.
-        y: (M, K) out.
+        y: (M, K) out; in the backward first the gradient that comes in, then the one that goes out.
         out: (B, T, H, D) o.
         lse: Its log-sum-exp.
         t_d: (M, columns).
-        grad: (M, K) in.
-        dx: (M, K) out.
         flat: (numbers,) all adapter gradients.
         tables: Of the rotary embedding.
         source: What they were last copied from, and its version.
@@ -58,8 +57,6 @@ class Shared:
     out: torch.Tensor
     lse: torch.Tensor
     t_d: torch.Tensor
-    grad: torch.Tensor
-    dx: torch.Tensor
     flat: torch.Tensor
     tables: RopeTables | None
     source: tuple[torch.Tensor, int] | None
@@ -81,8 +78,6 @@ class Shared:
             out=torch.empty_like(attended.out, memory_format=torch.contiguous_format),
             lse=torch.empty_like(attended.lse, memory_format=torch.contiguous_format),
             t_d=torch.empty_like(t_d, memory_format=torch.contiguous_format),
-            grad=torch.empty_like(x),
-            dx=torch.empty_like(x),
             flat=torch.empty(numbers, dtype=torch.float32, device=x.device),
             tables=tables,
             source=None,
@@ -114,6 +109,7 @@ class Captured:
         shapes: Of the adapters' gradients, None where there is none.
         needs_x: Whether x gets a gradient.
         parts: What they were recorded with, which must not be freed.
+        weights: The same of base weights.
     """
 
     signature: tuple
@@ -124,6 +120,7 @@ class Captured:
     shapes: list[torch.Size | None]
     needs_x: bool
     parts: Parts
+    weights: Identity
 
     def forward(self, parts: Parts, x: torch.Tensor) -> tuple[torch.Tensor, Attended, torch.Tensor]:
         """As :func:`unsloth.layers.block_passes.forward_pass`."""
@@ -140,14 +137,14 @@ class Captured:
         """As backward_pass, with finished gradients."""
         shared = self.shared
         shared.set_tables(parts)
-        to = [shared.x, shared.out, shared.lse, shared.t_d, shared.grad]
+        to = [shared.x, shared.out, shared.lse, shared.t_d, shared.y]
         for buffer, value in zip(to, (x, attended.out, attended.lse, t_d, grad), strict=True):
             buffer.copy_(value)
         self.replay_backward.replay()
         sizes = [0 if shape is None else shape.numel() for shape in self.shapes]
         pieces = shared.flat[: sum(sizes)].clone().split(sizes)
         found = [None if s is None else piece.view(s) for s, piece in zip(self.shapes, pieces, strict=True)]
-        return shared.dx.clone() if self.needs_x else None, found
+        return shared.y.clone() if self.needs_x else None, found
 
 
 @dataclass(slots=True)
@@ -223,7 +220,7 @@ def _signature(parts: Parts, needs: tuple[bool, ...]) -> tuple:
         parts.norm[0].data_ptr(),
         parts.mlp.weight.data_ptr(),
         *(None if norm is None else norm.data_ptr() for norm in parts.head_norms or ()),
-        *(linear.base.weight.data_ptr() for linear in linears),
+        Identity.of(linears).key,
         *(None if a is None else (a.a.data_ptr(), a.b.data_ptr(), a.a.shape, a.b.dtype, a.scale) for a in adapters),
     )
 
@@ -247,12 +244,13 @@ def _capture(
     attended = replace(attended, out=shared.out, lse=shared.lse)
     del y, t_d, value
     with _recording(shared) as second:
-        dx, raw = backward_pass(fixed, shared.x, attended, shared.t_d, None, shared.grad, needs, shape)
+        dx, raw = backward_pass(fixed, shared.x, attended, shared.t_d, None, shared.y, needs, shape)
         if dx is not None:
-            shared.dx.copy_(dx)
+            shared.y.copy_(dx)
         found = finish_gradients(raw, pairs, scales, needs[1:])
         shapes = _collect(found, shared.flat)
-    return Captured(signature, shared, first, second, attended, shapes, needs[0], fixed)
+    weights = Identity.of(parts.linears())
+    return Captured(signature, shared, first, second, attended, shapes, needs[0], fixed, weights)
 
 
 def _collect(found: Sequence[torch.Tensor | None], flat: torch.Tensor) -> list[torch.Size | None]:

@@ -47,7 +47,7 @@ def block_sizes(
     # while attention's are: those of q, k and v, of its output, and the sum of q's in float32
     scores = again + rows * (2 * width + attended + projected) + rows * attended * 4 // itemsize
     kept = again + rows * (3 * width + inner + thin[2]) + max(of_mlp)
-    recorded = 5 * rows * width if rows <= RECORDED_ROWS else 0  # buffers of recorded blocks
+    recorded = 3 * rows * width if rows <= RECORDED_ROWS else 0  # buffers of recorded blocks
     lean = max(mlp(LEAN_TILE), scores) + recorded
     quick = max(mlp(TILE) + rows * width, scores) + of_attention + recorded
     return LayerSizes(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from unsloth.kernels.lora_weights import LoraGroup, PaddedWeight
-from unsloth.layers.linear import Frozen, weights_of
+from unsloth.layers.linear import Frozen, Identity, weights_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +24,7 @@ class Site:
 
     name: str
     linears: tuple[Frozen, ...]
-    held: MutableMapping[str, tuple[Any, PaddedWeight]] | None = None
+    held: MutableMapping[str, tuple[Identity, PaddedWeight]] | None = None
 
     def group(self, dtype: torch.dtype, *, again: bool = True) -> LoraGroup:
         """The layers, ready to multiply.
@@ -40,12 +39,12 @@ class Site:
         if self.held is None or not callable(weights[0]):
             return LoraGroup(weights, adapters, dtype)
         # merging and unmerging an adapter makes other weights of the same layers
-        state = (dtype, *((linear.base.weight.data_ptr(), linear.base.weight._version) for linear in self.linears))
+        now = Identity.of(self.linears)
         known, held = self.held.get(self.name, (None, None))
-        if held is None or known != state:
+        if held is None or known is None or known.key != now.key or held.buffer.dtype != dtype:
             made = weights[0]()
             if not isinstance(made, PaddedWeight):
                 return LoraGroup([made], adapters, dtype)
             held = made
-            self.held[self.name] = state, held
+            self.held[self.name] = now, held
         return LoraGroup([held], adapters, dtype, again=again)

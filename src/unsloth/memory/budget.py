@@ -13,8 +13,8 @@ from enum import Enum
 
 from unsloth.core.errors import ConfigError
 
-STAGING = 3
-"""Layers whose values are on the device while they move out or back."""
+STAGING = 2
+"""Layers whose values are on the device while they move out or back; so the last ones need not move."""
 
 
 class Place(Enum):
@@ -98,12 +98,15 @@ class Assignment:
     def waiting_bytes(self, sizes: LayerSizes, staging: int = STAGING) -> int:
         """Bytes on the device between the forward of the last layer and its backward."""
         count = {place: self.places.count(place) for place in Place}
-        least = count[Place.KEEP] + count[Place.RECOMPUTE] + min(staging, count[Place.OFFLOAD])
+        stay = count[Place.KEEP] + count[Place.RECOMPUTE]
+        least = max(stay, min(staging, len(self.places)))
         values = len(self.places) * sizes.fixed + least * sizes.least + count[Place.KEEP] * sizes.rest
         return values + self.holding * sizes.weights
 
 
-def assign(layers: int, sizes: LayerSizes, device: int, host: int, staging: int = STAGING) -> Assignment:
+def assign(
+    layers: int, sizes: LayerSizes, device: int, host: int, *, keep: bool = True, staging: int = STAGING
+) -> Assignment:
     """Decide for every layer.
 
     Args:
@@ -111,6 +114,7 @@ def assign(layers: int, sizes: LayerSizes, device: int, host: int, staging: int 
         sizes: Of one.
         device: Bytes for them on the device.
         host: Bytes for them on the host.
+        keep: Whether layers may keep more than their least.
         staging: Layers whose least part is on the device while it moves.
 
     Returns:
@@ -120,13 +124,13 @@ def assign(layers: int, sizes: LayerSizes, device: int, host: int, staging: int 
     spare = room - layers * sizes.least
     if spare >= 0:
         most = layers if not sizes.rest else max(0, spare - sizes.keeping) // sizes.rest
-        kept = min(layers, most)
+        kept = min(layers, most) if keep else 0
         left = spare - sizes.keeping - kept * sizes.rest
         holding = min(layers, left // sizes.weights) if kept == layers and sizes.weights else 0
         places = (Place.RECOMPUTE,) * (layers - kept) + (Place.KEEP,) * kept
         return Assignment(places, lean=spare < sizes.quick, holding=holding)
-    fits = max(0, room // sizes.least - staging)
-    offloaded = min(layers - min(fits, layers), host // sizes.least)
+    stay = min(layers, max(staging, room // sizes.least))
+    offloaded = min(layers - stay, host // sizes.least)
     return Assignment((Place.OFFLOAD,) * offloaded + (Place.RECOMPUTE,) * (layers - offloaded), lean=True)
 
 

@@ -12,10 +12,8 @@ from unsloth.core.log import get_logger
 from unsloth.memory.arena import Arena
 from unsloth.memory.budget import Assignment, Budget, LayerSizes, Place, assign
 from unsloth.memory.checkpointing import Policy
+from unsloth.memory.gauge import Gauge, Room
 from unsloth.memory.offload import Offloader, Parcel
-
-_RESERVE = 2**30
-_RESERVED_SHARE = 0.04
 
 logger = get_logger(__name__)
 
@@ -53,6 +51,7 @@ class Keeper:
         self.shapes: dict[tuple, Any] = {}
         self.assignment = Assignment((), lean=False)
         self._offloader: Offloader | None = None
+        self._gauge = Gauge()
         self._held: dict[int, dict[str, tuple[Any, Any]]] = {}
         self._asked: tuple[Policy, LayerSizes, torch.device] | None = None
 
@@ -78,15 +77,16 @@ class Keeper:
             return Decision(Place.RECOMPUTE, lean=False)
         if layer == 0:
             budget = policy if isinstance(policy, Budget) else Budget()
+            host, room = self._host_bytes(budget), self._room(budget, sizes, later, device)
             self._asked = policy, sizes, device
-            host = self._host_bytes(budget)
-            bytes_there = _device_bytes(budget, later - len(self._held) * sizes.weights, device)
-            self.assignment = assign(self.layers, sizes, bytes_there, host)
+            self.assignment = assign(self.layers, sizes, room.size, host, keep=room.known)
             self._held = {i: held for i, held in self._held.items() if i < self.assignment.holding}
             self._prepare(host, sizes, device)
         if self._asked != (policy, sizes, device):  # another device, or called on its own
             return Decision(Place.RECOMPUTE, lean=True)
         chosen = self.assignment
+        if self._offloader is not None and chosen.places[layer] is not Place.OFFLOAD:
+            self._offloader.progress()
         return Decision(chosen.places[layer], chosen.lean, layer < chosen.holding)
 
     def held(self, layer: int) -> dict[str, tuple[Any, Any]]:
@@ -96,6 +96,17 @@ class Keeper:
     def send(self, tensors: list[torch.Tensor]) -> Parcel | None:
         """Move contiguous ``tensors`` to the host; None if there is no room."""
         return None if self._offloader is None else self._offloader.send(tensors)
+
+    def _room(self, budget: Budget, sizes: LayerSizes, later: int, device: torch.device) -> Room:
+        """On the device: by the budget, or by what passes so far have left."""
+        if budget.device is not None:
+            return Room(budget.device, known=True)
+        if device.type != "cuda":
+            return Room(0, known=True)
+        if self._asked is not None and self._asked[2] == device:
+            before = self._asked[1]
+            self._gauge.learn(device, before.least, self.assignment.device_bytes(before))
+        return self._gauge.room(device, sizes.least, later, len(self._held) * sizes.weights)
 
     def _host_bytes(self, budget: Budget) -> int:
         """The limit of the arena, there or to come."""
@@ -121,12 +132,3 @@ class Keeper:
                 self.layers,
                 arena.reserved / 2**30,
             )
-
-
-def _device_bytes(budget: Budget, later: int, device: torch.device) -> int:
-    if budget.device is not None:
-        return budget.device
-    if device.type != "cuda":
-        return 0
-    reserve = max(_RESERVE, int(_RESERVED_SHARE * torch.cuda.mem_get_info(device)[1]))
-    return max(0, (free_memory(device) or 0) - later - reserve)

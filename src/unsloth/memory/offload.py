@@ -45,7 +45,7 @@ class Offloader:
                 return None
             pieces.append(piece)
         while len(self._leaving) >= _ON_THE_WAY:
-            self._wait(self._leaving.popleft()[0])
+            self.progress()
         with self._beside():
             for tensor, piece in zip(tensors, pieces, strict=True):
                 _as(piece, tensor).copy_(tensor, non_blocking=True)
@@ -54,10 +54,15 @@ class Offloader:
         self._last = weakref.ref(parcel)
         return parcel
 
+    def progress(self) -> None:
+        """Let go of the tensors that have been on their way for longest."""
+        if self._leaving:
+            self._wait(self._leaving.popleft()[0])
+
     def settle(self) -> None:
         """Let go of tensors whose copies have been started."""
         while self._leaving:
-            self._wait(self._leaving.popleft()[0])
+            self.progress()
 
     @contextlib.contextmanager
     def _beside(self) -> Iterator[None]:
