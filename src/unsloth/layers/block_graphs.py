@@ -11,10 +11,9 @@ they still are there is asked at each call. What is computed is what :mod:`unslo
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -33,6 +32,13 @@ _SHAPES = 4
 _CALLS_BEFORE = 2
 
 logger = get_logger(__name__)
+
+
+class Recorded(Protocol):
+    """A CUDA graph."""
+
+    def replay(self) -> None:
+        """Compute again what was recorded."""
 
 
 @dataclass(slots=True)
@@ -61,13 +67,13 @@ class Shared:
     tables: RopeTables | None
     source: tuple[torch.Tensor, int] | None
     pool: Any
-    stream: torch.cuda.Stream
+    stream: Any
 
     @classmethod
     def like(
-        cls, x: torch.Tensor, attended: Attended, t_d: torch.Tensor, parts: Parts, numbers: int, pool: Any
+        cls, x: torch.Tensor, attended: Attended, t_d: torch.Tensor, parts: Parts, numbers: int, pool: tuple[Any, Any]
     ) -> Shared:
-        """Buffers for values like these, with the pool of an earlier shape or a new one."""
+        """Buffers for values like these."""
         tables = parts.tables
         if tables is not None:
             cos, sin = tables.cos.contiguous().clone(), tables.sin.contiguous().clone()
@@ -81,8 +87,8 @@ class Shared:
             flat=torch.empty(numbers, dtype=torch.float32, device=x.device),
             tables=tables,
             source=None,
-            pool=torch.cuda.graph_pool_handle() if pool is None else pool,
-            stream=torch.cuda.Stream(x.device),
+            pool=pool[0],
+            stream=pool[1],
         )
 
     def set_tables(self, parts: Parts) -> None:
@@ -114,8 +120,8 @@ class Captured:
 
     signature: tuple
     shared: Shared
-    replay_forward: torch.cuda.CUDAGraph
-    replay_backward: torch.cuda.CUDAGraph
+    replay_forward: Recorded
+    replay_backward: Recorded
     attended: Attended
     shapes: list[torch.Size | None]
     needs_x: bool
@@ -175,7 +181,7 @@ def find(parts: Parts, x: torch.Tensor, shape: torch.Size, needs: tuple[bool, ..
     """
     keeper = parts.keeper
     fits = parts.visible.single and not parts.visible.window and all(needs[1:]) and x.shape[0] <= RECORDED_ROWS
-    if not keeper.captures or not x.is_cuda or not fits:
+    if not keeper.captures or not fits or not can_record(x):
         return None
     key = (shape, x.dtype, x.device, parts.decision.lean)
     known = _shape(keeper.shapes, key)
@@ -232,25 +238,30 @@ def _capture(
     if known.shared is None:
         _, attended, t_d, _ = forward_pass(parts, x, shape, keep=False)
         numbers = sum(pair.numel() for pair in pairs if pair is not None)
-        pools = (other.shared.pool for other in parts.keeper.shapes.values() if other.captured and other.shared)
-        known.shared = Shared.like(x, attended, t_d, parts, numbers, next(pools, None))
+        others = (other.shared for other in parts.keeper.shapes.values() if other.captured and other.shared)
+        pool = next(((shared.pool, shared.stream) for shared in others), None) or new_pool(x.device)
+        known.shared = Shared.like(x, attended, t_d, parts, numbers, pool)
         del attended, t_d
     shared = known.shared
     fixed = replace(parts, tables=shared.tables, decision=Decision(Place.RECOMPUTE, parts.decision.lean))
-    with _recording(shared) as first:
+    left: list[Attended] = []
+    shapes: list[torch.Size | None] = []
+
+    def forward() -> None:
         y, attended, t_d, _ = forward_pass(fixed, shared.x, shape, keep=False)
-        for buffer, value in ((shared.y, y), (shared.out, attended.out), (shared.lse, attended.lse), (shared.t_d, t_d)):
-            buffer.copy_(value)
-    attended = replace(attended, out=shared.out, lse=shared.lse)
-    del y, t_d, value
-    with _recording(shared) as second:
-        dx, raw = backward_pass(fixed, shared.x, attended, shared.t_d, None, shared.y, needs, shape)
+        for to, value in ((shared.y, y), (shared.out, attended.out), (shared.lse, attended.lse), (shared.t_d, t_d)):
+            to.copy_(value)
+        left[:] = [replace(attended, out=shared.out, lse=shared.lse)]
+
+    def backward() -> None:
+        dx, raw = backward_pass(fixed, shared.x, left[0], shared.t_d, None, shared.y, needs, shape)
         if dx is not None:
             shared.y.copy_(dx)
-        found = finish_gradients(raw, pairs, scales, needs[1:])
-        shapes = _collect(found, shared.flat)
+        shapes[:] = _collect(finish_gradients(raw, pairs, scales, needs[1:]), shared.flat)
+
+    first, second = record(shared, forward), record(shared, backward)
     weights = Identity.of(parts.linears())
-    return Captured(signature, shared, first, second, attended, shapes, needs[0], fixed, weights)
+    return Captured(signature, shared, first, second, left[0], shapes, needs[0], fixed, weights)
 
 
 def _collect(found: Sequence[torch.Tensor | None], flat: torch.Tensor) -> list[torch.Size | None]:
@@ -262,16 +273,26 @@ def _collect(found: Sequence[torch.Tensor | None], flat: torch.Tensor) -> list[t
     return [None if grad is None else grad.shape for grad in found]
 
 
-@contextlib.contextmanager
-def _recording(shared: Shared) -> Iterator[torch.cuda.CUDAGraph]:
-    """Record what is launched instead of launching it."""
+def record(shared: Shared, launch: Callable[[], None]) -> Recorded:
+    """What ``launch`` launches, to be replayed; nothing is computed now."""
     graph = torch.cuda.CUDAGraph()
     stream = shared.stream
     stream.wait_stream(torch.cuda.current_stream(shared.x.device))
     with torch.cuda.stream(stream):
         graph.capture_begin(pool=shared.pool, capture_error_mode="thread_local")
         try:
-            yield graph
+            launch()
         finally:
             graph.capture_end()
     torch.cuda.current_stream(shared.x.device).wait_stream(stream)
+    return graph
+
+
+def can_record(x: torch.Tensor) -> bool:
+    """Whether launches for ``x`` can be recorded."""
+    return x.is_cuda
+
+
+def new_pool(device: torch.device) -> tuple[Any, Any]:
+    """Memory for graphs, and the stream on which they are recorded."""
+    return torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
