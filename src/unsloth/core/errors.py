@@ -65,8 +65,16 @@ class TrainingError(UnslothError):
     """A run that cannot go on."""
 
 
+class GenerationError(UnslothError):
+    """Text could not be generated."""
+
+
 class ExportError(UnslothError):
     """A result could not be written, or did not equal the model it was made from."""
+
+
+class UploadError(ExportError):
+    """The hub refused an upload or could not be reached; the local copy is whole."""
 
 
 class StorageError(UnslothError):
