@@ -200,7 +200,7 @@ def finish_gradients(
             factors.append(scales[i // 2])
     if scaled:
         torch._foreach_mul_(scaled, factors)
-    return [None if g is None else g.to(m.dtype) for g, m in zip(grads, pairs, strict=True)]
+    return [None if g is None or m is None else g.to(m.dtype) for g, m in zip(grads, pairs, strict=True)]
 
 
 def lora_mlp(

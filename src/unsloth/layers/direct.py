@@ -10,8 +10,9 @@ import torch
 
 from unsloth.kernels.dispatch import can_launch
 from unsloth.kernels.qk_norm_rope import qk_norm_rope
-from unsloth.kernels.rms_norm import MAX_COLUMNS, rms_norm_backward, rms_norm_forward, rms_norm_reference
+from unsloth.kernels.rms_norm import rms_norm_backward, rms_norm_forward, rms_norm_reference
 from unsloth.kernels.rope import RopeTables, rope_forward, rope_reference
+from unsloth.kernels.row_norm import MAX_COLUMNS
 from unsloth.layers.norm import NormOptions
 
 
