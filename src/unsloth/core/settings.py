@@ -52,6 +52,11 @@ def return_logits() -> bool:
     return flag("UNSLOTH_RETURN_LOGITS")
 
 
+def api_key() -> str | None:
+    """``UNSLOTH_API_KEY`` is what requests to ``unsloth serve`` must carry."""
+    return os.environ.get("UNSLOTH_API_KEY") or None
+
+
 def cache_folder() -> Path:
     """Where converted models are kept: ``UNSLOTH_CACHE``, else the user's cache folder."""
     explicit = os.environ.get("UNSLOTH_CACHE")

@@ -56,7 +56,7 @@ def frames(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None)
     ended = _gaps(renderer.render(Conversation(talk[:4]), 0).text, _TALK[:4])
     if plain is None or ended is None or plain[1] != plain[3]:
         raise _no_frames(tokenizer)
-    bos = tokenizer.bos_token or ""
+    bos = added_first(tokenizer)
     start, before_answer, between = plain[0].removeprefix(bos), plain[1], plain[2]
     after_answer = os.path.commonprefix([between, ended[4]])
     if after_answer.count("<") != after_answer.count(">") or (ended[4] and not after_answer):
@@ -74,6 +74,12 @@ def frames(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None)
             after_system = after_system.removesuffix(before_user)
             default = first[len(before_system) : len(first) - len(after_system)]
     return Frames((before_system, after_system), before_user, (before_answer, after_answer), inside, default)
+
+
+def added_first(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The token that is put before every text by itself, and so must not stand in the template; empty if none is."""
+    ids = tokenizer("a").input_ids
+    return str(tokenizer.bos_token) if ids and ids[0] == tokenizer.bos_token_id else ""
 
 
 def _no_frames(tokenizer: PreTrainedTokenizerBase) -> TokenizerError:
@@ -128,13 +134,14 @@ def modelfile(
     if header and not any(stop in header for stop in stops):
         stops.append(header)  # headers in plain text: stop before a user's turn is made up
     lines = [f"FROM {file_location}", f'TEMPLATE """{template(found)}"""']
-    lines += [f'PARAMETER stop "{_quoted(stop)}"' for stop in dict.fromkeys((*stops, *extra_stops))]
+    lines += [f'PARAMETER stop "{quoted(stop)}"' for stop in dict.fromkeys((*stops, *extra_stops))]
     if found.default_system:
         lines.append(f'SYSTEM """{found.default_system}"""')
     return "\n".join(lines) + "\n"
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """A text as it stands between quotation marks in a Modelfile."""
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -64,13 +64,20 @@ class ModelMethods:
             self._engine = Engine(self.model, self.tokenizer, self.options)
         return self._engine
 
-    def make_async_engine(self) -> AsyncEngine:
+    def make_async_engine(self, adapters: Mapping[str, str | Path] | None = None) -> AsyncEngine:
         """An engine of its own for an event loop, on the same weights.
+
+        Args:
+            adapters: Folders of saved adapters to load, by the names that requests call them by.
 
         Raises:
             ConfigError: It cannot run this model.
+            AdapterError: An adapter does not fit.
         """
-        return AsyncEngine(Engine(self.model, self.tokenizer, self.options))
+        engine = Engine(self.model, self.tokenizer, self.options)
+        for name, path in (adapters or {}).items():
+            engine.load_adapter(name, path)
+        return AsyncEngine(engine)
 
     def fast_generate(
         self,

@@ -281,7 +281,7 @@ def kind_of(sequences: Iterable[Sequence]) -> Kind:
         cuts=any(not p.greedy and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0) for p in params),
         penalties=any(p.penalized for p in params),
         bias=any(bool(p.logit_bias) or p.min_tokens > 0 for p in params),
-        logprobs=max((p.logprobs or 0 for p in params), default=0),
+        logprobs=max((-1 if p.logprobs is None else p.logprobs for p in params), default=-1),
     )
 
 

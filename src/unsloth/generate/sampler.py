@@ -29,13 +29,13 @@ class Kind:
         cuts: Some row has top_k, top_p or min_p.
         penalties: Some row has penalties on tokens so far.
         bias: Some row has biases.
-        logprobs: Number of most likely tokens to report.
+        logprobs: Number of most likely tokens to report; 0 reports the drawn token's rank only, -1 nothing.
     """
 
     cuts: bool = False
     penalties: bool = False
     bias: bool = False
-    logprobs: int = 0
+    logprobs: int = -1
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def sample(logits_BV: torch.Tensor, controls: Controls, kind: Kind, fast: bool =
         c = controls
         bound = cut_rows(adjusted, c.temperature, c.top_k, c.top_p, c.min_p, fast=fast)
     drawn = sample_rows(logits_BV, adjusted, controls.temperature, bound, controls.keys, fast=fast)
-    if not kind.logprobs:
+    if kind.logprobs < 0:
         return Sampled(*drawn)
     values = logits_BV.float().log_softmax(-1)
     top = values.topk(min(kind.logprobs, values.shape[1]), -1)

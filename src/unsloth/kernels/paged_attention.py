@@ -17,6 +17,8 @@ Bytes: every visible key and value once: 2 N K D elements a sequence.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -26,41 +28,6 @@ from unsloth.kernels import dispatch
 from unsloth.kernels.rounding import must_round, nearest
 
 _BLOCK_N = 64
-
-
-def paged_attention_reference(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    page_table: torch.Tensor,
-    lengths: torch.Tensor,
-    *,
-    scale: float | None = None,
-    window: int = 0,
-    softcap: float = 0.0,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The formula, one sequence at a time, in float32 at least."""
-    heads, dim = q.shape[1:]
-    groups = heads // k_cache.shape[2]
-    dtype = dispatch.compute_dtype(q.dtype)
-    scale = dim**-0.5 if scale is None else scale
-    out = torch.zeros_like(q)
-    for b, length in enumerate(lengths.tolist()):
-        if length == 0:
-            continue
-        first = max(0, length - window) if window else 0
-        pages = page_table[b, : -(-length // k_cache.shape[1])].long()
-        k, v = (c[pages].flatten(0, 1)[first:length].to(dtype) for c in (k_cache, v_cache))
-        k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
-        scores = torch.einsum("hd,nhd->hn", q[b].to(dtype), k) * scale
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        if sinks is not None:
-            scores = torch.cat([scores, sinks.to(dtype)[:, None]], dim=1)
-        p = torch.softmax(scores, dim=1)[:, : length - first]
-        out[b] = torch.einsum("hn,nhd->hd", p, v).to(q.dtype)
-    return out
 
 
 @triton.jit
@@ -223,8 +190,7 @@ def paged_attention(
     present = [tensor for tensor in floats if tensor is not None]
     aligned = k_cache.stride(3) == 1 and v_cache.stride(3) == 1 and dim <= 256
     if not fast or not aligned or not dispatch.can_launch(*present):
-        kwargs = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
-        return paged_attention_reference(q, k_cache, v_cache, page_table, lengths, **kwargs)
+        return _one_by_one(q, k_cache, v_cache, page_table, lengths, scale, window, softcap, sinks)
     q = q.detach() if q.stride(2) == 1 else q.detach().contiguous()
     out = torch.empty(batch, heads, dim, dtype=q.dtype, device=q.device)
     if not batch:
@@ -280,6 +246,31 @@ def paged_attention(
             BLOCK_S=triton.next_power_of_2(splits),
             BLOCK_D=block_d,
         )
+    return out
+
+
+paged_attention_reference = partial(paged_attention, fast=False)
+
+
+def _one_by_one(q, k_cache, v_cache, page_table, lengths, scale, window, softcap, sinks) -> torch.Tensor:
+    """The formula, one sequence at a time, in float32 at least; arguments as for :func:`paged_attention`."""
+    groups = q.shape[1] // k_cache.shape[2]
+    dtype = dispatch.compute_dtype(q.dtype)
+    out = torch.zeros_like(q)
+    for b, length in enumerate(lengths.tolist()):
+        if length == 0:
+            continue
+        first = max(0, length - window) if window else 0
+        pages = page_table[b, : -(-length // k_cache.shape[1])].long()
+        k, v = (c[pages].flatten(0, 1)[first:length].to(dtype) for c in (k_cache, v_cache))
+        k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+        scores = torch.einsum("hd,nhd->hn", q[b].to(dtype), k) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.to(dtype)[:, None]], dim=1)
+        p = torch.softmax(scores, dim=1)[:, : length - first]
+        out[b] = torch.einsum("hn,nhd->hd", p, v).to(q.dtype)
     return out
 
 

@@ -182,8 +182,7 @@ def paged_prefill(
     dim, heads, kv_heads = q.shape[2], q.shape[1], k_cache.shape[2]
     adjacent = k_cache.stride(3) == 1 and v_cache.stride(3) == 1 and dim <= 256
     if not fast or not adjacent or not dispatch.can_launch(q) or not dispatch.can_launch(k_cache, dtypes=CACHE_DTYPES):
-        options = {"scale": scale, "window": window, "softcap": softcap}
-        return paged_prefill_reference(q, k_cache, v_cache, table, tiles, **options)
+        return paged_prefill_reference(q, k_cache, v_cache, table, tiles, scale=scale, window=window, softcap=softcap)
     q = q if q.stride(2) == 1 else q.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if len(tiles):

@@ -1,0 +1,76 @@
+"""The methods of a model that write GGUF files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from types import MethodType
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from unsloth.core.errors import ConfigError
+from unsloth.export.gguf import save
+
+
+def attach(model: Any) -> None:
+    """Give this one model the methods; no class is changed."""
+    model.save_pretrained_gguf = MethodType(save_pretrained_gguf, model)
+
+
+def save_pretrained_gguf(
+    self: Any,
+    save_directory: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    quantization_method: str | Sequence[str] = "fast_quantized",
+    *,
+    first_conversion: str | None = None,
+    imatrix_file: str | os.PathLike[str] | None = None,
+    pre_tokenizer: str | None = None,
+    max_shard_size: int | str | None = None,
+    maximum_memory_usage: float = 0.75,
+    verify: bool = True,
+) -> str:
+    """Save the model as GGUF, for llama.cpp, Ollama and what is built on them, with the adapter merged in.
+
+    The weights are merged and converted once; every method is quantized from that. Each file is reopened, its
+    tensors and tokenizer are compared with the model's, and where llama.cpp is installed (extra ``gguf-run``) it
+    loads the file and its tokens and logits are compared, before the folder gets its name. What was found is logged
+    and stands in ``manifest.json``. Other files in the folder are kept.
+
+    Args:
+        self: The model.
+        save_directory: Folder to write.
+        tokenizer: Of the model.
+        quantization_method: A name or several: ``"q4_k_m"``, ``"q8_0"``, ``"f16"``, ``"not_quantized"`` and so on.
+        first_conversion: Type of the weights before they are quantized: ``"bf16"``, ``"f16"`` or ``"f32"``; None
+            takes the model's own.
+        imatrix_file: An importance matrix in one of llama.cpp's formats; required by the methods of one and two bits.
+        pre_tokenizer: llama.cpp's name of the way in which the tokenizer cuts words, where it is not found.
+        max_shard_size: Largest file, such as ``"4GB"``; None writes one file a method.
+        maximum_memory_usage: Share of the free memory that llama.cpp may take.
+        verify: Whether llama.cpp runs the files, where it is installed.
+
+    Returns:
+        The text of the Modelfile, which also stands in the folder and on ``tokenizer._ollama_modelfile``.
+
+    Raises:
+        ConfigError: An unknown method.
+        ExportError: Something that llama.cpp cannot read, or a file that is not the model.
+        TokenizerError: A tokenizer that llama.cpp does not have, or that cuts texts differently there.
+        StorageError: The disk is full.
+    """
+    if tokenizer is None:
+        raise ConfigError(
+            "a GGUF file holds the tokenizer", got=None, do="Pass it: save_pretrained_gguf(folder, tokenizer, ...)."
+        )
+    options = save.Options(
+        methods=[quantization_method] if isinstance(quantization_method, str) else list(quantization_method),
+        first_conversion=first_conversion,
+        imatrix_file=imatrix_file,
+        pre_tokenizer=pre_tokenizer,
+        max_shard_size=max_shard_size,
+        maximum_memory_usage=maximum_memory_usage,
+        verify=verify,
+    )
+    return save.save(self, save_directory, tokenizer, options)[1]
