@@ -108,7 +108,7 @@ def save(
     wanted = _wanted(options.methods, conversion.dtype)
     imatrix = _imatrix(options, conversion)
     jobs = [quantize.Job(method, imatrix, options.types) for method in wanted]
-    plans = [_plan(job, conversion) for job in jobs]
+    plans = [_plan(job, conversion, shard_bytes(options.max_shard_size)) for job in jobs]
     needed = conversion.size + sum(tensor.size for planned, _ in plans for tensor in planned)
     inner = transformers_model(model)
     name = _file_name(Path(inner.config._name_or_path or "model").name)
@@ -194,9 +194,8 @@ def _by_name(planned: Sequence[Planned]) -> dict[str, tuple[tuple[int, ...], Typ
     return {tensor.name: (tensor.shape, tensor.type) for tensor in planned}
 
 
-def _plan(job: quantize.Job, conversion: Conversion) -> tuple[list[Planned], list[quantize.Replaced]]:
-    if job.method.type not in methods.PLAIN:
-        quantize.library()  # its absence is known before anything is written
+def _plan(job: quantize.Job, conversion: Conversion, shards: int) -> tuple[list[Planned], list[quantize.Replaced]]:
+    quantize.check_possible(job, shards)
     shape = replace(conversion.shape, imatrix=job.imatrix is not None)
     planned, replaced = quantize.plan(_by_name(conversion.planned), shape, job)
     if replaced:
