@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from unsloth.export.gguf import runtime
 
@@ -19,6 +19,7 @@ NO_WINDOW = {"use_sliding_window": False, "sliding_window": None, "layer_types":
 CHANGES: dict[str, dict] = {
     "mistral": {"sliding_window": None},
     "ministral": {"sliding_window": 64, "layer_types": ["full_attention", "full_attention"]},
+    "cwm": {"sliding_window": 64, "layer_types": ["full_attention", "full_attention"]},
     "qwen2": NO_WINDOW,
     "qwen3": NO_WINDOW,
     "phi3": {"sliding_window": None},
@@ -71,9 +72,3 @@ def ids() -> list[list[int]]:
 def logits(model: PreTrainedModel, ids: list[list[int]]) -> torch.Tensor:
     """Of all positions, float32 [T, V]."""
     return torch.cat([model(input_ids=torch.tensor([each])).logits[0].float() for each in ids])
-
-
-@pytest.fixture(scope="session")
-def byte_pairs(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The shared byte tokenizer."""
-    return tokenizer
