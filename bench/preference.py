@@ -126,7 +126,6 @@ def trainer_of(given: argparse.Namespace, model: torch.nn.Module, prompt: int, f
         learning_rate=1e-4,
         train_sampling_strategy="sequential",  # the same rows in the same order
         lr_scheduler_type="constant",
-        train_sampling_strategy="sequential",  # the same rows in the same order
         bf16=DEVICE.type == "cuda",
         use_cpu=DEVICE.type != "cuda",
         gradient_checkpointing=True,
