@@ -61,8 +61,8 @@ def test_export_merges_an_adapter_and_keeps_a_model(tiny, tmp_path, capsys):
     model, tokens = FastLanguageModel.from_pretrained(str(tiny()), load_in_16bit=True, max_seq_length=128)
     model = FastLanguageModel.get_peft_model(model, r=4)
     model.save_pretrained(tmp_path / "adapter")
-    export.export(str(tmp_path / "adapter"), str(tmp_path / "merged"), method="merged_16bit")
-    export.export(str(tiny()), str(tmp_path / "copy"), method="merged_16bit")
+    export.export(export.ExportOptions(str(tmp_path / "adapter"), str(tmp_path / "merged")))
+    export.export(export.ExportOptions(str(tiny()), str(tmp_path / "copy")))
     assert "Written to" in capsys.readouterr().out
     assert (tmp_path / "merged/model.safetensors").is_file()
     copied = AutoModelForCausalLM.from_pretrained(tmp_path / "copy").state_dict()

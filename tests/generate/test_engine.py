@@ -3,6 +3,7 @@
 import pytest
 import tiny_families
 import torch
+from peft import LoraConfig, get_peft_model
 
 from unsloth.core.errors import AdapterError, ConfigError, GenerationError
 from unsloth.generate.engine import Engine
@@ -167,6 +168,23 @@ def test_new_weights_are_seen_and_old_keys_forgotten():
         assert got == expected(), change
         seen.append(tuple(got))
     assert len(set(seen)) == 5
+
+
+def test_a_head_trained_in_full_is_never_used_for_another_adapter():
+    model = tiny_families.build("llama").eval()
+    base = Engine(model).generate(PROMPTS, drawn(temperature=0))
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    adapted = get_peft_model(model, config).eval()
+    torch.nn.init.normal_(adapted.base_model.model.lm_head.modules_to_save["default"].weight)
+    engine = Engine(adapted)
+    ours = ids(engine.generate(PROMPTS, drawn(temperature=0)))
+    assert ours != ids(base)
+    for lora in (False, "default"):
+        with pytest.raises(AdapterError, match="trained in full"):
+            engine.generate(PROMPTS, drawn(temperature=0), lora=lora)
+    assert ids(engine.generate(PROMPTS, drawn(temperature=0))) == ours
+    with adapted.disable_adapter():
+        assert ids(engine.generate(PROMPTS, drawn(temperature=0))) == ids(base)
 
 
 def test_an_adapter_put_on_later():

@@ -311,10 +311,16 @@ class Engine:
     def _adapter(self, lora: Any) -> str | None:
         """The name of the adapter that is asked for, loaded if need be; None for the base model."""
         bank = self._live.bank
-        if lora is False:
-            return None
         if lora is None:
             return bank.active()
+        if self._live.has_trained_copies():
+            raise AdapterError(
+                "this model has layers that were trained in full (modules_to_save), which every request would share",
+                got=f"lora={lora}",
+                do="Leave the adapter out to use the model as it stands, or save it and load the base without it.",
+            )
+        if lora is False:
+            return None
         name = lora if isinstance(lora, str) else getattr(lora, "lora_name", None)
         if not isinstance(name, str):
             raise AdapterError("no adapter", got=lora, do="Pass its name, or what load_lora returned.")

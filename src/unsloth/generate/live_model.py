@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel
 
 from unsloth.core.errors import ConfigError, PlanError
@@ -86,6 +87,12 @@ class LiveModel:
         self._storage = storage
         return change
 
+    def has_trained_copies(self) -> bool:
+        """Whether PEFT put trained copies of whole layers (``modules_to_save``) in the place of the base's."""
+        return any(
+            isinstance(module, ModulesToSaveWrapper) and not module.disable_adapters for module in self.inner.modules()
+        )
+
     def _read(self) -> Decoder:
         self.bank.clear_sites()
         try:
@@ -96,11 +103,8 @@ class LiveModel:
         return decoder
 
     def _shape_of_model(self) -> Hashable:
-        """Changes when layers are exchanged or adapters added; not when values do."""
-        return tuple(
-            (id(module), tuple(module.lora_A) if isinstance(module, LoraLayer) else ())
-            for module in self.inner.modules()
-        )
+        """Changes when layers are exchanged or adapters added, or trained copies switched; not when values do."""
+        return tuple((id(module), _state_of(module)) for module in self.inner.modules())
 
     def _fingerprint(self) -> Hashable:
         """Changes when weights do: the versions of all, and the norms of those that are trained and of adapters.
@@ -116,3 +120,12 @@ class LiveModel:
             by_dtype.setdefault(tensor.dtype, []).append(tensor)
         norms = [torch.stack(torch._foreach_norm(tensors)).float() for tensors in by_dtype.values()]
         return versions, tuple(torch.cat(norms).tolist()) if norms else ()
+
+
+def _state_of(module: torch.nn.Module) -> Hashable:
+    """Which adapters a layer has, or which trained copy stands in its place."""
+    if isinstance(module, LoraLayer):
+        return tuple(module.lora_A)
+    if isinstance(module, ModulesToSaveWrapper):
+        return module.disable_adapters, tuple(module.active_adapters)
+    return ()
