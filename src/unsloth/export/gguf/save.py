@@ -16,11 +16,13 @@ from transformers import PreTrainedTokenizerBase
 from unsloth.core import artifact, device
 from unsloth.core.errors import ConfigError
 from unsloth.core.log import get_logger
-from unsloth.export import ollama
+from unsloth.export import dynamic, ollama
+from unsloth.export.calibration import Source
 from unsloth.export.gguf import check, convert, methods, quantize, runtime
 from unsloth.export.gguf.check import Proof, Reference
 from unsloth.export.gguf.convert import Conversion
 from unsloth.export.gguf.file import Planned, Reader
+from unsloth.export.gguf.importance import Importance
 from unsloth.export.gguf.methods import Method
 from unsloth.models.record import transformers_model
 
@@ -40,6 +42,8 @@ class Options:
         methods: Names of quantization methods; a file each.
         first_conversion: ``"f32"``, ``"f16"`` or ``"bf16"``; None takes the model's own dtype.
         imatrix_file: An importance matrix, in one of llama.cpp's formats.
+        calibration_data: Rows, or a file of them, on which an importance matrix is measured instead.
+        calibration_tokens: The most tokens to measure on.
         pre_tokenizer: llama.cpp's name of the way in which the tokenizer cuts words, where it is not found.
         max_shard_size: Largest file in bytes or as ``"4GB"``; None for one file a method.
         maximum_memory_usage: Share of the free memory that llama.cpp may take for the comparison.
@@ -50,6 +54,8 @@ class Options:
     methods: Sequence[str]
     first_conversion: str | None = None
     imatrix_file: str | os.PathLike[str] | None = None
+    calibration_data: Source | None = None
+    calibration_tokens: int = 16_384
     pre_tokenizer: str | None = None
     max_shard_size: int | str | None = None
     maximum_memory_usage: float = 0.75
@@ -103,14 +109,16 @@ def save(
     """
     conversion = convert.plan(model, tokenizer, options.first_conversion, pre_tokenizer=options.pre_tokenizer)
     wanted = _wanted(options.methods, conversion.dtype)
-    imatrix = _imatrix(options, conversion)
-    jobs = [quantize.Job(method, imatrix, options.types) for method in wanted]
-    plans = [_plan(job, conversion) for job in jobs]
+    importance = _importance(options, conversion, tokenizer, wanted)
+    jobs = [replace(importance.job(method), types=options.types) for method in wanted]
+    plans = [_plan(job, conversion, importance) for job in jobs]
     needed = conversion.size + sum(tensor.size for planned, _ in plans for tensor in planned)
     inner = transformers_model(model)
     name = _file_name(Path(inner.config._name_or_path or "model").name)
     ends = convert.ends_of(inner, tokenizer)
     details: dict[str, Any] = {"base": inner.config._name_or_path, "files": _earlier(Path(folder))}
+    if importance.source is not None:
+        details["importance"] = importance.source
     saved = []
     with artifact.stage(folder, kind=KIND, details=details, existing="extend", needed_bytes=needed) as staging:
         judge = _Judge(conversion, tokenizer, ends, options)
@@ -119,6 +127,9 @@ def save(
         conversion.write(source_path)
         judge.see_conversion(source_path)
         for job, (planned, replaced) in zip(jobs, plans, strict=True):
+            if job.method.measured:
+                job = importance.chosen(job, Reader(source_path))
+                planned, replaced = _fixed(job, conversion)
             target = staging / f"{name}.{job.method.name.upper()}.gguf"
             paths = quantize.write(Reader(source_path), target, planned, job, shard_bytes(options.max_shard_size))
             proof = judge.prove(source_path, paths, job, planned, replaced)
@@ -135,27 +146,35 @@ def save(
 
 
 def _wanted(names: Sequence[str], first_conversion: str) -> list[Method]:
-    found = [methods.find(name, first_conversion) for name in names]
+    found = [dynamic.find(name) or methods.find(name, first_conversion) for name in names]
     return list({method.name: method for method in found}.values())
 
 
-def _imatrix(options: Options, conversion: Conversion) -> quantize.Imatrix | None:
-    if options.imatrix_file is None:
-        return None
-    found = quantize.read_imatrix(Path(options.imatrix_file))
-    quantize.check_imatrix(found, _by_name(conversion.planned), options.imatrix_file)
-    return found
+def _importance(
+    options: Options, conversion: Conversion, tokenizer: PreTrainedTokenizerBase, wanted: Sequence[Method]
+) -> Importance:
+    if any(method.type not in methods.PLAIN for method in wanted):
+        quantize.library()  # its absence is known before anything is measured or written
+    return Importance(
+        conversion,
+        tokenizer,
+        wanted,
+        file=options.imatrix_file,
+        data=options.calibration_data,
+        tokens=options.calibration_tokens,
+    )
 
 
 def _by_name(planned: Sequence[Planned]) -> dict[str, tuple[tuple[int, ...], Type]]:
     return {tensor.name: (tensor.shape, tensor.type) for tensor in planned}
 
 
-def _plan(job: quantize.Job, conversion: Conversion) -> tuple[list[Planned], list[quantize.Replaced]]:
-    if job.method.type not in methods.PLAIN:
-        quantize.library()  # its absence is known before anything is written
-    shape = replace(conversion.shape, imatrix=job.imatrix is not None)
-    planned, replaced = quantize.plan(_by_name(conversion.planned), shape, job)
+def _plan(
+    job: quantize.Job, conversion: Conversion, importance: Importance
+) -> tuple[list[Planned], list[quantize.Replaced]]:
+    if job.method.measured:
+        return importance.budget(job.method), []
+    planned, replaced = _fixed(job, conversion)
     if replaced:
         first = replaced[0]
         logger.warning(
@@ -167,6 +186,12 @@ def _plan(job: quantize.Job, conversion: Conversion) -> tuple[list[Planned], lis
             first.wanted.name,
         )
     return planned, replaced
+
+
+def _fixed(job: quantize.Job, conversion: Conversion) -> tuple[list[Planned], list[quantize.Replaced]]:
+    """The tensors of a file whose types are known."""
+    shape = replace(conversion.shape, imatrix=job.imatrix is not None)
+    return quantize.plan(_by_name(conversion.planned), shape, job)
 
 
 def _file_name(name: str) -> str:
