@@ -51,3 +51,51 @@ def test_an_early_import_is_warned_of():
     assert "SFTTrainer was imported from trl before unsloth" in log
     _, log = run("import trl\nfrom unsloth import FastLanguageModel")
     assert "was imported from trl before" not in log
+
+
+ALL = ("SFT", "DPO", "KTO", "ORPO", "CPO", "Reward")
+
+
+def test_every_trainer_is_bound_and_given_back():
+    code = f"""
+import trl
+before = dict(vars(trl))
+from unsloth import FastLanguageModel, compat
+for name in {ALL}:
+    for kind in ("Trainer", "Config"):
+        assert getattr(trl, name + kind).__module__.startswith("unsloth.train"), name + kind
+compat.unbind()
+assert not compat.is_bound()
+for name in {ALL}:
+    for kind in ("Trainer", "Config"):
+        theirs = getattr(trl, name + kind, None)
+        assert theirs is None if name in ("ORPO", "CPO") else theirs.__module__.startswith("trl."), name + kind
+compat.bind()
+from trl import ORPOTrainer, CPOConfig
+print(ORPOTrainer.__module__, CPOConfig.__module__)
+"""
+    assert run(code)[0] == ["unsloth.train.orpo", "unsloth.train.cpo"]
+
+
+def test_calls_of_earlier_scripts_bind_and_say_so():
+    code = """
+from unsloth import PatchDPOTrainer, PatchFastRL
+PatchDPOTrainer()
+PatchFastRL("GRPO", object)
+from trl import DPOTrainer
+print(DPOTrainer.__module__)
+"""
+    found, log = run(code)
+    assert found == ["unsloth.train.dpo"]
+    assert log.count("is not needed any more") == 2
+
+
+def test_every_configuration_takes_earlier_names(tmp_path):
+    code = f"""
+import unsloth
+for name in {ALL}:
+    config = getattr(unsloth, name + "Config")
+    args = config(output_dir={str(tmp_path)!r}, warmup_ratio=0.1, evaluation_strategy="steps")
+    print(args.warmup_steps, args.eval_strategy.value)
+"""
+    assert run(code)[0] == ["0.1", "steps"] * len(ALL)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from unsloth.chat_templates import standardize_data_formats as standardize_data_formats
     from unsloth.chat_templates import standardize_sharegpt as standardize_sharegpt
     from unsloth.chat_templates import to_sharegpt as to_sharegpt
+    from unsloth.compat import PatchDPOTrainer as PatchDPOTrainer
+    from unsloth.compat import PatchFastRL as PatchFastRL
     from unsloth.core.device import is_bfloat16_supported as is_bfloat16_supported
     from unsloth.core.errors import UnslothError as UnslothError
     from unsloth.models.vocabulary import add_new_tokens as add_new_tokens
@@ -27,7 +29,17 @@ if TYPE_CHECKING:
     from unsloth.rewards.source_check import check_python_modules as check_python_modules
     from unsloth.rewards.time_limit import execute_with_time_limit as execute_with_time_limit
     from unsloth.train.config import SFTConfig as SFTConfig
+    from unsloth.train.cpo import CPOConfig as CPOConfig
+    from unsloth.train.cpo import CPOTrainer as CPOTrainer
+    from unsloth.train.dpo import DPOConfig as DPOConfig
+    from unsloth.train.dpo import DPOTrainer as DPOTrainer
+    from unsloth.train.kto import KTOConfig as KTOConfig
+    from unsloth.train.kto import KTOTrainer as KTOTrainer
+    from unsloth.train.orpo import ORPOConfig as ORPOConfig
+    from unsloth.train.orpo import ORPOTrainer as ORPOTrainer
     from unsloth.train.responses import train_on_responses_only as train_on_responses_only
+    from unsloth.train.reward import RewardConfig as RewardConfig
+    from unsloth.train.reward import RewardTrainer as RewardTrainer
     from unsloth.train.sft import SFTTrainer as SFTTrainer
     from unsloth.trainer import UnslothTrainer as UnslothTrainer
     from unsloth.trainer import UnslothTrainingArguments as UnslothTrainingArguments
@@ -39,6 +51,18 @@ _PUBLIC = {
     "CHAT_TEMPLATES": ("unsloth.chat_templates", "CHAT_TEMPLATES"),
     "FastLanguageModel": ("unsloth.api", "FastLanguageModel"),
     "FastModel": ("unsloth.api", "FastModel"),
+    "PatchDPOTrainer": ("unsloth.compat", "PatchDPOTrainer"),
+    "PatchFastRL": ("unsloth.compat", "PatchFastRL"),
+    "CPOConfig": ("unsloth.train.cpo", "CPOConfig"),
+    "CPOTrainer": ("unsloth.train.cpo", "CPOTrainer"),
+    "DPOConfig": ("unsloth.train.dpo", "DPOConfig"),
+    "DPOTrainer": ("unsloth.train.dpo", "DPOTrainer"),
+    "KTOConfig": ("unsloth.train.kto", "KTOConfig"),
+    "KTOTrainer": ("unsloth.train.kto", "KTOTrainer"),
+    "ORPOConfig": ("unsloth.train.orpo", "ORPOConfig"),
+    "ORPOTrainer": ("unsloth.train.orpo", "ORPOTrainer"),
+    "RewardConfig": ("unsloth.train.reward", "RewardConfig"),
+    "RewardTrainer": ("unsloth.train.reward", "RewardTrainer"),
     "SFTConfig": ("unsloth.train.config", "SFTConfig"),
     "SFTTrainer": ("unsloth.train.sft", "SFTTrainer"),
     "UnslothError": ("unsloth.core.errors", "UnslothError"),

@@ -52,6 +52,19 @@ def test_further_arguments_are_passed_on(read):
     }
 
 
+def test_the_fast_paths_have_switches(read):
+    assert read(f"{MINIMAL}  fast_layers: off\n  fused_head: false\n").model == {
+        "model_name": "x",
+        "fast_layers": False,
+        "fused_head": False,
+    }
+    assert not read(f"{MINIMAL}  fast_layers: no\n").has_fast_layers and read(MINIMAL).has_fast_layers
+    with pytest.raises(ConfigError, match="model.fast_layers must be true or false"):
+        read(f"{MINIMAL}  fast_layers: 2\n")
+    with pytest.raises(ConfigError, match="belongs under 'model:'"):
+        read(f"{MINIMAL}adapter:\n  fast_layers: false\n")
+
+
 def test_the_text_column_has_two_names(read):
     assert read(f"{MINIMAL}data:\n  path: a\ntraining:\n  dataset_text_field: story\n").data.text_field == "story"
     with pytest.raises(ConfigError, match="contradict"):

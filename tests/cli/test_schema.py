@@ -1,7 +1,9 @@
 import dataclasses
+import inspect
 
 import pytest
 
+from unsloth import FastLanguageModel
 from unsloth.cli import run_config, schema
 from unsloth.core.errors import ConfigError
 from unsloth.models.adapters import AdapterOptions
@@ -16,7 +18,11 @@ def fields(cls):
 def test_the_sections_have_the_fields_of_the_classes_they_are_read_from():
     sections = run_config.sections()
     switches = {"load_in_4bit", "load_in_8bit", "load_in_16bit", "full_finetuning"}
+    switches |= {"fast_layers", "fused_head"}
     assert set(sections["model"]) == fields(LoadOptions) - {"precision", "trust_remote_code"} | switches
+    arguments = set(inspect.signature(FastLanguageModel.from_pretrained).parameters)
+    without = {"trust_remote_code", "use_exact_model_name", "offload_embeddings", "kwargs"}  # or under another name
+    assert set(sections["model"]) == arguments - without | {"more"}
     assert set(sections["adapter"]) == fields(AdapterOptions)
     assert set(sections["training"]) == fields(SFTConfig)
     assert set(sections["data"]) == fields(run_config.DataOptions)

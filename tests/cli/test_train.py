@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from unsloth.cli import main, run_config, train
 from unsloth.core.errors import ConfigError, DataError
+from unsloth.layers import fused_head
+from unsloth.layers.fast import is_swapped
 
 
 @pytest.fixture
@@ -66,6 +68,26 @@ def test_a_dry_run_shows_the_run_and_writes_nothing(run_file, tmp_path, monkeypa
     assert "Plan for LlamaForCausalLM (family llama" in shown and "gate_proj, up_proj, down_proj together" in shown
     # The answer and the end of its turn are trained, the question is not.
     assert "<|im_start|>user↵\nSay·well:·0<|im_end|>↵\n<|im_start|>assistant↵\n[[well·0<|im_end|>↵\n]]" in shown
+
+
+def test_the_fast_paths_can_be_switched_off(run_file, monkeypatch, capsys):
+    file = run_file(model={"fast_layers": False, "fused_head": False}, save={"plot": False})
+    swapped = {}
+    trained = train.SFTTrainer.train
+
+    def look(trainer, **arguments):
+        inner = trainer.model.get_base_model()
+        swapped.update(layers=is_swapped(inner.model.layers[0]), head=fused_head.find(inner) is not None)
+        return trained(trainer, **arguments)
+
+    monkeypatch.setattr(train.SFTTrainer, "train", look)
+    for last, expected in (("--dry-run", {}), ("--resume", {"layers": False, "head": False})):
+        assert command(monkeypatch, "train", file, last) == 0
+        shown = capsys.readouterr().out
+        assert "No plan (model.fast_layers is false)" in shown and "Plan for" not in shown
+        assert swapped == expected
+    assert command(monkeypatch, "train", run_file(save={"plot": False})) == 0
+    assert swapped == {"layers": True, "head": True} and "Plan for" in capsys.readouterr().out
 
 
 def test_trained_tokens_are_green_where_there_are_colors(run_file):

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, TextStreamer
 from unsloth import FastLanguageModel
 from unsloth.core import artifact
 from unsloth.core.errors import ConfigError, ExportError, StorageError
-from unsloth.export import merge, verify
+from unsloth.export import layout, merge
 from unsloth.export.merge import merged_tensors
 
 
@@ -91,12 +91,17 @@ def raise_disk_full(*args, **kwargs):
 
 def test_a_wrong_merge_is_caught(tiny, tmp_path, monkeypatch):
     model, tokenizer = model_with_adapter(tiny())
-    right = merge.merged_weight
-    monkeypatch.setattr(verify, "merged_weight", lambda *args, **options: right(*args, **options) * 1.05)
-    with pytest.raises(ExportError, match=r"layers\.0"):
-        model.save_pretrained_merged(tmp_path / "x", tokenizer)
-    monkeypatch.setattr(verify, "merged_weight", right)
-    monkeypatch.setattr(merge, "merged_weight", lambda *args, **options: -right(*args, **options))
+    right, in_checkpoint = merge.merged_weight, layout.in_checkpoint
+    with monkeypatch.context() as patch:
+        patch.setattr(merge, "merged_weight", lambda *args, **options: right(*args, **options) * 1.05)
+        with pytest.raises(ExportError, match=r"layers\.0"):
+            model.save_pretrained_merged(tmp_path / "x", tokenizer)
+
+    def with_a_wrong_sign(*args):
+        for name, tensor in in_checkpoint(*args):
+            yield name, -tensor if name.endswith("layers.1.mlp.down_proj.weight") else tensor
+
+    monkeypatch.setattr(layout, "in_checkpoint", with_a_wrong_sign)
     with pytest.raises(ExportError, match="does not predict"):
         model.save_pretrained_merged(tmp_path / "x", tokenizer)
     assert list(tmp_path.iterdir()) == []

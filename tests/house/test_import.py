@@ -31,7 +31,9 @@ from transformers.models.llama import modeling_llama
 
 # transformers resolves its names lazily, and is another module object after peft is imported
 transformers = sys.modules["transformers"]
-LAZY = ("AutoModelForCausalLM", "AutoTokenizer", "Trainer", "SFTTrainer", "SFTConfig", "TrainingArguments")
+LAZY = ("AutoModelForCausalLM", "AutoTokenizer", "Trainer", "TrainingArguments")
+METHODS = ("SFT", "DPO", "KTO", "ORPO", "CPO", "Reward")
+LAZY += tuple(f"{name}{kind}" for name in METHODS for kind in ("Trainer", "Config"))
 
 def snapshot():
     found = {}
@@ -55,7 +57,8 @@ print(sorted(key for key in changed if len(key) == 2 or key[:2] not in changed))
 """
 
 
-BOUND = ["transformers.TrainingArguments", "trl.SFTConfig", "trl.SFTTrainer"]
+METHODS = ("CPO", "DPO", "KTO", "ORPO", "Reward", "SFT")
+BOUND = ["transformers.TrainingArguments", *(f"trl.{name}{kind}" for name in METHODS for kind in ("Config", "Trainer"))]
 
 
 @pytest.mark.parametrize(("switch", "changed"), [("0", []), ("1", BOUND)])

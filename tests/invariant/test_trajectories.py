@@ -1,7 +1,8 @@
 """Configurations that mean the same give the same run: every step's loss, and the weights at the end.
 
-A run is described by plain data (:data:`BASE`, with changes), in the sections of a run's file; ``run_in_process``
-builds it through the public interface. Another way to start a run only has to return a ``Curve`` for the same data.
+A run is plain data (:data:`BASE`, with changes) in the sections of a run's file. It is written as YAML and carried out
+by ``unsloth train``, whose checkpoint of the last step holds losses and weights; ``run_in_process`` does the same
+through the Python interface.
 """
 
 from __future__ import annotations
@@ -15,10 +16,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from unsloth import FastLanguageModel, SFTConfig, SFTTrainer, train_on_responses_only
+from unsloth.cli import main
+from unsloth.train.estimate import MemoryEstimate
 
-STEPS = 10
+STEPS = 6
 BASE = {
     "model": {"max_seq_length": 256, "dtype": "float32", "load_in_16bit": True},
     "adapter": {"r": 4, "lora_alpha": 8, "use_gradient_checkpointing": False},
@@ -26,10 +32,10 @@ BASE = {
     "training": {
         "max_steps": STEPS,
         "per_device_train_batch_size": 4,
-        "learning_rate": 2e-3,
+        "learning_rate": 4e-3,
         "lr_scheduler_type": "constant",
         "logging_steps": 1,
-        "save_strategy": "no",
+        "save_steps": STEPS,
         "optim": "adamw_torch",
         "seed": 5,
         "disable_tqdm": True,
@@ -53,7 +59,24 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     return settings
 
 
+def run_from_a_file(settings: Mapping[str, Any], folder: Path, rows: list[dict], output: Path) -> Curve:
+    """As a user runs it: a file, a command, a folder of results."""
+    (output / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sections = {
+        **settings,
+        "model": {"model_name": str(folder), **settings["model"]},
+        "data": {"path": str(output / "rows.jsonl"), **settings["data"]},
+        "training": {"output_dir": str(output / "run"), **settings["training"]},
+        "save": {"plot": False},
+    }
+    (output / "run.yaml").write_text(yaml.safe_dump(sections))
+    ended = CliRunner().invoke(main.app, ["train", str(output / "run.yaml")], catch_exceptions=False)
+    assert ended.exit_code == 0
+    return curve_in(output / "run" / f"checkpoint-{STEPS}")
+
+
 def run_in_process(settings: Mapping[str, Any], folder: Path, rows: list[dict], output: Path) -> Curve:
+    """The same through the Python interface."""
     model, tokenizer = FastLanguageModel.from_pretrained(str(folder), **settings["model"])
     model = FastLanguageModel.get_peft_model(model, **settings["adapter"])
     args = SFTConfig(output_dir=str(output), **settings["training"])
@@ -61,26 +84,44 @@ def run_in_process(settings: Mapping[str, Any], folder: Path, rows: list[dict], 
     if settings["data"]["responses_only"]:
         trainer = train_on_responses_only(trainer)
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    return Curve(torch.tensor(losses, dtype=torch.float64), weights)
+    return curve_in(output / f"checkpoint-{STEPS}")
+
+
+def curve_in(checkpoint: Path) -> Curve:
+    """Losses and trained weights of a run, as its last checkpoint has them."""
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    (weights,) = [*checkpoint.glob("adapter_model.safetensors"), *checkpoint.glob("model.safetensors")]
+    return Curve(torch.tensor(losses, dtype=torch.float64), load_file(weights))
 
 
 @pytest.fixture(scope="module")
-def curve(tiny, tmp_path_factory):
-    """``curve(changes, family, tied)``: the run with these changes, made once."""
-    rows = []
+def rows():
+    made = []
     for i in range(12):
         messages = [
             {"role": "user", "content": "Say " * (i % 4)},
             {"role": "assistant", "content": f"well {i} " * (1 + i % 3)},
         ]
-        rows.append({"messages": messages})
+        made.append({"messages": messages})
+    return made
+
+
+@pytest.fixture(scope="module")
+def curve(tiny, rows, tmp_path_factory):
+    """``curve(changes, family, tied)``: the run with these changes, made once, without the memory estimate before it.
+
+    The estimate takes longer than such a run; tests/train/test_estimate.py has it, and so has the one run below that
+    is compared with the Python interface.
+    """
+    memory = MemoryEstimate(*[1] * len(MemoryEstimate.__dataclass_fields__))
 
     @cache
     def run(key: str, family: str, tied: bool) -> Curve:
-        output = tmp_path_factory.mktemp("run")
-        return run_in_process(merged(BASE, json.loads(key)), tiny(family, tied), rows, output)
+        settings, output = merged(BASE, json.loads(key)), tmp_path_factory.mktemp("run")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("unsloth.train.estimate.estimate", lambda *args, **kwargs: memory)
+            return run_from_a_file(settings, tiny(family, tied), rows, output)
 
     return lambda changes, family="llama", tied=True: run(json.dumps(changes, sort_keys=True), family, tied)
 
@@ -109,7 +150,6 @@ WHOLE = {"training.per_device_train_batch_size": 12}  # every step sees all rows
 SAME = {
     "padding-free": ({}, {"training.padding_free": True}),
     "padding-free, responses only": (RESPONSES, {**RESPONSES, "training.padding_free": True}),
-    "packed": (WHOLE, {**WHOLE, "training.packing": True}),
     "packed, responses only": ({**WHOLE, **RESPONSES}, {**WHOLE, **RESPONSES, "training.packing": True}),
     "packed, fused head, checkpointing": (
         WHOLE,
@@ -155,9 +195,17 @@ def test_the_same_bits(curve, changes):
     assert_same(curve(changes), curve({}), loss=0, weight=0)
 
 
+@pytest.mark.parametrize("changes", [{}, {**RESPONSES, **FUSED, "training.packing": True}], ids=str)
+def test_the_command_line_runs_what_the_python_interface_runs(tiny, rows, tmp_path, changes):
+    settings = merged(BASE, changes)
+    (tmp_path / "file").mkdir()
+    ours = run_from_a_file(settings, tiny(), rows, tmp_path / "file")
+    assert_same(ours, run_in_process(settings, tiny(), rows, tmp_path / "python"), loss=0, weight=0)
+
+
 @pytest.mark.parametrize(
     "changes",
-    [{"training.seed": 6}, RESPONSES, {"training.learning_rate": 2.1e-3}, {"training.gradient_accumulation_steps": 2}],
+    [RESPONSES, {"training.learning_rate": 4.1e-3}, {"training.gradient_accumulation_steps": 2}],
     ids=str,
 )
 def test_another_run_is_told_apart(curve, changes):

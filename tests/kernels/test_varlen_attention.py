@@ -3,7 +3,7 @@ import torch
 from check_op import check_op
 
 from unsloth.core.errors import ConfigError
-from unsloth.kernels.varlen_attention import choose_backend, varlen_attention, varlen_attention_reference
+from unsloth.kernels.varlen_attention import Keys, choose_backend, varlen_attention, varlen_attention_reference
 
 
 def make(device, lengths=(5, 1, 0, 11), heads=4, kv_heads=2, dim=16, dtype=torch.float32):
@@ -44,6 +44,37 @@ def test_chosen_backend(device, dtype):
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 def test_named_backends(device, backend):
     check(*make(device), backend=backend)
+
+
+def with_more_keys(device, dtype=torch.float32, heads=4, kv_heads=2, dim=16, scale=1):
+    """Documents of 3, 0 and 11 queries (times ``scale``) that are the last of 7, 0 and 11 keys."""
+    q, _, _, bounds = make(device, (3 * scale, 0, 11 * scale), heads, kv_heads, dim, dtype)
+    _, k, v, key_bounds = make(device, (7 * scale, 0, 11 * scale), heads, kv_heads, dim, dtype)
+    return q, k, v, bounds, Keys(key_bounds, 11 * scale)
+
+
+def test_queries_are_the_last_of_more_keys(device):
+    q, k, v, bounds, keys = with_more_keys(device)
+    ours = varlen_attention_reference(q, k, v, bounds, keys=keys, window=6)
+    position = torch.arange(7, device=device)
+    gap = position[4:, None] - position
+    alone = [t[None].transpose(1, 2) for t in (q[:3], k[:7], v[:7])]
+    mask = (gap >= 0) & (gap < 6)
+    plain = torch.nn.functional.scaled_dot_product_attention(*alone, attn_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(ours[:3], plain[0].transpose(0, 1), rtol=1e-5, atol=1e-5)
+    *given, keys = with_more_keys(device)
+    check(*given, keys=keys, backend="sdpa")
+    with pytest.raises(ConfigError, match="lacks"):
+        varlen_attention(*given, keys=keys, backend="flex")
+    with pytest.raises(ConfigError, match="different documents"):
+        varlen_attention(*given, keys=Keys(keys.cu_seqlens[:-1], 11))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("window", [0, 33])
+def test_gpu_backend_with_more_keys(device, window):
+    *given, keys = with_more_keys(device, torch.bfloat16, 8, 2, 64, scale=17)
+    check(*given, keys=keys, backend="torch", window=window)
 
 
 @pytest.mark.parametrize("options", [{"window": 3}, {"softcap": 2.0}, {"sinks": True}, {"window": 4, "sinks": True}])

@@ -90,6 +90,50 @@ def test_documents_are_found_once_and_again_after_a_change():
     assert packed_attention.documents_of(torch.arange(12)[None], 3).cu_seqlens.tolist() == [0, 12, 24, 36]
 
 
+def branches():
+    """A document of 3 + 4 tokens, with a branch of 2 after the third and one of 3 after the second; then one of 5."""
+    ids = tiny.batch()["input_ids"].flatten()[:17][None]
+    parts = [range(7), range(3, 5), range(2, 5), range(5)]
+    positions = torch.tensor([[position for part in parts for position in part]])
+    rows = [ids[:, :7], ids[:, [0, 1, 2, 7, 8]], ids[:, [0, 1, 9, 10, 11]], ids[:, 12:]]
+    own = [slice(0, 7), slice(3, 5), slice(2, 5), slice(0, 5)]
+    return ids, positions, rows, own
+
+
+def weighted(logits):
+    """A number that depends on every logit."""
+    logits = logits.flatten(0, 1)
+    return (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum() / logits.numel()
+
+
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES.keys() - {"gemma2"}))  # its soft caps need "eager"
+def test_a_branch_sees_its_beginning_and_itself(family, path):
+    ids, positions, rows, own = branches()
+    model = model_of(family).eval()
+    alone = torch.cat([model(input_ids=row).logits[:, part] for row, part in zip(rows, own, strict=True)], dim=1)
+    weighted(alone).backward()
+    plain = {name: p.grad.clone() for name, p in model.named_parameters()}
+    plan(model, attention=True).apply()
+    assert model.config._attn_implementation == packed_attention.NAME
+    model.zero_grad()
+    together = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    weighted(together).backward()
+    ours = {name: p.grad for name, p in model.named_parameters()}
+    assert tiny.worst((torch.ones(()), ours), (torch.ones(()), plain)) < 1e-4
+
+
+def test_branches_are_read_off_positions():
+    _, positions, _, _ = branches()
+    found = packed_attention.documents_of(positions, 1)
+    assert found.cu_seqlens.tolist() == [0, 7, 9, 12, 17]
+    assert found.branches.keys.cu_seqlens.tolist() == [0, 7, 12, 17, 22] and found.branches.keys.longest == 7
+    assert found.branches.gathered.tolist() == [*range(7), 0, 1, 2, 7, 8, 0, 1, 9, 10, 11, *range(12, 17)]
+    # positions that leap ahead, or begin above 0, are documents, as transformers has it
+    other = packed_attention.documents_of(torch.tensor([[4, 5, 0, 1, 2, 7, 8]]), 1)
+    assert other.cu_seqlens.tolist() == [0, 2, 5, 7] and other.branches is None
+
+
 def test_attention_dropout_sees_the_same_pairs():
     model = model_of("mistral")
     for block in model.model.layers:

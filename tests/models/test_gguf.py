@@ -105,7 +105,7 @@ def test_wrong_files_are_named(folder, tiny, tokenizer, tmp_path):
     with pytest.raises(CheckpointError, match="not a GGUF file"):
         load(folder, gguf_file="page.gguf")
     (folder / "cut.gguf").write_bytes(content[: len(content) // 2])
-    with pytest.raises(CheckpointError, match=r"cut\.gguf cannot be read"):
+    with pytest.raises(CheckpointError, match=r"cut\.gguf is damaged.*ends"):
         load(folder, gguf_file="cut.gguf")
     write_gguf(tiny("qwen2"), tokenizer, folder / "odd.gguf", architecture="plamo3")
     with pytest.raises(ModelError, match="architecture.*original model"):

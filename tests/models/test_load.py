@@ -82,6 +82,8 @@ def test_bad_adapter_options(tiny):
     model, _ = FastLanguageModel.from_pretrained(str(tiny()), max_seq_length=128, load_in_16bit=True)
     with pytest.raises(AdapterError, match="q_proj"):
         FastLanguageModel.get_peft_model(model, target_modules=["q_porj"])
+    with pytest.raises(AdapterError, match=r"PEFT refuses.*got 'no_such\.\*'"):
+        FastLanguageModel.get_peft_model(model, target_modules="no_such.*")
     with pytest.raises(ConfigError, match="rank"):
         FastLanguageModel.get_peft_model(model, r=0)
     adapted = FastLanguageModel.get_peft_model(model)

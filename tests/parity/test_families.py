@@ -118,6 +118,9 @@ def mutations(value: object, name: str = ""):
         for field in dataclasses.fields(value):
             for label, changed in mutations(getattr(value, field.name), field.name):
                 yield f"{name}.{label}".lstrip("."), replaced(value, field.name, changed)
+    elif name == "model_types":
+        for i in range(len(value)):
+            yield f"{name}[{i}]", value[:i] + value[i + 1 :]
     elif value is not None:
         yield name, other(value)
 

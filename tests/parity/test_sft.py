@@ -14,12 +14,13 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainingArguments
 
 from unsloth import FastLanguageModel, SFTConfig, SFTTrainer, train_on_responses_only
+from unsloth.models import families
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PRECISIONS = {"lora": {"load_in_16bit": True}, "qlora": {"load_in_4bit": True}, "full": {"full_finetuning": True}}
 
 
-def plain_run(folder, rows, precision, arguments, responses_only):
+def plain_run(folder, rows, precision, arguments, responses_only, targets=TARGETS):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.padding_side = "right"
     quantization = None
@@ -39,7 +40,7 @@ def plain_run(folder, rows, precision, arguments, responses_only):
             parameter.requires_grad_(False)
         transformers.set_seed(3407)
         model = peft.get_peft_model(
-            model, LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM")
+            model, LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
         )
     encoded = []
     for row in rows:
@@ -65,12 +66,12 @@ def plain_run(folder, rows, precision, arguments, responses_only):
     return losses(trainer), weights(model)
 
 
-def our_run(folder, rows, precision, arguments, responses_only, checkpointing=False):
+def our_run(folder, rows, precision, arguments, responses_only, checkpointing=False, **adapter):
     model, tokenizer = FastLanguageModel.from_pretrained(
         str(folder), max_seq_length=512, dtype=torch.float32, **PRECISIONS[precision]
     )
     model = FastLanguageModel.get_peft_model(
-        model, r=8, lora_alpha=16, target_modules=TARGETS, use_gradient_checkpointing=checkpointing
+        model, r=8, lora_alpha=16, use_gradient_checkpointing=checkpointing, **adapter
     )
     trainer = SFTTrainer(model=model, tokenizer=tokenizer, train_dataset=rows, args=SFTConfig(**arguments))
     if responses_only:
@@ -133,6 +134,38 @@ def test_responses_only_with_checkpointing_trains_as_with_plain_libraries(tiny, 
     plain = plain_run(folder, conversations, "lora", arguments(tmp_path), responses_only=True)
     ours = our_run(folder, conversations, "lora", arguments(tmp_path), responses_only=True, checkpointing="unsloth")
     assert_same(ours, plain)
+
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "head_dim": 16}
+
+
+@pytest.mark.parametrize(
+    ("family", "precision", "targets"),
+    [
+        ("Olmo2", "qlora", TARGETS),
+        ("SeedOss", "lora", TARGETS),
+        ("Starcoder2", "lora", "all-linear"),
+        ("Persimmon", "qlora", "all-linear"),
+    ],
+)
+def test_a_family_without_a_spec_trains_as_with_plain_libraries(
+    tokenizer, conversations, tmp_path, family, precision, targets
+):
+    """No targets are named; their dropouts fall the same way."""
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    config = getattr(transformers, f"{family}Config")(**SIZES, **ids, eos_token_id=tokenizer.eos_token_id)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    assert families.find(model) is None
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    settings = arguments(tmp_path)
+    plain = plain_run(tmp_path / "model", conversations, precision, settings, responses_only=False, targets=targets)
+    assert_same(our_run(tmp_path / "model", conversations, precision, settings, responses_only=False), plain)
 
 
 @pytest.mark.model

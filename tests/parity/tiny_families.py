@@ -30,12 +30,25 @@ ROPE = {"rope_type": "default", "rope_theta": 100.0}
 FAMILIES: dict[str, tuple[str, dict]] = {
     "llama": ("Llama", {}),
     "llama, biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama, internlm3": ("InternLM3", {}),
+    "llama, iquestcoder": ("IQuestCoder", {}),
+    "cwm": ("Cwm", {"mlp_bias": True, "sliding_window": 5, "layer_types": SLIDING}),
     "mistral": ("Mistral", {"sliding_window": 5}),
     "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "layer_types": SLIDING}),
     "qwen3": ("Qwen3", {"use_sliding_window": True, "sliding_window": 5, "layer_types": SLIDING}),
     "gemma": ("Gemma", {"hidden_act": "gelu_pytorch_tanh"}),
     "gemma2": (
         "Gemma2",
+        {
+            "sliding_window": 5,
+            "layer_types": SLIDING,
+            "query_pre_attn_scalar": 10,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "vaultgemma": (
+        "VaultGemma",
         {
             "sliding_window": 5,
             "layer_types": SLIDING,
@@ -83,6 +96,8 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "cohere": ("Cohere", {"logit_scale": 0.6}),
     "cohere, head norms": ("Cohere", {"logit_scale": 0.6, "use_qk_norm": True}),
 }
+# Older versions of transformers lack some.
+FAMILIES = {name: made for name, made in FAMILIES.items() if hasattr(transformers, f"{made[0]}Config")}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -95,7 +110,7 @@ def build(family: str) -> transformers.PreTrainedModel:
         del values["head_dim"]  # they divide the hidden size by the number of heads
     values.setdefault("rope_parameters", {**ROPE})
     torch.manual_seed(0)
-    model = getattr(transformers, f"{prefix}ForCausalLM")(config_class(**values))
+    model = transformers.AutoModelForCausalLM.from_config(config_class(**values))
     randomize(model)
     return model.train()
 

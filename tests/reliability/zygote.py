@@ -53,20 +53,22 @@ def build(
     precision: str = "load_in_16bit",
     callbacks: list | None = None,
     eval_data: list[dict] | None = None,
+    classes: tuple[type, type] = (SFTTrainer, SFTConfig),
     **changes,
 ) -> SFTTrainer:
-    """A trainer of a tiny model, with dropout so that the random generators matter."""
+    """A trainer (``classes``: it and its configuration) of a tiny model, with dropout so that random states matter."""
     loaded, tokenizer = FastLanguageModel.from_pretrained(
         model, max_seq_length=64, dtype=torch.float32, **{precision: True}
     )
     options = {"r": 4, "lora_dropout": 0.1, "use_gradient_checkpointing": False, **(adapter or {})}
     loaded = FastLanguageModel.get_peft_model(loaded, **options)
-    return SFTTrainer(
+    trainer, config = classes
+    return trainer(
         model=loaded,
         tokenizer=tokenizer,
         train_dataset=rows() if data is None else data,
         eval_dataset=eval_data,
-        args=SFTConfig(output_dir=output_dir, **{**DEFAULTS, **changes}),
+        args=config(output_dir=output_dir, **{**DEFAULTS, **changes}),
         callbacks=callbacks,
     )
 

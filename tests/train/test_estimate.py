@@ -90,6 +90,7 @@ def test_the_plan_of_a_skeleton_is_that_of_the_loaded_model(tiny, precision):
     model = FastLanguageModel.get_peft_model(model, r=4)
     # the first line says whether it is applied
     assert str(found).splitlines()[1:] == str(model.unsloth_plan).splitlines()[1:]
+    assert skeleton.build(read_config(options), options, adapter, fast_layers=False).plan is None
 
 
 @pytest.fixture

@@ -113,18 +113,106 @@ def chat(
 def export(
     model: ModelName,
     out: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write.")],
-    method: Annotated[str, typer.Option(help="merged_16bit: a standalone model; lora: the adapter.")] = "merged_16bit",
+    method: Annotated[
+        str, typer.Option(help="merged_16bit: a standalone model; merged_4bit_forced: in 4 bits; lora: the adapter.")
+    ] = "merged_16bit",
     precision: Precision = None,
+    scale: Annotated[float, typer.Option(help="Factor on the adapter's alpha; 0.5 halves what it changes.")] = 1.0,
+    base_weight: Annotated[
+        float, typer.Option(min=0, help="Share of the base model in an average of the weights, such as 0.5.")
+    ] = 0.0,
+    further: Annotated[
+        list[str] | None,
+        typer.Option("--with", metavar="FOLDER=WEIGHT", help="A further adapter on the same base; may be repeated."),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    maximum_memory_usage: Annotated[
+        float, typer.Option(help="Share of the free memory that the reloaded model may take.")
+    ] = 0.75,
+    push_to: Annotated[str | None, typer.Option(help="Hub repository to upload the result to.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public; else it is private.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be written and how large it is; load no weights.")
+    ] = False,
+    form: Annotated[
+        str, typer.Option("--format", help="safetensors, or gguf for llama.cpp and Ollama.")
+    ] = "safetensors",
+    quantization: Annotated[
+        list[str] | None,
+        typer.Option("--quantization", "-q", help="GGUF: such as q4_k_m, dynamic_q4_k_xl, f16; may be repeated."),
+    ] = None,
+    imatrix: Annotated[str | None, typer.Option(help="GGUF: an importance matrix in llama.cpp's format.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="GGUF: rows to measure the importance of inputs on; default: what ships.")
+    ] = None,
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Write a model or adapter in another form."""
+    if form not in ("safetensors", "gguf"):
+        raise ConfigError("unknown --format", got=form, do="Use safetensors or gguf.")
+    if form == "gguf":
+        from unsloth.cli import export_gguf
+
+        if dry_run or further or scale != 1.0 or base_weight:
+            raise ConfigError("--dry-run, --with, --scale and --base-weight do not work with --format gguf")
+        export_gguf.export(
+            export_gguf.GgufOptions(
+                name=model,
+                out=out,
+                methods=tuple(quantization or ("fast_quantized",)),
+                imatrix=imatrix,
+                data=data,
+                adapter_only=method == "lora",
+                precision=precision,
+                maximum_memory_usage=maximum_memory_usage,
+                push_to=push_to,
+                public=public,
+                trust_remote_code=trust_remote_code,
+            )
+        )
+        return
     from unsloth.cli import run_config
 
-    if method not in run_config.SAVE_METHODS:
-        raise ConfigError("unknown --method", got=method, do=f"Use {' or '.join(run_config.SAVE_METHODS)}.")
+    if method not in run_config.EXPORT_METHODS:
+        raise ConfigError("unknown --method", got=method, do=f"Use one of: {', '.join(run_config.EXPORT_METHODS)}.")
     from unsloth.cli import export as command
 
-    command.export(model, out, method=method, precision=precision, trust_remote_code=trust_remote_code)
+    options = command.ExportOptions(
+        name=model,
+        out=out,
+        method=method,
+        precision=precision,
+        adapter_scale=scale,
+        base_weight=base_weight,
+        further=tuple(further or ()),
+        max_shard_size=max_shard_size,
+        maximum_memory_usage=maximum_memory_usage,
+        push_to=push_to,
+        public=public,
+        trust_remote_code=trust_remote_code,
+    )
+    (command.dry_run if dry_run else command.export)(options)
+
+
+@app.command()
+def imatrix(
+    model: ModelName,
+    out: Annotated[str, typer.Argument(metavar="FILE", help="The .gguf or .dat file to write.")],
+    data: Annotated[
+        str | None, typer.Option(help="Rows to measure on, in any layout that can be trained on; default: what ships.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="The most tokens to take of them.")] = 16_384,
+    precision: Precision = None,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Measure an importance matrix, for quantizers that ask for one."""
+    from unsloth.cli import imatrix as command
+
+    command.imatrix(
+        command.ImatrixOptions(
+            name=model, out=out, data=data, tokens=tokens, precision=precision, trust_remote_code=trust_remote_code
+        )
+    )
 
 
 @app.command()

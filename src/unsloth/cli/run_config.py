@@ -20,6 +20,7 @@ from unsloth.core.errors import ConfigError
 _OWN = "cli/run_config.py"
 _DATA_ENDINGS = (".jsonl", ".csv", ".tsv", ".parquet")
 _SWITCHES = ("load_in_4bit", "load_in_8bit", "load_in_16bit", "full_finetuning")
+_FAST_PATHS = ("fast_layers", "fused_head")
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class SaveOptions:
 
 
 SAVE_METHODS = ("lora", "merged_16bit")
+EXPORT_METHODS = (*SAVE_METHODS, "merged_4bit", "merged_4bit_forced")
 """The ways in which a result can be saved."""
 
 
@@ -116,6 +118,11 @@ class RunConfig:
     def is_full_finetuning(self) -> bool:
         """Whether the model's own weights are trained."""
         return bool(self.model.get("full_finetuning"))
+
+    @property
+    def has_fast_layers(self) -> bool:
+        """Whether the model's layers are swapped for faster ones."""
+        return bool(self.model.get("fast_layers", True))
 
 
 @dataclass(frozen=True)
@@ -193,7 +200,7 @@ def sections() -> dict[str, dict[str, schema.Key]]:
     model = {name: key for name, key in model.items() if name not in ("precision", "trust_remote_code")}
     model["dtype"] = schema.Key(frozenset({"str", "none"}))
     return {
-        "model": model | dict.fromkeys(_SWITCHES, switch),
+        "model": model | dict.fromkeys(_SWITCHES, switch) | dict.fromkeys(_FAST_PATHS, schema.Key(frozenset({"bool"}))),
         "adapter": schema.keys_of(schema.ClassSource("unsloth", "models/adapters.py", "AdapterOptions")),
         "data": schema.keys_of(schema.ClassSource("unsloth", _OWN, "DataOptions")),
         "training": schema.keys_of(*schema.TRAINING),

@@ -43,6 +43,7 @@ TRAINING = (
     ClassSource("transformers", "training_args.py", "TrainingArguments"),
     ClassSource("trl", "trainer/base_config.py", "_BaseConfig"),
     ClassSource("trl", "trainer/sft_config.py", "SFTConfig"),
+    ClassSource("unsloth", "train/follow.py", "FollowsModel"),
     ClassSource("unsloth", "train/survival.py", "SurvivalArguments"),
     ClassSource("unsloth", "train/config.py", "SFTConfig"),
 )

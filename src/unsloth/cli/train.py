@@ -27,7 +27,8 @@ from unsloth.cli.run_config import DataOptions, RunConfig
 from unsloth.core import device
 from unsloth.core.errors import ConfigError, StorageError
 from unsloth.data import masking, packing, prepare, sources
-from unsloth.models import adapters, load, source, tokenizer
+from unsloth.models import adapters, load, plan, source, tokenizer
+from unsloth.models.patch import PatchPlan
 from unsloth.train import estimate, skeleton
 from unsloth.train.config import SFTConfig
 from unsloth.train.history import plot_loss
@@ -66,7 +67,7 @@ class Run:
     train: Rows
     evaluation: Rows | None
     memory: estimate.MemoryEstimate
-    plan: object | None
+    plan: PatchPlan | None
 
     @property
     def steps(self) -> int:
@@ -94,7 +95,7 @@ def train(config: RunConfig, *, resume: bool = False, trust_remote_code: bool = 
     model, loaded_tokenizer = FastLanguageModel.from_pretrained(**options.model_arguments(config, trust_remote_code))
     if config.adapter is not None or not hasattr(model, "peft_config"):
         model = FastLanguageModel.get_peft_model(model, **options.adapter_arguments(config))
-    _show_plan(console, getattr(model, "unsloth_plan", None))
+    _show_plan(console, plan.installed(model))
     trainer = SFTTrainer(
         model=model,
         tokenizer=loaded_tokenizer,
@@ -163,7 +164,7 @@ def prepare_run(config: RunConfig, *, trust_remote_code: bool = False) -> Run:
     )
     prepared = _prepared(rows, loaded_tokenizer, training, config.data)
     evaluation = None if held_out is None else _prepared(held_out, loaded_tokenizer, training, config.data)
-    built = skeleton.build(model_config, loading, adapter)
+    built = skeleton.build(model_config, loading, adapter, fast_layers=config.has_fast_layers)
     memory = estimate.estimate(
         loading,
         adapter,
@@ -308,9 +309,9 @@ def _summary(run: Run, config: RunConfig) -> Table:
     return screen.facts("The run", facts)
 
 
-def _show_plan(console: Console, plan: object | None) -> None:
-    if plan is not None:
-        console.print(str(plan), markup=False)
+def _show_plan(console: Console, found: PatchPlan | None) -> None:
+    said = "No plan (model.fast_layers is false): every layer runs as transformers and PEFT wrote it."
+    console.print(str(found) if found is not None else said, markup=False)
 
 
 def _check_not_a_file(output: Path) -> None:

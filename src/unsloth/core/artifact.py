@@ -20,6 +20,7 @@ import shutil
 import socket
 import uuid
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from unsloth.core.errors import StorageError
 from unsloth.core.log import get_logger
 
 MANIFEST = "manifest.json"
+_HASHED_AT_ONCE = 4
 _FORMAT = 2  # 1 had no checksum of its own
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100  # fcntl.h
@@ -105,7 +107,12 @@ def write_manifest(folder: Path, *, kind: str, details: Mapping[str, Any]) -> li
         and own.isdisjoint(path.parents)
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
-    records = [FileRecord(p.relative_to(folder).as_posix(), p.stat().st_size, sha256(p)) for p in paths]
+    with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+        sums = list(pool.map(sha256, paths))
+    records = [
+        FileRecord(path.relative_to(folder).as_posix(), path.stat().st_size, checksum)
+        for path, checksum in zip(paths, sums, strict=True)
+    ]
     content = {
         "format": _FORMAT,
         "kind": kind,

@@ -69,6 +69,10 @@ class ExportError(UnslothError):
     """A result could not be written, or did not equal the model it was made from."""
 
 
+class UploadError(ExportError):
+    """The hub refused an upload or could not be reached; the local copy is whole."""
+
+
 class StorageError(UnslothError):
     """The disk is full, read-only, or holds something that must not be overwritten."""
 

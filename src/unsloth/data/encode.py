@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -86,6 +86,20 @@ class Piece:
     flags: int = 0
 
 
+class RowEncoder(Protocol):
+    """Makes columns of token ids of rows; what ``Dataset.map`` applies, so it is picklable."""
+
+    @property
+    def num_proc(self) -> int | None:
+        """Worker processes for a ``datasets.Dataset``."""
+
+    def __call__(self, columns: Mapping[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
+        """Encode a batch, given by columns, of the rows with these ``numbers``."""
+
+    def encode(self, rows: Sequence[Mapping[str, Any]], numbers: Sequence[int]) -> dict[str, list[Any]]:
+        """Encode ``rows``, which have these ``numbers``."""
+
+
 class Encoder:
     """Makes token ids and labels of rows; the function that ``Dataset.map`` applies. Picklable.
 
@@ -120,6 +134,11 @@ class Encoder:
             raise TokenizerError("rows with a completion need a fast tokenizer", got=type(tokenizer).__name__)
 
     @property
+    def num_proc(self) -> int | None:
+        """Worker processes for a ``datasets.Dataset``."""
+        return self.options.num_proc
+
+    @property
     def _has_template(self) -> bool:
         return bool(self.tokenizer.chat_template)
 
@@ -145,8 +164,7 @@ class Encoder:
 
     def __call__(self, columns: Mapping[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
         """Encode a batch, given by columns, of the rows with these ``numbers``."""
-        rows = [{key: values[i] for key, values in columns.items()} for i in range(len(numbers))]
-        return self.encode(rows, numbers)
+        return self.encode(rows_of(columns, len(numbers)), numbers)
 
     def encode(self, rows: Sequence[Mapping[str, Any]], numbers: Sequence[int]) -> dict[str, list[Any]]:
         """Encode ``rows``; returns the columns input_ids, labels, flags, and seq_lengths if padding-free."""
@@ -255,6 +273,11 @@ class Encoder:
             return [(ids[:limit], labels[:limit], flags | TRUNCATED)]
         starts = range(0, len(ids) - 1, limit - 1)
         return [(ids[s : s + limit], labels[s : s + limit], flags if s == 0 else 0) for s in starts]
+
+
+def rows_of(columns: Mapping[str, list[Any]], count: int) -> list[dict[str, Any]]:
+    """The rows of a batch that is given by columns."""
+    return [{key: values[i] for key, values in columns.items()} for i in range(count)]
 
 
 def given_tokens(row: Mapping[str, Any], number: int) -> tuple[list[int], list[int]]:

@@ -137,11 +137,11 @@ def conversation_of(row: Mapping[str, Any], number: int, detection: Detection | 
         DataError: Names the row, the message and what is wrong with it.
     """
     detection = detection or detect(list(row))
-    variables = {name: row[name] for name in TEMPLATE_COLUMNS if row.get(name) is not None}
+    variables = template_variables(row)
     if detection.layout == "alpaca":
         return Conversation(_alpaca(row, number), None, variables)
     column = detection.columns["messages"]
-    return Conversation(parse_messages(row.get(column), number, column), _tools(row, number), variables)
+    return Conversation(parse_messages(row.get(column), number, column), tools_of(row, number), variables)
 
 
 def completion_of(row: Mapping[str, Any], number: int, detection: Detection) -> tuple[Any, Any]:
@@ -180,7 +180,13 @@ def _alpaca(row: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
     return messages
 
 
-def _tools(row: Mapping[str, Any], number: int) -> list[dict[str, Any]] | None:
+def template_variables(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``row`` passes on to the chat template."""
+    return {name: row[name] for name in TEMPLATE_COLUMNS if row.get(name) is not None}
+
+
+def tools_of(row: Mapping[str, Any], number: int) -> list[dict[str, Any]] | None:
+    """The tools that row ``number`` offers; raise :class:`DataError` unless they are a list of JSON schemas."""
     tools = row.get("tools") or None
     if isinstance(tools, str):
         tools = parse_json(tools, number, "tools") or None

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from unsloth.core.errors import ConfigError, DataError
 from unsloth.core.log import get_logger
 from unsloth.data import encode, formats, masking, packing, render, sources
-from unsloth.data.encode import Encoder, PrepareOptions
+from unsloth.data.encode import Encoder, PrepareOptions, RowEncoder
 from unsloth.data.json_rows import LazyRows, as_row
 from unsloth.data.sources import Rows
 from unsloth.data.turns import end_token
@@ -94,18 +94,27 @@ def prepare(
         DataError: No rows, an unknown layout, a row that cannot be used, or nothing left to train.
         TokenizerError: Conversations without a chat template.
     """
+    rows, first = opened(rows)
+    encoder = encoder_of(list(first[0]), tokenizer, options)
+    _look_at_first_rows(encoder, first)
+    if isinstance(rows, IterableDataset):
+        return _streamed(rows, encoder, first), None
+    return _finish(encoded(rows, encoder), len(rows), encoder, first)
+
+
+def opened(rows: Rows | str | os.PathLike[str]) -> tuple[Rows, list[Mapping[str, Any]]]:
+    """``rows`` as something to encode, loaded if they are named, and the first few of them.
+
+    Raises:
+        DataError: No rows, or nothing that holds rows.
+    """
     rows = _checked(sources.load_rows(rows) if isinstance(rows, str | os.PathLike) else rows)
     first = list(islice(_guarded(rows), _LOOK_AT))
     if not first:
         raise DataError(
             "the data set has no rows", got=_columns(rows), do="Check the file, and any filter applied to it."
         )
-    encoder = encoder_of(list(first[0]), tokenizer, options)
-    _look_at_first_rows(encoder, first)
-    if isinstance(rows, IterableDataset):
-        return _streamed(rows, encoder, first), None
-    encoded = _mapped(rows, encoder) if isinstance(rows, Dataset) else _collected(rows, encoder)
-    return _finish(encoded, len(rows), encoder, first)
+    return rows, first
 
 
 def _checked(rows: Rows) -> Rows:
@@ -182,18 +191,26 @@ def _streamed(rows: IterableDataset, encoder: Encoder, first: list[Mapping[str, 
     labels = encoder.encode(first, range(len(first)))["labels"]
     if not any(masking.count_trained(row) for row in labels):
         raise _nothing_to_train(encoder, first)
-    source = IterableDataset.from_generator(render.guarded, gen_kwargs={"rows": rows})
-    columns = list(first[0])
-    encoded = source.map(encoder, with_indices=True, batched=True, batch_size=_STREAMED_BATCH, remove_columns=columns)
-    return encoded.remove_columns("flags").filter(_is_trained)
+    return encoded_stream(rows, encoder, list(first[0])).remove_columns("flags").filter(_is_trained)
 
 
 def _is_trained(row: Mapping[str, Any]) -> bool:
     return masking.count_trained(row["labels"]) > 0
 
 
-def _mapped(rows: Dataset, encoder: Encoder) -> Dataset:
-    workers = encoder.options.num_proc
+def encoded_stream(rows: IterableDataset, encoder: RowEncoder, columns: list[str]) -> IterableDataset:
+    """What ``encoder`` makes of a streamed data set with these columns, as it is read."""
+    source = IterableDataset.from_generator(render.guarded, gen_kwargs={"rows": rows})
+    return source.map(encoder, with_indices=True, batched=True, batch_size=_STREAMED_BATCH, remove_columns=columns)
+
+
+def encoded(rows: Rows, encoder: RowEncoder) -> Dataset:
+    """What ``encoder`` makes of the rows of a data set or a list."""
+    return _mapped(rows, encoder) if isinstance(rows, Dataset) else _collected(rows, encoder)
+
+
+def _mapped(rows: Dataset, encoder: RowEncoder) -> Dataset:
+    workers = encoder.num_proc
     try:
         return rows.map(
             encoder,
@@ -213,7 +230,7 @@ def _mapped(rows: Dataset, encoder: Encoder) -> Dataset:
         ) from error
 
 
-def _collected(rows: Sequence[Mapping[str, Any]], encoder: Encoder) -> Dataset:
+def _collected(rows: Sequence[Mapping[str, Any]], encoder: RowEncoder) -> Dataset:
     """Encode a list, in this process; its rows need no common schema."""
     columns: dict[str, list[pa.Array]] = {}
     for start in range(0, len(rows), _BATCH):
@@ -224,7 +241,7 @@ def _collected(rows: Sequence[Mapping[str, Any]], encoder: Encoder) -> Dataset:
 
 
 def _arrow(column: list[Any]) -> pa.Array:
-    return pa.array(column, type=pa.list_(pa.int32()) if column and isinstance(column[0], list) else pa.int64())
+    return pa.array(column, type=pa.list_(pa.int32()) if column and isinstance(column[0], list) else None)
 
 
 def _finish(

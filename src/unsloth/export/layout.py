@@ -8,8 +8,10 @@ without ever being held whole.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -88,3 +90,36 @@ def _has_rules(skeleton: PreTrainedModel) -> bool:
 def _quantizes(rule: object) -> bool:
     """Whether a loading rule reads or makes quantized weights, which the merged model does not have."""
     return isinstance(rule, WeightConverter) and any(hasattr(step, "hf_quantizer") for step in rule.operations)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor that a checkpoint will hold."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def plan(skeleton: PreTrainedModel) -> list[Planned]:
+    """The tensors of the skeleton's checkpoint in the order in which they are written, each tied one once."""
+    tensors = in_checkpoint(skeleton, _own_tensors(skeleton))
+    return [Planned(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors]
+
+
+def _own_tensors(skeleton: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    seen: set[int] = set()
+    for path, module in skeleton.named_modules():
+        own = [
+            *module.named_parameters(recurse=False),
+            *((n, b) for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set),
+        ]
+        for name, tensor in own:
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield (f"{path}.{name}" if path else name), tensor.detach()

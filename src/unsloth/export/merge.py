@@ -17,7 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
 
 from unsloth.core.errors import AdapterError, ConfigError, ExportError
-from unsloth.export import layout
+from unsloth.export import averaging, layout
 from unsloth.models.record import transformers_model
 from unsloth.quant import int8, nf4
 
@@ -62,10 +62,14 @@ class MergeOptions:
             raise ConfigError("base_weight is a share from 0 to below 1", got=self.base_weight)
 
 
+UNCHANGED = MergeOptions()
+"""The active adapters, as they are."""
+
+
 def merged_tensors(
     model: torch.nn.Module,
     dtype: torch.dtype = torch.bfloat16,
-    options: MergeOptions = MergeOptions(),
+    options: MergeOptions = UNCHANGED,
     *,
     observe: Observer | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -89,13 +93,18 @@ def merged_tensors(
         ExportError: An adapter of a kind that cannot be merged, or one that is merged into quantized weights
             already; or a merged weight that is not finite.
     """
-    yield from layout.in_checkpoint(skeleton(model, dtype), model_tensors(model, dtype, options, observe=observe))
+    outline = skeleton(model, dtype)
+    if options.base_weight == 0 or isinstance(model, PeftModel):
+        yield from layout.in_checkpoint(outline, model_tensors(model, dtype, options, observe=observe))
+        return
+    own = layout.in_checkpoint(outline, model_tensors(model, torch.float32))
+    yield from averaging.with_base(own, dtype, options.base_weight, model)
 
 
 def skeleton(model: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """The merged model on the meta device: its ``config`` and ``generation_config`` are those to save with it."""
     inner = transformers_model(model)
-    names = {entry.name for entry in _entries(model, MergeOptions())}
+    names = {entry.name for entry in _entries(model, UNCHANGED)}
     # An output head that was trained apart from the embedding it was tied to is not tied any more.
     own_head = any(name in names for name in inner._tied_weights_keys or ())
     return layout.skeleton(inner, dtype, own_head)
@@ -104,7 +113,7 @@ def skeleton(model: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) -> Pre
 def model_tensors(
     model: torch.nn.Module,
     dtype: torch.dtype,
-    options: MergeOptions = MergeOptions(),
+    options: MergeOptions = UNCHANGED,
     *,
     observe: Observer | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -194,7 +203,7 @@ def _check_finite(tensor: torch.Tensor, name: str) -> None:
 
 
 def _weights_of(module: Any, held: Any, options: MergeOptions) -> dict[str, float]:
-    """Weight of each adapter that ``module`` has, by name."""
+    """Weight of each chosen adapter that ``module`` has (those in ``held``), by name."""
     chosen = options.adapters
     if chosen is None:
         chosen = dict.fromkeys(module.active_adapters, 1.0)
@@ -208,28 +217,22 @@ def _trained_in_full(
     weights = _weights_of(module, module.modules_to_save, options)
     if options.adapters is None:  # as PEFT computes
         weights = dict(list(weights.items())[:1])
-    factors = {name: (1 - options.base_weight) * weight for name, weight in weights.items()}
-    if list(factors.values()) == [1.0]:
-        trained = module.modules_to_save[next(iter(factors))]
-        for name, tensor in (*trained.named_parameters(), *trained.named_buffers()):
-            yield id(tensor), _plain(_join(path, name), tensor.detach)
-        return
-    original = module.original_module
-    for name, tensor in (*original.named_parameters(), *original.named_buffers()):
-        if factors and tensor.is_floating_point():
-            yield None, _plain(_join(path, name), partial(_averaged, module, name, tensor, factors))
-        else:
-            yield id(tensor), _plain(_join(path, name), tensor.detach)
+    shares = {name: (1 - options.base_weight) * weight for name, weight in weights.items()}
+    first = next(iter(shares), None)
+    trained = module.original_module if first is None else module.modules_to_save[first]
+    for name, tensor in (*trained.named_parameters(), *trained.named_buffers()):
+        value = tensor.detach
+        if shares and list(shares.values()) != [1.0] and tensor.is_floating_point():
+            value = partial(_averaged, module, name, shares)
+        yield id(tensor), _plain(_join(path, name), value)
 
 
-def _averaged(
-    module: ModulesToSaveWrapper, name: str, original: torch.Tensor, factors: Mapping[str, float]
-) -> torch.Tensor:
-    base = original.detach().float()
+def _averaged(module: ModulesToSaveWrapper, name: str, shares: Mapping[str, float]) -> torch.Tensor:
+    """A weight moved from its original value towards the trained ones, in float32."""
+    base = module.original_module.state_dict()[name].float()
     result = base.clone()
-    for adapter, factor in factors.items():
-        trained = dict(module.modules_to_save[adapter].state_dict())[name]
-        result += factor * (trained.to(base) - base)
+    for adapter, share in shares.items():
+        result += share * (module.modules_to_save[adapter].state_dict()[name].to(base) - base)
     return result
 
 
@@ -241,7 +244,7 @@ def _of_lora(path: str, module: LoraLayer, options: MergeOptions) -> Iterator[tu
             f"the adapter at {path} is already merged into quantized weights, which lost precision by it",
             do="Call model.unmerge_adapter(), or load the adapter again, and save then.",
         )
-    if module.merged and options != MergeOptions():
+    if module.merged and options != UNCHANGED:
         raise ExportError(f"the adapter at {path} is already merged", do="Call model.unmerge_adapter() first.")
     name = _join(path, "weight")
     yield None, _Entry(name, lambda dtype: merged_weight(module, dtype, options, name=name), module)
@@ -253,15 +256,15 @@ def _of_lora(path: str, module: LoraLayer, options: MergeOptions) -> Iterator[tu
 @torch.no_grad()
 def _merged_bias(module: LoraLayer, bias: torch.Tensor, options: MergeOptions) -> torch.Tensor:
     result = bias.detach().float().clone()
-    factors = {} if module.merged else _factors(module, options)
-    for adapter, factor in factors.items():
+    shares = {} if module.merged else factors(module, options)
+    for adapter, factor in shares.items():
         if module.lora_bias.get(adapter):
             result += factor * module.scaling[adapter] * module.lora_B[adapter].bias.detach().float()
     return result
 
 
-def _factors(module: LoraLayer, options: MergeOptions) -> dict[str, float]:
-    """What the change of each of the layer's adapters is multiplied by."""
+def factors(module: LoraLayer, options: MergeOptions) -> dict[str, float]:
+    """What the change of each of the layer's adapters is multiplied by, by the adapter's name."""
     held = {*module.lora_A, *module.lora_embedding_A}
     factor = (1 - options.base_weight) * options.adapter_scale
     return {name: weight * factor for name, weight in _weights_of(module, held, options).items()}
@@ -271,7 +274,7 @@ def _factors(module: LoraLayer, options: MergeOptions) -> dict[str, float]:
 def merged_weight(
     module: LoraLayer,
     dtype: torch.dtype = torch.float32,
-    options: MergeOptions = MergeOptions(),
+    options: MergeOptions = UNCHANGED,
     *,
     name: str = "weight",
 ) -> torch.Tensor:
@@ -287,8 +290,8 @@ def merged_weight(
         ExportError: The result has values that are not finite.
     """
     base = _values(module.get_base_layer())
-    factors = {} if module.merged else _factors(module, options)
-    changes = [_change(module, adapter, factor, base) for adapter, factor in factors.items()]
+    shares = {} if module.merged else factors(module, options)
+    changes = [_change(module, adapter, factor, base) for adapter, factor in shares.items()]
     result = torch.empty(base.shape, dtype=dtype)
     step = max(1, _BLOCK // max(1, base[0].numel()))
     for start in range(0, len(base), step):

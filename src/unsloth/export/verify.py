@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import gc
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from peft.utils import ModulesToSaveWrapper
+from transformers import PreTrainedTokenizerBase
 
 from unsloth.core import device
 from unsloth.core.errors import ExportError
-from unsloth.export.merge import merged_weight
+from unsloth.export.merge import UNCHANGED, MergeOptions, factors
 from unsloth.models.record import transformers_model
 
 SAMPLES = (
@@ -30,6 +33,10 @@ SAMPLES = (
 # single position at which the model itself is on the edge can cost 5 by rounding alone, and dominate the mean.
 MEDIAN_KL_LIMIT = 0.05
 _LAYER_LIMIT = 4  # times the dtype's epsilon, relative to the size of the layer's output
+_LONGEST = 512  # tokens of a sample
+_MARGIN = 1.1  # a loaded model takes a little more than its weights
+
+Reload = Literal["whole", "layer by layer"]
 
 
 @dataclass(frozen=True)
@@ -57,12 +64,71 @@ class Comparison:
         )
 
 
+class LayerCheck:
+    """Checks for every linear LoRA layer that its merged weight does what the layer itself does.
+
+    Each layer gets a random input of shape [4, in_features]; its output must equal the product with the merged
+    weight, within the error of the weight's dtype. Finds a wrong scale, a lost or a doubled update in a single layer,
+    which the whole model's output might hide. Calls happen while the weights are merged, one layer at a time.
+
+    Args:
+        dtype: Of the merged weights.
+        compute: Dtype of the layers' inputs.
+        options: What was merged.
+
+    Attributes:
+        count: Layers checked.
+    """
+
+    def __init__(self, dtype: torch.dtype, compute: torch.dtype, options: MergeOptions) -> None:
+        self.count = 0
+        self._dtype, self._options = dtype, options
+        self._compute = compute if compute.is_floating_point else torch.float32
+        self._generator = torch.Generator().manual_seed(0)
+
+    @torch.no_grad()
+    def __call__(self, path: str, layer: LoraLayer, weight: torch.Tensor) -> None:
+        """Check one layer.
+
+        Args:
+            path: Its name, for the message.
+            layer: The layer.
+            weight: Its merged weight, [out_features, in_features].
+
+        Raises:
+            ExportError: Names the layer.
+        """
+        base = layer.get_base_layer()
+        if not hasattr(base, "in_features"):
+            return
+        where = base.weight.device
+        x = torch.randn(4, base.in_features, generator=self._generator).to(where, self._compute)
+        with _evaluating(layer):
+            actual = _output(layer, x, self._options)
+        expected = x.float() @ weight.to(where).float().T
+        if getattr(base, "bias", None) is not None:
+            expected = expected + base.bias.float()
+        coarsest = max(torch.finfo(self._dtype).eps, torch.finfo(self._compute).eps)
+        if "8bit" in type(base).__name__:
+            coarsest = 0.02  # int8 products also round the input, to 1/127 of its largest entry
+        error = (actual - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float32).tiny)
+        if not error <= _LAYER_LIMIT * coarsest:
+            raise ExportError(
+                f"the merged weight of {path} differs from its layer by {error:.2%}",
+                do="Nothing was kept. Please report this with the adapter's configuration.",
+            )
+        self.count += 1
+
+
 def compare_reloaded(
     model: torch.nn.Module,
     folder: str | os.PathLike[str],
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     texts: Sequence[str] = SAMPLES,
+    options: MergeOptions = UNCHANGED,
+    reload: Reload = "whole",
+    limit: float = MEDIAN_KL_LIMIT,
 ) -> Comparison:
     """Load ``folder`` with plain transformers and compare its logits with those of ``model``.
 
@@ -71,25 +137,34 @@ def compare_reloaded(
         folder: The saved model.
         tokenizer: Turns the sample texts into tokens; without one, fixed pseudo-random tokens are used.
         texts: The sample texts.
+        options: What was merged. Where the original cannot compute the same (a change of DoRA or of weights trained
+            in full that was scaled, or an average with the base), it is compared as it is, and no limit applies.
+        reload: ``"whole"`` loads the saved model beside the original, on its device. ``"layer by layer"`` reads each
+            layer's weights from the saved files when its turn comes and drops them after it, on the CPU, so that no
+            second copy of the model is ever held.
+        limit: Largest median of the divergence, in nats.
 
     Raises:
         ExportError: The reloaded model lacks tensors, or its predictions are another model's.
     """
     inner = transformers_model(model)
-    batches = list(_token_batches(tokenizer, texts, inner.config.get_text_config().vocab_size))
-    expected = _logits(model, batches)
-    reloaded, info = AutoModelForCausalLM.from_pretrained(
-        Path(folder), dtype="auto", device_map={"": inner.device}, output_loading_info=True
-    )
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ExportError("the written model lacks tensors", got=", ".join(missing[:3]))
-    comparison = compare(torch.cat(expected), torch.cat(_logits(reloaded, batches)))
-    del reloaded
-    gc.collect()
+    ids, mask = _tokens(tokenizer, texts, inner.config.get_text_config().vocab_size)
+    with _as_merged(model, options) as same:
+        expected = _logits(model, ids, mask)
+    with tempfile.TemporaryDirectory(dir=Path(folder).parent, prefix=".reload-") as scratch:
+        place: dict[str, Any] = {"device_map": {"": inner.device}}
+        if reload == "layer by layer":
+            place = {"device_map": {"": "disk"}, "offload_folder": scratch}
+        reloaded, info = type(inner).from_pretrained(Path(folder), dtype="auto", output_loading_info=True, **place)
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise ExportError("the written model lacks tensors", got=", ".join(missing[:3]))
+        comparison = compare(expected, _logits(reloaded, ids, mask))
+        del reloaded
+        gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if not comparison.median_kl <= MEDIAN_KL_LIMIT:
+    if same and not comparison.median_kl <= limit:
         raise ExportError(
             f"the written model does not predict what the original does ({comparison})",
             do="Nothing was kept. Please report this with the model's name and the adapter's configuration.",
@@ -97,83 +172,11 @@ def compare_reloaded(
     return comparison
 
 
-def fits_for_comparison(model: torch.nn.Module, bytes_needed: int, maximum_memory_usage: float) -> bool:
-    """Whether a second copy of ``bytes_needed`` may be loaded beside ``model`` on its device."""
+def way_to_reload(model: torch.nn.Module, bytes_needed: int, maximum_memory_usage: float) -> Reload:
+    """How to load a second copy of ``bytes_needed``: beside ``model`` if that share of the free memory allows it."""
     free = device.free_memory(transformers_model(model).device)
-    return free is None or bytes_needed * 1.1 < free * maximum_memory_usage
-
-
-@torch.no_grad()
-def check_layers(model: torch.nn.Module, dtype: torch.dtype) -> int:
-    """Check for every linear LoRA layer that its merged weight does what the layer itself does.
-
-    Each layer gets a random input of shape [4, in_features]; its output must equal the product with the merged
-    weight rounded to ``dtype``, within that rounding's error. Finds a wrong scale, a lost or a doubled update in
-    a single layer, which the whole model's output might hide.
-
-    Returns:
-        The number of layers checked.
-
-    Raises:
-        ExportError: Names the layer.
-    """
-    inner = transformers_model(model)
-    layers = [
-        (path, module)
-        for path, module in inner.named_modules()
-        if isinstance(module, LoraLayer) and hasattr(module.get_base_layer(), "in_features")
-    ]
-    generator = torch.Generator().manual_seed(0)
-    with _evaluating(model):
-        for path, layer in layers:
-            base = layer.get_base_layer()
-            x = torch.randn(4, base.in_features, generator=generator).to(inner.device)
-            compute = inner.dtype if inner.dtype.is_floating_point else torch.float32
-            actual = layer(x.to(compute)).float()  # type: ignore[operator]
-            weight = merged_weight(layer).to(inner.device, dtype).float()
-            expected = x.to(compute).float() @ weight.T
-            if getattr(base, "bias", None) is not None:
-                expected = expected + base.bias.float()
-            coarsest = max(torch.finfo(dtype).eps, torch.finfo(compute).eps)
-            if "8bit" in type(base).__name__:
-                coarsest = 0.02  # int8 products also round the input, to 1/127 of its largest entry
-            error = (actual - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float32).tiny)
-            if not error <= _LAYER_LIMIT * coarsest:
-                raise ExportError(
-                    f"the merged weight of {path} differs from its layer by {error:.2%}",
-                    do="Nothing was kept. Please report this with the adapter's configuration.",
-                )
-    return len(layers)
-
-
-def _token_batches(
-    tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str], vocabulary: int
-) -> Iterator[torch.Tensor]:
-    if tokenizer is None:
-        generator = torch.Generator().manual_seed(0)
-        for _ in texts:
-            yield torch.randint(vocabulary, (1, 24), generator=generator)
-        return
-    for text in texts:
-        yield tokenizer(text, return_tensors="pt").input_ids
-
-
-@torch.no_grad()
-def _logits(model: torch.nn.Module, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Float32 logits [T, V] on the CPU for each batch of tokens [1, T]."""
-    where = transformers_model(model).device
-    with _evaluating(model):
-        return [model(input_ids=ids.to(where), use_cache=False).logits[0].float().cpu() for ids in batches]
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
+    fits = free is None or bytes_needed * _MARGIN < free * maximum_memory_usage
+    return "whole" if fits else "layer by layer"
 
 
 def compare(expected: torch.Tensor, actual: torch.Tensor) -> Comparison:
@@ -194,11 +197,83 @@ def compare(expected: torch.Tensor, actual: torch.Tensor) -> Comparison:
     )
 
 
-def parameter_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
-    """Bytes of the model's weights once dequantized to ``dtype``, each tied weight counted once."""
-    total = 0
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            shape = getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape)
-            total += torch.Size(shape).numel() * dtype.itemsize
-    return total
+def _output(layer: Any, x: torch.Tensor, options: MergeOptions) -> torch.Tensor:
+    """Output of the layer [4, out_features] in float32, each adapter's part of it scaled as when it is merged."""
+    if options == UNCHANGED:
+        return layer(x).float()
+    base = layer.base_layer(x).float()
+    result = base.clone()
+    active = layer._active_adapter
+    try:
+        for adapter, factor in factors(layer, options).items():
+            layer._active_adapter = [adapter]
+            result += factor * (layer(x).float() - base)
+    finally:
+        layer._active_adapter = active
+    return result
+
+
+@contextmanager
+def _as_merged(model: torch.nn.Module, options: MergeOptions) -> Iterator[bool]:
+    """Let the model compute what was merged; yields whether it can."""
+    inner = transformers_model(model)
+    if options == UNCHANGED:
+        yield True
+        return
+    layers: list[Any] = [module for module in inner.modules() if isinstance(module, LoraLayer)]
+    chosen = {id(layer): factors(layer, options) for layer in layers}
+    variants = any(adapter in layer.lora_variant for layer in layers for adapter in chosen[id(layer)])
+    whole = any(isinstance(module, ModulesToSaveWrapper) for module in inner.modules())
+    scaled_whole = whole and (options.adapters is not None or options.base_weight > 0)
+    if variants or scaled_whole or not layers:
+        yield False
+        return
+    before = [(layer._active_adapter, dict(layer.scaling)) for layer in layers]
+    try:
+        for layer in layers:
+            layer._active_adapter = list(chosen[id(layer)])
+            for adapter, factor in chosen[id(layer)].items():
+                layer.scaling[adapter] *= factor
+        yield True
+    finally:
+        for layer, (active, scaling) in zip(layers, before, strict=True):
+            layer._active_adapter = active
+            layer.scaling.update(scaling)
+
+
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str], vocabulary: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [N, T], filled up on the right, and the mask of those that count."""
+    if tokenizer is None:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(vocabulary, (len(texts), 24), generator=generator)
+        return ids, torch.ones_like(ids)
+    longest = min(tokenizer.model_max_length, _LONGEST)
+    encoded = [tokenizer(text=text, truncation=True, max_length=longest)["input_ids"] for text in texts]
+    rows = [torch.tensor(row) for row in encoded]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    return ids, mask
+
+
+@torch.no_grad()
+def _logits(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Float32 logits [T, V] on the CPU of all positions that count."""
+    where = transformers_model(model).device
+    if where.type == "meta":  # weights that come from the disk
+        where = torch.device("cpu")
+    with _evaluating(model):
+        logits = model(input_ids=ids.to(where), attention_mask=mask.to(where), use_cache=False).logits
+    return logits.cpu()[mask.bool()].float()
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode

@@ -6,6 +6,8 @@ tokens ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``. Within a document, for query 
     s_ij = softcap tanh(scale q_i.k_j / softcap)          j is visible if i - j < window (no window: always)
     o_i  = sum_j exp(s_ij) v_j / (exp(sink_h) + sum_j exp(s_ij))
 
+Documents may have more keys than queries (:class:`Keys`); the queries are then the last ones.
+
 Implementations: "flash_attn" (the package, where installed), "torch" (FlashAttention inside torch, packed natively),
 "flex" (compiled; the one that takes sinks and soft caps together with windows), "sdpa" (one call a document), and
 "reference" (block-diagonal mask, whole score matrix). A sink is applied afterwards, as its share of the softmax is
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -28,12 +31,26 @@ BACKENDS = ("flash_attn", "torch", "flex", "sdpa", "reference")
 _HALF = (torch.float16, torch.bfloat16)
 
 
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Where the keys of each document are, if not where its queries are.
+
+    Attributes:
+        cu_seqlens: (B + 1,) int32, from 0 to the number of keys; each document has at least as many as queries.
+        longest: Keys of the document with most, or more.
+    """
+
+    cu_seqlens: torch.Tensor
+    longest: int
+
+
 def varlen_attention_reference(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     cu_seqlens: torch.Tensor,
     *,
+    keys: Keys | None = None,
     scale: float | None = None,
     window: int = 0,
     softcap: float = 0.0,
@@ -47,17 +64,24 @@ def varlen_attention_reference(
     scores = torch.einsum("ihd,jhd->hij", q.to(dtype), wide_k) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    position = torch.arange(q.shape[0], device=q.device)
-    document = torch.searchsorted(cu_seqlens[1:].long().contiguous(), position, right=True)
-    gap = position[:, None] - position[None, :]
-    visible = (document[:, None] == document[None, :]) & (gap >= 0)
+    document, left = _from_the_end(cu_seqlens, q)
+    key_document, key_left = _from_the_end(cu_seqlens if keys is None else keys.cu_seqlens, k)
+    gap = key_left[None, :] - left[:, None]
+    visible = (document[:, None] == key_document[None, :]) & (gap >= 0)
     if window:
         visible &= gap < window
     scores = scores.masked_fill(~visible, float("-inf"))
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(dtype)[:, None, None].expand(-1, q.shape[0], 1)], dim=2)
-    p = torch.softmax(scores, dim=2)[:, :, : q.shape[0]]
+    p = torch.softmax(scores, dim=2)[:, :, : k.shape[0]]
     return torch.einsum("hij,jhd->ihd", p, wide_v).to(q.dtype)
+
+
+def _from_the_end(cu_seqlens: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each row of ``x`` its document, and how many rows of that follow it."""
+    ends, position = cu_seqlens[1:].long().contiguous(), torch.arange(x.shape[0], device=x.device)
+    document = torch.searchsorted(ends, position, right=True)
+    return document, ends[document] - 1 - position
 
 
 def choose_backend(q: torch.Tensor, *, window: int = 0, softcap: float = 0.0, sinks: bool = False) -> str:
@@ -100,16 +124,14 @@ def torch_varlen_parameters() -> frozenset[str]:
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def _flash_attn(q, k, v, cu, longest, scale, window, softcap):
+def _flash_attn(q, k, v, bounds, scale, window, softcap):
     from flash_attn import flash_attn_varlen_func
 
     size = (window - 1, 0) if window else (-1, -1)
-    return flash_attn_varlen_func(
-        q, k, v, cu, cu, longest, longest, softmax_scale=scale, causal=True, window_size=size, softcap=softcap
-    )
+    return flash_attn_varlen_func(q, k, v, *bounds, softmax_scale=scale, causal=True, window_size=size, softcap=softcap)
 
 
-def _torch_varlen(q, k, v, cu, longest, scale, window):
+def _torch_varlen(q, k, v, bounds, scale, window):
     from torch.nn.attention.varlen import varlen_attn
 
     takes = torch_varlen_parameters()
@@ -127,18 +149,25 @@ def _torch_varlen(q, k, v, cu, longest, scale, window):
         kwargs["scale"] = scale
     else:  # scaled by D ** -0.5 inside
         q = q * (scale * q.shape[2] ** 0.5)
-    return varlen_attn(q, k, v, cu, cu, longest, longest, **kwargs)
+    return varlen_attn(q, k, v, *bounds, **kwargs)
 
 
-def _sdpa(q, k, v, cu, scale):
-    bounds = cu.tolist()
+def _sdpa(q, k, v, cu, cu_keys, scale):
+    bounds, key_bounds = cu.tolist(), cu_keys.tolist()
     parts = []
-    for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+    for i, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         if first == last:
             continue
-        heads = (t[first:last].transpose(0, 1)[None] for t in (q, k, v))
+        its_keys = slice(key_bounds[i], key_bounds[i + 1])
+        heads = (t[None].transpose(1, 2) for t in (q[first:last], k[its_keys], v[its_keys]))
+        count, key_count = last - first, its_keys.stop - its_keys.start
+        visible = None
+        if count != key_count:
+            visible = torch.ones(count, key_count, dtype=torch.bool, device=q.device).tril(key_count - count)
         grouped = q.shape[1] != k.shape[1]
-        out = scaled_dot_product_attention(*heads, is_causal=True, scale=scale, enable_gqa=grouped)
+        out = scaled_dot_product_attention(
+            *heads, attn_mask=visible, is_causal=visible is None, scale=scale, enable_gqa=grouped
+        )
         parts.append(out[0].transpose(0, 1))
     return torch.cat(parts)
 
@@ -189,6 +218,7 @@ def varlen_attention(
     v: torch.Tensor,
     cu_seqlens: torch.Tensor,
     *,
+    keys: Keys | None = None,
     longest: int | None = None,
     scale: float | None = None,
     window: int = 0,
@@ -201,9 +231,10 @@ def varlen_attention(
 
     Args:
         q: (T, H, D).
-        k: (T, K, D); K divides H.
-        v: (T, K, D).
+        k: (T, K, D), or as many rows as ``keys`` says; K divides H.
+        v: Likewise.
         cu_seqlens: (B + 1,) int32, from 0 to T.
+        keys: Where the keys of documents are that have more of them than queries; None: where the queries are.
         longest: Tokens of the longest document, or more; None to ask the device and wait for it.
         scale: Of the scores; None for D ** -0.5.
         window: How many of the newest tokens a query sees, itself included; 0 for all.
@@ -215,37 +246,33 @@ def varlen_attention(
     Returns:
         (T, H, D).
     """
-    _check(q, k, v, cu_seqlens, window, softcap, sinks, backend)
+    _check_shapes(q, k, v, cu_seqlens, keys)
+    _check(q, window, softcap, sinks, backend, keys)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if not fast or not q.shape[0]:
         backend = "reference"
     elif backend is None:
         backend = choose_backend(q, window=window, softcap=softcap, sinks=sinks is not None)
     if backend == "reference":
-        kwargs = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+        kwargs = {"keys": keys, "scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
         return varlen_attention_reference(q, k, v, cu_seqlens, **kwargs)
     if backend == "flex":
         return _flex(q, k, v, cu_seqlens, scale, window, softcap, sinks)
-    if backend == "sdpa":
-        return _sdpa(q, k, v, cu_seqlens, scale)
     cu = cu_seqlens.to(torch.int32)
+    if backend == "sdpa":
+        return _sdpa(q, k, v, cu, cu if keys is None else keys.cu_seqlens, scale)
     longest = int(cu.diff().max()) if longest is None else longest
+    bounds = (cu, cu, longest, longest) if keys is None else (cu, keys.cu_seqlens, longest, keys.longest)
     if backend == "flash_attn":
-        return _flash_attn(q, k, v, cu, longest, scale, window, softcap)
-    return _torch_varlen(q, k, v, cu, longest, scale, window)
+        return _flash_attn(q, k, v, bounds, scale, window, softcap)
+    return _torch_varlen(q, k, v, bounds, scale, window)
 
 
-def _check(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    window: int,
-    softcap: float,
-    sinks: torch.Tensor | None,
-    backend: str | None,
+def _check_shapes(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, keys: Keys | None
 ) -> None:
-    if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or k.shape[::2] != q.shape[::2] or q.shape[1] % k.shape[1]:
+    fits = q.dim() == k.dim() == 3 and k.shape == v.shape and k.shape[2] == q.shape[2]
+    if not fits or (keys is None and len(k) != len(q)) or q.shape[1] % k.shape[1]:
         raise ConfigError(
             "Queries, keys and values do not fit",
             got=(tuple(q.shape), tuple(k.shape), tuple(v.shape)),
@@ -263,6 +290,18 @@ def _check(
             got=(cu_seqlens.dtype, tuple(cu_seqlens.shape)),
             do="Pass (B + 1,) int32, from 0 to the number of tokens.",
         )
+    if keys is not None and keys.cu_seqlens.shape != cu_seqlens.shape:
+        raise ConfigError("Queries and keys are of different documents", got=(len(cu_seqlens), len(keys.cu_seqlens)))
+
+
+def _check(
+    q: torch.Tensor,
+    window: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
+    backend: str | None,
+    keys: Keys | None,
+) -> None:
     if sinks is not None and sinks.shape != q.shape[1:2]:
         raise ConfigError("One sink a query head is needed", got=tuple(sinks.shape), do=f"Pass ({q.shape[1]},).")
     if window < 0 or softcap < 0:
@@ -271,7 +310,8 @@ def _check(
         raise ConfigError("Unknown attention backend", got=backend, do=f"Use one of {BACKENDS}.")
     no_sinks = sinks is not None and backend in ("flash_attn", "torch", "sdpa")
     no_cap = softcap and backend in ("torch", "sdpa")
-    if no_sinks or no_cap or (window and backend == "sdpa"):
+    no_keys = keys is not None and backend == "flex"
+    if no_sinks or no_cap or no_keys or (window and backend == "sdpa"):
         raise ConfigError(
             "This attention backend lacks what was asked of it",
             got=(backend, f"window={window}", f"softcap={softcap}", f"sinks={sinks is not None}"),

@@ -2,7 +2,9 @@
 
 Registered under the name :data:`NAME` with ``transformers.AttentionInterface`` and ``AttentionMaskInterface``; a
 model takes part in it only if it is set to that name. Where positions start again, a document starts, as transformers
-has it for packed batches. Documents are then attended to one by one inside a kernel
+has it for packed batches. Where they go back to a position above 0, a branch starts: it goes on from that position of
+its document's first part, of which it sees what comes before, and of the rest of the document nothing. Two answers to
+one prompt are so computed with one copy of it. Documents are attended to one by one inside a kernel
 (:mod:`unsloth.kernels.varlen_attention`); what no kernel takes falls back on torch's attention with a mask, and padded
 batches and caches on transformers' own ``sdpa``. Shapes: B batch, H heads, Hk key heads, T tokens, D head
 dimension.
@@ -19,11 +21,24 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from unsloth.kernels.varlen_attention import choose_backend, varlen_attention
+from unsloth.kernels.varlen_attention import Keys, choose_backend, varlen_attention
 
 NAME = "unsloth"
 _KERNELS = ("flash_attn", "torch")
 _ATTRIBUTE = "unsloth_documents"
+
+
+@dataclass
+class Branches:
+    """What the parts of a batch see, where some of them are branches.
+
+    Attributes:
+        keys: Bounds of each part's keys among those that are gathered.
+        gathered: (Tk,) for each of them, its token in the flattened batch.
+    """
+
+    keys: Keys
+    gathered: torch.Tensor
 
 
 @dataclass
@@ -32,10 +47,11 @@ class Documents:
 
     Attributes:
         version: Of the positions they were read off.
-        cu_seqlens: (N + 1,) int32, bounds in the flattened batch.
+        cu_seqlens: (N + 1,) int32, bounds in the flattened batch of documents, first parts of documents and branches.
         longest: Tokens of the longest.
         single: Whether every row is one document.
-        number: (B, T), the document of each token.
+        number: (B, T), which of those each token is in.
+        branches: What they see, if some are branches.
     """
 
     version: int
@@ -43,12 +59,14 @@ class Documents:
     longest: int
     single: bool
     number: torch.Tensor
+    branches: Branches | None = None
 
 
 def documents_of(position_ids: torch.Tensor, batch: int) -> Documents:
     """The documents in ``position_ids`` (B or 1, T): one starts wherever a position is not the one before plus one.
 
-    Found once a batch, which makes a GPU wait once; all layers find the result on the tensor itself.
+    See the module for branches. Found once a batch, which makes a GPU wait once; all layers find the result on the
+    tensor itself.
     """
     known = getattr(position_ids, _ATTRIBUTE, None)
     if known is not None and known.version == position_ids._version and known.number.shape[0] == batch:
@@ -57,16 +75,47 @@ def documents_of(position_ids: torch.Tensor, batch: int) -> Documents:
     starts = torch.ones_like(positions, dtype=torch.bool)
     starts[:, 1:] = positions.diff(dim=1) != 1
     first = starts.flatten().nonzero().flatten()
-    cu_seqlens = torch.cat([first, first.new_tensor([positions.numel()])]).to(torch.int32)
+    bounds = torch.cat([first, first.new_tensor([positions.numel()])])
+    cu_seqlens = bounds.to(torch.int32)
+    begins = torch.where(first % positions.shape[1] == 0, 0, positions.flatten()[first])
+    longest, latest = torch.stack([cu_seqlens.diff().max(), begins.max()]).tolist()
     found = Documents(
         version=position_ids._version,
         cu_seqlens=cu_seqlens,
-        longest=int(cu_seqlens.diff().max()),
+        longest=longest,
         single=len(first) == batch,
         number=starts.flatten().cumsum(0).view_as(positions),
+        branches=_branches(bounds.tolist(), begins.tolist(), cu_seqlens) if latest > 0 else None,
     )
     setattr(position_ids, _ATTRIBUTE, found)
     return found
+
+
+def _branches(bounds: list[int], begins: list[int], cu_seqlens: torch.Tensor) -> Branches | None:
+    """See :class:`Branches`; None if no part is one.
+
+    Args:
+        bounds: Of the parts.
+        begins: Position that each begins at, 0 for the first of a row.
+        cu_seqlens: The bounds as a tensor.
+    """
+    root = 0  # the first part of the document at hand
+    gathered, ends = [], [0]
+    branched = False
+    for part, begin in enumerate(begins):
+        if 0 < begin <= bounds[root + 1] - bounds[root]:
+            gathered.append(torch.arange(bounds[root], bounds[root] + begin))
+            branched = True
+        else:
+            root, begin = part, 0
+        own = torch.arange(bounds[part], bounds[part + 1])
+        gathered.append(own)
+        ends.append(ends[-1] + begin + len(own))
+    if not branched:
+        return None
+    most = max(last - first for first, last in zip(ends[:-1], ends[1:], strict=True))
+    keys = Keys(torch.tensor(ends, dtype=torch.int32).to(cu_seqlens.device), most)
+    return Branches(keys, torch.cat(gathered).to(cu_seqlens.device))
 
 
 def mask(
@@ -111,11 +160,17 @@ def attend(
     if position_ids is None:
         position_ids = torch.arange(tokens, device=query.device)[None]
     documents = documents_of(position_ids, query.shape[0])
-    window = sliding_window if sliding_window is not None and sliding_window < documents.longest else 0
+    branches = documents.branches
+    longest = documents.longest if branches is None else branches.keys.longest
+    window = sliding_window if sliding_window is not None and sliding_window < longest else 0
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     if not dropout and choose_backend(q, window=window) in _KERNELS:
-        y = varlen_attention(q, k, v, documents.cu_seqlens, longest=documents.longest, scale=scale, window=window)
+        if branches is not None:
+            k, v = k[branches.gathered], v[branches.gathered]
+        keys = None if branches is None else branches.keys
+        cu_seqlens, longest = documents.cu_seqlens, documents.longest
+        y = varlen_attention(q, k, v, cu_seqlens, keys=keys, longest=longest, scale=scale, window=window)
         return y.unflatten(0, (query.shape[0], tokens)), None
     return masked(query, key, value, documents, scale, window, dropout).transpose(1, 2), None
 
@@ -131,7 +186,9 @@ def masked(
 ) -> torch.Tensor:
     """Torch's attention, (B, H, T, D), with a mask only if documents or a window need one (0: no window)."""
     visible = None
-    if not documents.single or window:
+    if documents.branches is not None:
+        visible = _branched_mask(documents, documents.branches, window)
+    elif not documents.single or window:
         position = torch.arange(query.shape[2], device=query.device)
         gap = position[:, None] - position
         visible = (gap >= 0) & ((gap < window) if window else True)
@@ -146,6 +203,21 @@ def masked(
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
+
+
+def _branched_mask(documents: Documents, branches: Branches, window: int) -> torch.Tensor:
+    """(B, 1, T, T) booleans."""
+    rows, tokens = documents.number.shape
+    visible = torch.zeros(rows * tokens, rows * tokens, dtype=torch.bool, device=documents.number.device)
+    bounds, key_bounds = documents.cu_seqlens.tolist(), branches.keys.cu_seqlens.tolist()
+    for part, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        seen = branches.gathered[key_bounds[part] : key_bounds[part + 1]]
+        shape = torch.ones(last - first, len(seen), dtype=torch.bool, device=visible.device)
+        offset = len(seen) - (last - first)
+        allowed = shape.tril(offset)
+        visible[first:last, seen] = allowed & shape.triu(offset - window + 1) if window else allowed
+    blocks = visible.view(rows, tokens, rows, tokens)
+    return torch.stack([blocks[row, :, row] for row in range(rows)])[:, None]
 
 
 AttentionInterface.register(NAME, attend)

@@ -39,7 +39,8 @@ class AdapterOptions:
         lora_dropout: Dropout on the adapter's input.
         target_modules: Names of the layers to adapt, or ``"all-linear"``; ``lm_head`` and ``embed_tokens`` among
             them are trained in full, as one weight if they are tied. The names of the llama family stand for what
-            the model's own family has in their place (``qkv_proj`` for ``q_proj`` on Phi-3).
+            the model's own family has in their place (``qkv_proj`` for ``q_proj`` on Phi-3). Left out, they are all
+            seven, or every linear layer of a block where a family without a spec has other names.
         bias: Which biases to train: ``"none"``, ``"all"`` or ``"lora_only"``.
         layers_to_transform: Indices of the blocks to adapt; None adapts all.
         layers_pattern: Name of the module list that those indices count.
@@ -87,7 +88,7 @@ def add(model: PreTrainedModel, options: AdapterOptions) -> PeftModel | PreTrain
     A model loaded for full fine-tuning is returned as it is, with everything trainable.
 
     Raises:
-        AdapterError: The model already has an adapter, or a target name matches none of its modules.
+        AdapterError: The model already has an adapter, a target name matches none of its modules, or PEFT refuses.
     """
     if isinstance(model, PeftModel):
         raise AdapterError(
@@ -130,7 +131,14 @@ def add(model: PreTrainedModel, options: AdapterOptions) -> PeftModel | PreTrain
     with warnings.catch_warnings():
         # PEFT reads a property that transformers has since renamed
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        adapted = peft.get_peft_model(model, config)
+        try:
+            adapted = peft.get_peft_model(model, config)
+        except ValueError as error:
+            raise AdapterError(
+                f"PEFT refuses this adapter ({' '.join(str(error).split())[:300]})",
+                got=targets,
+                do="Name other target_modules: a list of the layers to adapt.",
+            ) from error
     full_layers.to_float32(adapted)
     checkpointing.apply(model, options.use_gradient_checkpointing)
     return adapted
@@ -190,11 +198,15 @@ def _targets(model: PreTrainedModel, names: Iterable[str] | str) -> tuple[list[s
     """The layers to adapt (PEFT checks a pattern), and those to train in full."""
     if isinstance(names, str):
         return names, []  # "all-linear", or a regular expression
-    wanted = resolve_targets(families.find(model), names)
+    family = families.find(model)
+    wanted = resolve_targets(family, names)
     full = [name for name in wanted if name.rsplit(".", 1)[-1] in full_layers.FULL]
     paths = [path for path, _ in model.named_modules()]
     found = _fused([name for name in wanted if name not in full], paths)
     unmatched = [name for name in [*found, *full] if not _matches(name, paths)]
+    if unmatched and names is ALL_LINEAR and family is None:
+        logger.info("%s has no %s; all of its linear layers are adapted", type(model).__name__, ", ".join(unmatched))
+        return ALL_LINEAR_PATTERN, []
     if not found or unmatched:
         linear = sorted({p.rsplit(".", 1)[-1] for p, m in model.named_modules() if hasattr(m, "in_features")})
         raise AdapterError(

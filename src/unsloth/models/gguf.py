@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import subprocess
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from unsloth.core import artifact, settings
 from unsloth.core.errors import CheckpointError, ConfigError, ModelError, ModelNotFoundError
 from unsloth.core.log import get_logger
+from unsloth.models import gguf_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_MAGIC = b"GGUF"
+_MAGIC = gguf_header.MAGIC
+_PATIENCE = 10  # seconds for the child process, which may compute for half of them
 _SPECIAL = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token"}
 _UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OSError, EOFError)
 
@@ -45,6 +50,7 @@ def converted(folder: Path, gguf_file: str) -> Path:
         magic = opened.read(len(_MAGIC))
     if magic != _MAGIC:
         raise CheckpointError(f"{file} is not a GGUF file ({file.stat().st_size:,} bytes)", do="Copy it again.")
+    inspect(file)
     state = file.stat()
     key = hashlib.sha256(f"{file.resolve()}|{state.st_size}|{state.st_mtime_ns}".encode()).hexdigest()[:16]
     target = settings.cache_folder() / "gguf" / f"{file.stem}-{key}"
@@ -52,6 +58,29 @@ def converted(folder: Path, gguf_file: str) -> Path:
         logger.info("converting %s once into %s", file, target)
         convert(file, target, kind="gguf_model")
     return target
+
+
+def inspect(file: Path) -> dict[str, Any]:
+    """Read the header of a file from anywhere, in a child process with limits on time and memory.
+
+    Returns:
+        ``architecture``, number of ``tensors``, and their ``types``.
+
+    Raises:
+        CheckpointError: The header cannot be true, or the file is cut short.
+    """
+    # Isolated from everything installed: the script needs the standard library alone.
+    command = [sys.executable, "-I", "-S", str(Path(gguf_header.__file__)), str(file)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)
+        found: dict[str, Any] = json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        found = {"wrong": f"reading its header takes more than {_PATIENCE} seconds"}
+    except json.JSONDecodeError:
+        found = {"wrong": "reading its header takes too much time or memory"}
+    if "wrong" in found:
+        raise CheckpointError(f"{file.name} is damaged, or not a true GGUF file: {found['wrong']}", do="Copy it again.")
+    return found
 
 
 def convert(file: Path, target: Path, *, kind: str) -> None:
@@ -92,16 +121,14 @@ def convert(file: Path, target: Path, *, kind: str) -> None:
 
 def _take_special_tokens(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
     """Set the special tokens and the chat template that the file names; not every version of transformers does."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(file)
+    metadata = gguf_header.read(file).metadata
     for key, attribute in _SPECIAL.items():
-        field = reader.get_field(f"tokenizer.ggml.{key}_token_id")
-        if field is not None:
-            setattr(tokenizer, attribute, tokenizer.convert_ids_to_tokens(int(field.contents())))
-    template = reader.get_field("tokenizer.chat_template")
-    if template is not None and not tokenizer.chat_template:
-        tokenizer.chat_template = template.contents()
+        number = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if isinstance(number, int):
+            setattr(tokenizer, attribute, tokenizer.convert_ids_to_tokens(number))
+    template = metadata.get("tokenizer.chat_template")
+    if isinstance(template, str) and not tokenizer.chat_template:
+        tokenizer.chat_template = template
 
 
 def _explained(file: Path, error: Exception) -> ModelError:

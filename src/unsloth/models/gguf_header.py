@@ -9,11 +9,12 @@ shapes, types and offsets, padding, data.
 from __future__ import annotations
 
 import json
+import mmap
 import struct
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -26,6 +27,9 @@ _LONGEST_KEY = 1 << 16
 _LONGEST_NAME = 1 << 10
 _MOST_DIMENSIONS = 4
 _LARGEST_ALIGNMENT = 1 << 16
+_LONGEST_HEADER = 1 << 27  # bytes
+_MOST_MEMORY = 450 << 20  # bytes, of the child process
+_MOST_SECONDS = 5
 
 _STRING, _ARRAY = 8, 9
 _SCALARS = {
@@ -118,21 +122,23 @@ class Header:
 
 
 class _Source:
-    """The file, read forwards, never past its end."""
+    """The file's bytes, read forwards, never past their end."""
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self.file, self.size = file, size
+    def __init__(self, content: mmap.mmap | bytes) -> None:
+        self.content, self.size, self.place = content, len(content), 0
+        self.end = "it ends in the middle of its header"
 
     def take(self, count: int) -> bytes:
-        if count > self.size - self.file.tell():
-            raise GgufFormatError("it ends in the middle of its header")
-        return self.file.read(count)
+        begin, self.place = self.place, self.place + count
+        if self.place > self.size:
+            raise GgufFormatError(self.end)
+        return self.content[begin : self.place]
 
     def number(self, form: str) -> Any:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
     def string(self, longest: int, what: str) -> str:
-        length = self.number("<Q")
+        length = int.from_bytes(self.take(8), "little")
         if length > longest:
             raise GgufFormatError(f"{what} is said to have {length:,} bytes")
         try:
@@ -140,25 +146,28 @@ class _Source:
         except UnicodeDecodeError:
             raise GgufFormatError(f"{what} is not UTF-8") from None
 
-    def value(self, kind: int, key: str, nested: bool = False) -> Any:
+    def value(self, kind: int, key: str) -> Any:
         if kind in _SCALARS:
             found = self.number(_SCALARS[kind])
             return bool(found) if kind == 7 else found
         if kind == _STRING:
             return self.string(self.size, f"the value of {key!r}")
-        if kind != _ARRAY or nested:
+        if kind != _ARRAY:
             raise GgufFormatError(f"the value of {key!r} has the unknown type {kind}")
         return self._array(key)
 
     def _array(self, key: str) -> list[Any]:
         kind, count = self.number("<I"), self.number("<Q")
         width = struct.calcsize(_SCALARS[kind]) if kind in _SCALARS else 8
-        if count > _MOST_ITEMS or count * width > self.size - self.file.tell():
+        if count > _MOST_ITEMS or count * width > self.size - self.place:
             raise GgufFormatError(f"the array {key!r} is said to have {count:,} items, more than the file can hold")
         if kind in _SCALARS:
             values = struct.unpack(f"<{count}{_SCALARS[kind][1]}", self.take(count * width))
             return [bool(value) for value in values] if kind == 7 else list(values)
-        return [self.value(kind, key, nested=True) for _ in range(count)]
+        if kind != _STRING:
+            raise GgufFormatError(f"the array {key!r} has items of the unknown type {kind}")
+        what = f"an item of {key!r}"
+        return [self.string(self.size, what) for _ in range(count)]
 
 
 def read(path: str | Path) -> Header:
@@ -169,8 +178,13 @@ def read(path: str | Path) -> Header:
         OSError: The file cannot be read.
     """
     size = Path(path).stat().st_size
-    with Path(path).open("rb") as file:
-        source = _Source(file, size)
+    if size == 0:
+        raise GgufFormatError("it is empty")
+    mapped = min(size, _LONGEST_HEADER)
+    with Path(path).open("rb") as file, mmap.mmap(file.fileno(), mapped, access=mmap.ACCESS_READ) as content:
+        source = _Source(content)
+        if mapped < size:
+            source.end = f"its header has more than {mapped:,} bytes"
         if source.take(4) != MAGIC:
             raise GgufFormatError("it does not begin with GGUF")
         version = source.number("<I")
@@ -187,7 +201,7 @@ def read(path: str | Path) -> Header:
             metadata[key] = source.value(source.number("<I"), key)
         infos = [_tensor_info(source) for _ in range(tensors)]
         alignment = _alignment(metadata)
-        data_offset = -(-file.tell() // alignment) * alignment
+        data_offset = -(-source.place // alignment) * alignment
     placed = [TensorInfo(i.name, i.shape, i.type, data_offset + i.offset, i.size) for i in infos]
     _check_places(placed, alignment, size)
     return Header(version, metadata, tuple(placed), data_offset)
@@ -237,8 +251,19 @@ def _check_places(tensors: list[TensorInfo], alignment: int, file_size: int) -> 
             raise GgufFormatError(f"it ends before the data of {tensor.name!r}")
 
 
+def _limit_this_process() -> None:
+    """Let the operating system end this process before it can trouble the machine."""
+    try:
+        import resource
+    except ImportError:  # not on Windows; the parent process still counts the seconds
+        return
+    for limit, value in ((resource.RLIMIT_AS, _MOST_MEMORY), (resource.RLIMIT_CPU, _MOST_SECONDS)):
+        resource.setrlimit(limit, (value, value))
+
+
 def _main(path: str) -> None:
     """Print what was found as JSON, or what is wrong; the parent process reads it."""
+    _limit_this_process()
     try:
         header = read(path)
     except (GgufFormatError, OSError, MemoryError) as error:

@@ -75,7 +75,7 @@ def fetch(request: Request) -> Path:
             timeout=_ANSWER_WITHIN,
             files_metadata=True,
         )
-    except _hub_errors() as error:
+    except request_errors() as error:
         refused = explain(request.name, error)
         if isinstance(refused, NetworkError):
             return _cached(request, refused)
@@ -103,7 +103,7 @@ def explain(name: str, error: BaseException) -> ModelError:
             return _by_status(name, status)
     if any(isinstance(cause, _NO_CONNECTION) for cause in causes):
         return _unreachable(name)
-    if settings.offline() or any(isinstance(cause, _transport_error()) for cause in causes):
+    if settings.offline() or any(isinstance(cause, transport_error()) for cause in causes):
         return _unreachable(name)
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return ModelError(f"'{name}' could not be loaded: {reason}")
@@ -118,14 +118,15 @@ def _chain(error: BaseException) -> Iterable[BaseException]:
     return seen
 
 
-def _transport_error() -> type[Exception]:
+def transport_error() -> type[Exception]:
     """The base of connection errors in the HTTP library that this version of huggingface_hub uses."""
     library = type(huggingface_hub.get_session()).__module__.partition(".")[0]
     return importlib.import_module(library).TransportError
 
 
-def _hub_errors() -> tuple[type[Exception], ...]:
-    return (OSError, hub_errors.HfHubHTTPError, hub_errors.HFValidationError, _transport_error())
+def request_errors() -> tuple[type[Exception], ...]:
+    """What a request to the hub may raise."""
+    return (OSError, hub_errors.HfHubHTTPError, hub_errors.HFValidationError, transport_error())
 
 
 def _cached(request: Request, refused: ModelError | None) -> Path:
@@ -198,7 +199,7 @@ def _download(request: Request, names: list[str]) -> Path:
     try:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             folders = set(pool.map(one, names))
-    except _hub_errors() as error:
+    except request_errors() as error:
         raise explain(request.name, error) from error
     if len(folders) != 1:
         raise NetworkError(f"'{request.name}' was changed while it was downloaded", do="Run this again.")

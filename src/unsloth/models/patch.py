@@ -222,7 +222,7 @@ class PatchPlan:
 
     def __str__(self) -> str:
         """The table."""
-        state = "applied" if self.applied else "not applied"
+        state = "applied" if self.applied else "not applied" if self.replacements else "nothing to replace"
         lines = [f"Plan for {self.model} (family {self.family or 'without a spec'}, {state})"]
         lines += _table(("path", "what is there", "what comes in", "why", "calls"), _rows(self.replacements))
         lines.append("Left alone")

@@ -24,6 +24,7 @@ from unsloth.models import families, record, spec
 from unsloth.models.patch import AttentionSwap, ForwardSwap, LeftAlone, PatchPlan, Replacement
 
 _ATTRIBUTE = "unsloth_plan"
+_REMEDY = "Load it with fast_layers=False, or correct the spec in models/families."
 
 
 def plan(
@@ -144,7 +145,7 @@ class _Draft:
             raise PlanError(
                 f"{type(self.model).__name__} lacks a module that its family's spec names",
                 got=path,
-                do="Correct the spec in models/families.",
+                do=_REMEDY,
             ) from error
 
     def attribute(self, path: str, name: str) -> Any:
@@ -154,7 +155,7 @@ class _Draft:
             raise PlanError(
                 f"{path} lacks an attribute that its family's spec names",
                 got=name,
-                do="Correct the spec in models/families.",
+                do=_REMEDY,
             )
         return getattr(module, name)
 
@@ -277,7 +278,7 @@ class _Family:
             if (getattr(base, "bias", None) is not None) != expected:
                 raise PlanError(
                     f"{path}.{name} {'lacks a' if expected else 'has a'} bias, against its family's spec",
-                    do="Correct the spec in models/families.",
+                    do=_REMEDY,
                 )
         return modules
 

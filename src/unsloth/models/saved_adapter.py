@@ -50,6 +50,28 @@ def load(model: PreTrainedModel, found: Source, policy: checkpointing.Policy) ->
     return adapted
 
 
+def add(adapted: PeftModel, found: Source, name: str) -> None:
+    """Load a further adapter beside those of ``adapted``, for inference or merging, after the same checks.
+
+    Args:
+        adapted: A model with an adapter.
+        found: The further adapter, trained on the same base.
+        name: What it will be called.
+
+    Raises:
+        AdapterError: It belongs to another model.
+    """
+    folder = Path(found.location)
+    tensors = weight_files.check_file(folder / adapter_config.WEIGHTS)
+    base = record.transformers_model(adapted)
+    _check_fingerprint(base, found, adapter_base.read(folder))
+    _check_shapes(base, found, tensors)
+    try:
+        adapted.load_adapter(found.location, adapter_name=name)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise _unfit(found, str(error).strip().partition("\n")[0]) from error
+
+
 def _check_fingerprint(model: PreTrainedModel, found: Source, saved: adapter_base.AdapterBase | None) -> None:
     mine = record.require(model).identity
     if saved is None or saved.identity is None or mine is None:

@@ -223,7 +223,7 @@ def read(config: PretrainedConfig, attribute: str) -> Any:
         raise PlanError(
             f"the configuration of this {config.model_type} model lacks what its family's spec names",
             got=attribute,
-            do="Correct the spec in models/families, or use a transformers version that has it.",
+            do="Load it with fast_layers=False, or correct the spec in models/families.",
         )
     return getattr(config, attribute)
 

@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from unsloth.core.errors import ConfigError
 from unsloth.core.log import get_logger
 from unsloth.data import fingerprint as data_fingerprint
-from unsloth.models import fingerprint as base_fingerprint
+from unsloth.models import identity as base_identity
 
 STATES = ("optimizer", "scheduler", "rng", "scaler")
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "safetensors")
@@ -124,7 +124,7 @@ class Identity:
     arguments: dict[str, Any]
     adapter: dict[str, Any]
     data: data_fingerprint.Fingerprint
-    base: base_fingerprint.Fingerprint
+    base: base_identity.Identity
     versions: dict[str, str]
 
     def details(self) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def identify(model: torch.nn.Module, args: TrainingArguments, dataset: Any) -> I
         arguments=_json(values),
         adapter=_json(_adapter(model)),
         data=data_fingerprint.of(dataset),
-        base=base_fingerprint.of(model, frozen_only=True),
+        base=base_identity.take(model, frozen_only=True),
         versions={
             "unsloth": sys.modules["unsloth"].__version__,
             **{name: metadata.version(name) for name in _PACKAGES},
@@ -203,7 +203,8 @@ def compare(details: Mapping[str, Any], now: Identity) -> list[Difference]:
         if data != now.data:
             found.append(Difference("data", str(data), str(now.data)))
     if "base" in details:
-        reason = base_fingerprint.Fingerprint(**details["base"]).difference(now.base)
+        base = base_identity.Identity.from_json(details["base"])
+        reason = base_identity.difference(base, now.base, same_machine=True)
         if reason:
             found.append(Difference("base", "the base model of that run", f"another model: {reason}"))
     return found

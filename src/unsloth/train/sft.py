@@ -10,12 +10,10 @@ from typing import Any
 import peft
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainingArguments
-from transformers.integrations import TensorBoardCallback, get_available_reporting_integrations
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from trl.trainer.sft_trainer import SFTTrainer as TRLTrainer
 
-from unsloth.core.device import is_bfloat16_supported
-from unsloth.core.errors import ConfigError, TrainingError
+from unsloth.core.errors import ConfigError
 from unsloth.core.log import get_logger
 from unsloth.data import masking
 from unsloth.data.collate import Collator
@@ -23,15 +21,14 @@ from unsloth.data.encode import PrepareOptions, TrainOn
 from unsloth.data.prepare import Rows, prepare
 from unsloth.data.render import FormattingFunction
 from unsloth.layers import fused_head
-from unsloth.models import modes, record
-from unsloth.train import config, masters, optim, spellings
-from unsloth.train.progress import TrainingProgress
-from unsloth.train.surviving import SurvivingTrainer
+from unsloth.models import record
+from unsloth.train import config, masters, optim, setup, spellings
+from unsloth.train.loop import ModelLoop
 
 logger = get_logger(__name__)
 
 
-class SFTTrainer(SurvivingTrainer, TRLTrainer):
+class SFTTrainer(ModelLoop, TRLTrainer):
     """Trains a language model on texts or conversations.
 
     A subclass of ``trl.SFTTrainer``: its loop, losses and callbacks, with our own way from rows to batches, and with
@@ -82,20 +79,20 @@ class SFTTrainer(SurvivingTrainer, TRLTrainer):
     ) -> None:
         if peft_config is not None:
             model = peft.get_peft_model(model, peft_config)  # type: ignore[assignment]
-        _check_trainable(model)
-        tokenizer = _one_tokenizer(tokenizer, processing_class)
-        args = config.from_training_arguments(args)
+        setup.check_trainable(model)
+        tokenizer = setup.one_tokenizer(tokenizer, processing_class)
+        args = config.from_training_arguments(args, config.SFTConfig)
         more = spellings.trainer_arguments(TRLTrainer, args, more)
-        _check_trackers(args)
-        overrides = {
-            "dataset_text_field": dataset_text_field,
-            "max_length": max_seq_length,
-            "packing": packing,
-            "dataset_num_proc": dataset_num_proc,
-        }
-        for name, value in overrides.items():
-            if value is not None:
-                setattr(args, name, value)
+        setup.check_trackers(args)
+        setup.override(
+            args,
+            {
+                "dataset_text_field": dataset_text_field,
+                "max_length": max_seq_length,
+                "packing": packing,
+                "dataset_num_proc": dataset_num_proc,
+            },
+        )
         args.follow(record.find(model))
         if data_collator is not None and (args.packing or args.padding_free):
             logger.warning("a data_collator was passed: packing and padding-free batches are switched off")
@@ -131,20 +128,7 @@ class SFTTrainer(SurvivingTrainer, TRLTrainer):
         self._trl_head = args.loss_type != "nll" or self.label_smoother is not None or self.aux_loss_enabled
         own_head = self._lazy_head and (args.fused_head or args.return_logits)
         self._trl_head |= self.compute_loss_func is not None or (self._fused_head and not own_head)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, TensorBoardCallback) and args.logging_dir is not None:
-                callback.logging_dir = args.logging_dir
-        if not args.disable_tqdm:
-            self.remove_callback(ProgressCallback)
-            self.add_callback(TrainingProgress())
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, in the mode and with the memory policy that the model was given; as in transformers."""
-        loaded = record.find(self.model)
-        if loaded is not None:
-            # The arguments say whether to checkpoint, the model says how.
-            modes.for_training(self.model, self.args.gradient_checkpointing and (loaded.gradient_checkpointing or True))
-        return super().train(*args, **kwargs)
+        setup.show_progress(self)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -168,30 +152,6 @@ class SFTTrainer(SurvivingTrainer, TRLTrainer):
         if fresh and self.args.embedding_learning_rate is not None:
             optim.separate_embeddings(optimizer, self.model, self.args.embedding_learning_rate)
         return optimizer
-
-    @staticmethod
-    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:
-        """As in transformers, except that ``adamw_8bit`` on a GPU is ours; ``adamw_bnb_8bit`` stays bitsandbytes'."""
-        found, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        return optim.faster(args.optim, found, options, torch.cuda.is_available() and not args.use_cpu)
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, except that ``fp16_full_eval`` and ``bf16_full_eval`` never convert the weights.
-
-        Converted adapters would come back from an evaluation without the digits that 16 bits cannot hold. Computing
-        under autocast saves the same memory for activations.
-        """
-        flags = {"fp16_full_eval": self.args.fp16_full_eval, "bf16_full_eval": self.args.bf16_full_eval}
-        for name in flags:
-            setattr(self.args, name, False)
-        dtype = torch.bfloat16 if is_bfloat16_supported() else torch.float16
-        halved = any(flags.values()) and self.model.device.type != "cpu"
-        try:
-            with torch.autocast(self.model.device.type, dtype, enabled=halved):
-                return super().evaluation_loop(*args, **kwargs)
-        finally:
-            for name, value in flags.items():
-                setattr(self.args, name, value)
 
     def evaluate(
         self,
@@ -273,46 +233,3 @@ def _data_is_prepared(args: config.SFTConfig) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(args, name, value)
-
-
-def _one_tokenizer(
-    tokenizer: PreTrainedTokenizerBase | None, processing_class: PreTrainedTokenizerBase | None
-) -> PreTrainedTokenizerBase:
-    if tokenizer is not None and processing_class is not None and tokenizer is not processing_class:
-        raise ConfigError("tokenizer and processing_class are two names of one argument", do="Give one of them.")
-    found = tokenizer or processing_class
-    if not isinstance(found, PreTrainedTokenizerBase):
-        raise ConfigError(
-            "the trainer needs the tokenizer that was loaded with the model",
-            got=type(found).__name__,
-            do="Pass tokenizer=tokenizer.",
-        )
-    return found
-
-
-def _check_trackers(args: config.SFTConfig) -> None:
-    missing = sorted(set(args.report_to) - set(get_available_reporting_integrations()))
-    if missing:
-        raise ConfigError(
-            "report_to names a tracker that is not installed",
-            got=missing[0],
-            do=f'Install it (pip install {missing[0]}), or pass report_to="none".',
-        )
-
-
-def _check_trainable(model: torch.nn.Module) -> None:
-    if not isinstance(model, torch.nn.Module):
-        raise ConfigError(
-            "the trainer needs a loaded model", got=model, do="Load it with FastLanguageModel.from_pretrained."
-        )
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise TrainingError(
-            "the model has no trainable weights",
-            do="Add an adapter with FastLanguageModel.get_peft_model, or load it with full_finetuning=True.",
-        )
-    quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
-    if quantized and not isinstance(model, PeftModel):
-        raise TrainingError(
-            "a quantized model cannot be trained itself",
-            do="Add an adapter with FastLanguageModel.get_peft_model.",
-        )

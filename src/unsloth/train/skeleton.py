@@ -30,21 +30,28 @@ class Skeleton:
     Attributes:
         model: The model.
         shapes: The mode that its tensors belong to: operations on them must run under it.
-        plan: What would be swapped in the loaded model; the skeleton itself keeps its layers.
+        plan: What would be swapped in the loaded model, or None for nothing; the skeleton itself keeps its layers.
     """
 
     model: PreTrainedModel | PeftModel
     shapes: FakeTensorMode
-    plan: PatchPlan
+    plan: PatchPlan | None
 
 
-def build(config: PretrainedConfig, options: load.LoadOptions, adapter: adapters.AdapterOptions | None) -> Skeleton:
+def build(
+    config: PretrainedConfig,
+    options: load.LoadOptions,
+    adapter: adapters.AdapterOptions | None,
+    *,
+    fast_layers: bool = True,
+) -> Skeleton:
     """The model that ``options`` would load, with the adapter, as shapes.
 
     Args:
         config: The model's configuration.
         options: How it would be loaded.
         adapter: The adapter to add; None for full fine-tuning.
+        fast_layers: Whether the loaded model would get a plan.
 
     Raises:
         AdapterError: A target of the adapter names no module of this model.
@@ -77,7 +84,8 @@ def build(config: PretrainedConfig, options: load.LoadOptions, adapter: adapters
             ),
         )
         adapted = model if precision == "full" else adapters.add(model, adapter or adapters.AdapterOptions())
-    planned = plan.plan(adapted)  # while its weights are still of the classes that loaded ones have
+    # while its weights are still of the classes that loaded ones have
+    planned = plan.plan(adapted) if fast_layers else None
     shapes = FakeTensorMode(allow_non_fake_inputs=True)
     with shapes:
         _give_shapes(adapted)

@@ -54,7 +54,7 @@ class _Boundary:
 
 
 class SurvivingTrainer(Trainer):
-    """A base for trainers, before TRL's class: ``class SFTTrainer(SurvivingTrainer, trl.SFTTrainer)``.
+    """A base for trainers, before TRL's class; see :class:`unsloth.train.loop.ModelLoop`.
 
     Checkpoints are staged, verified and free of pickle; a resumed run goes on bit for bit on the CPU; steps on
     gradients that are not finite are not taken; SIGTERM, SIGINT and SIGHUP end the run with a checkpoint; running

@@ -19,6 +19,7 @@ NO_WINDOW = {"use_sliding_window": False, "sliding_window": None, "layer_types":
 CHANGES: dict[str, dict] = {
     "mistral": {"sliding_window": None},
     "ministral": {"sliding_window": 64, "layer_types": ["full_attention", "full_attention"]},
+    "cwm": {"sliding_window": 64, "layer_types": ["full_attention", "full_attention"]},
     "qwen2": NO_WINDOW,
     "qwen3": NO_WINDOW,
     "phi3": {"sliding_window": None},

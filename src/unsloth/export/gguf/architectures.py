@@ -69,6 +69,7 @@ _BY_FAMILY: dict[str, Architecture] = {
     "cohere2": Architecture(
         MODEL_ARCH.COHERE2, pairs="neighbours", head=False, logits="times", square=True, window=True
     ),
+    "cwm": _LLAMA,
     "ernie4_5": Architecture(MODEL_ARCH.ERNIE4_5, pairs="neighbours"),
     "gemma": Architecture(MODEL_ARCH.GEMMA, activations=_GELU, head=False, embedding_scale="root"),
     "gemma2": Architecture(
@@ -110,6 +111,9 @@ _BY_FAMILY: dict[str, Architecture] = {
     "smollm3": Architecture(MODEL_ARCH.SMOLLM3, pairs="neighbours", rope_period=4),
 }
 
+NOT_IN_LLAMA_CPP = ("vaultgemma",)
+"""Families with a spec that llama.cpp could not run: Gemma 2 without norms after attention and MLP."""
+
 
 def find(spec: ModelSpec | None, model_type: str) -> Architecture:
     """The architecture in which a family's models are written.
@@ -119,8 +123,9 @@ def find(spec: ModelSpec | None, model_type: str) -> Architecture:
     """
     if spec is not None and spec.name in _BY_FAMILY:
         return _BY_FAMILY[spec.name]
+    lacks = spec is not None and spec.name in NOT_IN_LLAMA_CPP
     raise ExportError(
-        "this model architecture has no rule for GGUF",
+        "llama.cpp has no such model architecture" if lacks else "this model architecture has no rule for GGUF",
         got=model_type,
         do=f"Save it with save_pretrained_merged. GGUF is written for: {', '.join(sorted(_BY_FAMILY))}.",
     )

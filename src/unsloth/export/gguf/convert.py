@@ -18,6 +18,8 @@ from unsloth.export.gguf.file import Planned, Writer, as_bytes
 from unsloth.export.gguf.metadata import Metadata
 from unsloth.export.gguf.methods import Shape
 from unsloth.export.gguf.tensors import Rule
+from unsloth.export.gguf.vocabulary import Vocabulary
+from unsloth.export.merge import MergeOptions
 from unsloth.models import families
 from unsloth.models.record import transformers_model
 
@@ -35,8 +37,10 @@ class Conversion:
         planned: The tensors of the file.
         extra: Tensors of the file that the model does not have, by name.
         metadata: Of the file.
+        vocabulary: Of the tokenizer.
         dtype: Of the weights.
         shape: Of the model, for the choice of types.
+        options: What is merged.
     """
 
     model: torch.nn.Module
@@ -44,8 +48,10 @@ class Conversion:
     planned: list[Planned]
     extra: dict[str, torch.Tensor]
     metadata: Metadata
+    vocabulary: Vocabulary
     dtype: str
     shape: Shape
+    options: MergeOptions = MergeOptions()
 
     @property
     def size(self) -> int:
@@ -61,7 +67,7 @@ class Conversion:
         with Writer(path, architecture, entries, self.planned, shard_bytes) as writer:
             for name, tensor in self.extra.items():
                 writer.put(name, as_bytes(tensor, by_name[name].type))
-            for name, tensor in merge.model_tensors(self.model, DTYPES[self.dtype]):
+            for name, tensor in merge.model_tensors(self.model, DTYPES[self.dtype], self.options):
                 rule = self.rules[name]
                 writer.put(rule.name, as_bytes(rule.apply(tensor), by_name[rule.name].type))
         return writer.paths
@@ -111,7 +117,7 @@ def plan(
     queries, keys = config.num_attention_heads, config.num_key_value_heads
     large = config.num_hidden_layers == 80 and (spec.name == "qwen2" or (spec.name == "llama" and queries != keys))
     shape = Shape(config.num_hidden_layers, queries // keys, large)
-    return Conversion(model, found, planned, extra, made, dtype, shape)
+    return Conversion(model, found, planned, extra, made, words, dtype, shape)
 
 
 def _first(first_conversion: str | None, inner: PreTrainedModel) -> str:

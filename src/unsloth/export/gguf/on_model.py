@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from unsloth.core.errors import ConfigError
-from unsloth.export import calibration, imatrix
+from unsloth.export import calibration, imatrix, upload
 from unsloth.export.calibration import Source
 from unsloth.export.gguf import convert, save
 
@@ -18,6 +19,7 @@ from unsloth.export.gguf import convert, save
 def attach(model: Any) -> None:
     """Give this one model the methods; no class is changed."""
     model.save_pretrained_gguf = MethodType(save_pretrained_gguf, model)
+    model.push_to_hub_gguf = MethodType(push_to_hub_gguf, model)
     model.save_imatrix = MethodType(save_imatrix, model)
 
 
@@ -35,6 +37,10 @@ def save_pretrained_gguf(
     max_shard_size: int | str | None = None,
     maximum_memory_usage: float = 0.75,
     verify: bool = True,
+    save_method: str = "merged",
+    push_to_hub: bool = False,
+    token: str | bool | None = None,
+    private: bool | None = None,
 ) -> str:
     """Save the model as GGUF, for llama.cpp, Ollama and what is built on them, with the adapter merged in.
 
@@ -59,9 +65,15 @@ def save_pretrained_gguf(
         max_shard_size: Largest file, such as ``"4GB"``; None writes one file a method.
         maximum_memory_usage: Share of the free memory that llama.cpp may take.
         verify: Whether llama.cpp runs the files, where it is installed.
+        save_method: ``"merged"``, or ``"lora"`` for the adapter alone, to be loaded beside a file of the base model;
+            ``quantization_method`` is then ``"f16"``, ``"f32"`` or ``"bf16"``.
+        push_to_hub: Whether to upload the folder afterwards, to the repository of the folder's name.
+        token: Hub token; None takes the one of ``hf auth login``.
+        private: Visibility of a repository that is made by this; None makes it private.
 
     Returns:
-        The text of the Modelfile, which also stands in the folder and on ``tokenizer._ollama_modelfile``.
+        The text of the Modelfile, which also stands in the folder and on ``tokenizer._ollama_modelfile``; empty for
+        an adapter.
 
     Raises:
         ConfigError: An unknown method.
@@ -84,7 +96,58 @@ def save_pretrained_gguf(
         maximum_memory_usage=maximum_memory_usage,
         verify=verify,
     )
-    return save.save(self, save_directory, tokenizer, options)[1]
+    if save_method not in ("merged", "lora"):
+        raise ConfigError('save_method is "merged" or "lora"', got=save_method)
+    repository = upload.prepare(Path(save_directory).name, token, private) if push_to_hub else None
+    text = ""
+    if save_method == "lora":
+        save.save_adapter(self, save_directory, tokenizer, options)
+    else:
+        text = save.save(self, save_directory, tokenizer, options)[1]
+    if repository is not None:
+        upload.upload(Path(save_directory), repository)
+    return text
+
+
+def push_to_hub_gguf(
+    self: Any,
+    repo_id: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    quantization_method: str | Sequence[str] = "fast_quantized",
+    *,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    save_directory: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> str:
+    """Save as :func:`save_pretrained_gguf` does, and upload the folder.
+
+    The token is tried before anything is computed. An upload that was cut goes on where it was when the same call is
+    made again.
+
+    Args:
+        self: The model.
+        repo_id: ``"name"`` or ``"owner/name"``; made if there is no such repository.
+        tokenizer: Of the model.
+        quantization_method: A name or several.
+        token: Hub token; None takes the one of ``hf auth login``.
+        private: Visibility of a repository that is made by this; None makes it private.
+        commit_message: Of the one commit that adds all files.
+        save_directory: Folder for the local copy; None takes the repository's name, in the current folder.
+        **options: As in :func:`save_pretrained_gguf`.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        UploadError: The hub refused it or could not be reached; the message says where the local copy is.
+        UnslothError: As :func:`save_pretrained_gguf`.
+    """
+    repository = upload.prepare(repo_id, token, private)
+    folder = Path(save_directory or upload.folder_name(repo_id))
+    save_pretrained_gguf(self, folder, tokenizer, quantization_method, **options)
+    return upload.upload(folder, repository, commit_message)
 
 
 def save_imatrix(

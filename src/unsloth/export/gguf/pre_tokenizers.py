@@ -31,6 +31,9 @@ _NAMES: dict[tuple[str, ...], dict[bool, str]] = {
     (_CASED[0] + _ENDINGS + "?|" + _CASED[1] + _ENDINGS + r"?|\p{N}{1,3}" + _CASED_REST,): {False: "gpt-4o"},
 }
 
+WITHOUT_MARKS = ("tekken", "gpt-4o")
+"""llama.cpp's pattern for these leaves combining marks out of words; the tokenizers' own does not."""
+
 
 def name(tokenizer_json: dict[str, Any]) -> str:
     """llama.cpp's name for the way in which this byte-level tokenizer cuts a text into words.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,13 +17,15 @@ from transformers import PreTrainedTokenizerBase
 from unsloth.core import artifact, device
 from unsloth.core.errors import ConfigError
 from unsloth.core.log import get_logger
-from unsloth.export import dynamic, ollama
+from unsloth.export import dynamic, ollama, verify
 from unsloth.export.calibration import Source
-from unsloth.export.gguf import check, convert, methods, quantize, runtime
+from unsloth.export.card import public_name
+from unsloth.export.gguf import card, check, convert, lora, methods, quantize, runtime
 from unsloth.export.gguf.check import Proof, Reference
 from unsloth.export.gguf.convert import Conversion
 from unsloth.export.gguf.file import Planned, Reader
 from unsloth.export.gguf.importance import Importance
+from unsloth.export.gguf.metadata import Metadata
 from unsloth.export.gguf.methods import Method
 from unsloth.models.record import transformers_model
 
@@ -108,7 +111,7 @@ def save(
         StorageError: The disk is full.
     """
     conversion = convert.plan(model, tokenizer, options.first_conversion, pre_tokenizer=options.pre_tokenizer)
-    wanted = _wanted(options.methods, conversion.dtype)
+    wanted = wanted_methods(options.methods, conversion.dtype)
     importance = _importance(options, conversion, tokenizer, wanted)
     jobs = [replace(importance.job(method), types=options.types) for method in wanted]
     plans = [_plan(job, conversion, importance) for job in jobs]
@@ -116,7 +119,8 @@ def save(
     inner = transformers_model(model)
     name = _file_name(Path(inner.config._name_or_path or "model").name)
     ends = convert.ends_of(inner, tokenizer)
-    details: dict[str, Any] = {"base": inner.config._name_or_path, "files": _earlier(Path(folder))}
+    base, is_public = public_name(inner.config._name_or_path or "model")
+    details: dict[str, Any] = {"base": base, "files": _earlier(Path(folder))}
     if importance.source is not None:
         details["importance"] = importance.source
     saved = []
@@ -135,17 +139,59 @@ def save(
             proof = judge.prove(source_path, paths, job, planned, replaced)
             saved.append(Saved(job.method.name, tuple(path.name for path in paths), proof))
             details["files"] |= {path.name: {"method": job.method.name, **proof.as_json()} for path in paths}
-        source_path.unlink()
-        source_path.parent.rmdir()
+        shutil.rmtree(source_path.parent)
         stops = [text for text in tokenizer.convert_ids_to_tokens(ends) if isinstance(text, str)]
         modelfile = ollama.modelfile(tokenizer, saved[0].files[0], stops)
         (staging / "Modelfile").write_text(modelfile, encoding="utf-8")
+        _write_card(Path(folder), staging, base, is_public, details["files"])
     for each in saved:
         logger.info("saved %s: %s", Path(folder) / each.files[0], each.proof)
     return saved, modelfile
 
 
-def _wanted(names: Sequence[str], first_conversion: str) -> list[Method]:
+def save_adapter(
+    model: Any, folder: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase, options: Options
+) -> list[Saved]:
+    """Write the adapter alone, to be loaded beside a file of the base model.
+
+    Where llama.cpp is installed, it runs a file of the base model, made for the purpose, with the adapter.
+
+    Raises:
+        AdapterError: There is no adapter, or it holds something else than LoRA on linear layers.
+        ExportError: The base model's family has no rule, or the adapter is not the model's.
+        StorageError: The disk is full.
+    """
+    conversion = convert.plan(model, tokenizer, options.first_conversion, pre_tokenizer=options.pre_tokenizer)
+    inner = transformers_model(model)
+    name = _file_name(Path(inner.config._name_or_path or "model").name)
+    plans = [
+        (method, *lora.plan(model, conversion, method)) for method in wanted_methods(options.methods, conversion.dtype)
+    ]
+    base, is_public = public_name(inner.config._name_or_path or "model")
+    details: dict[str, Any] = {"base": base, "files": _earlier(Path(folder))}
+    needed = conversion.size + sum(tensor.size for _, _, planned in plans for tensor in planned)
+    saved = []
+    with artifact.stage(folder, kind=KIND, details=details, existing="extend", needed_bytes=needed) as staging:
+        judge = _Judge(conversion, tokenizer, convert.ends_of(inner, tokenizer), options)
+        beside = staging / ".conversion" / "model.gguf"
+        beside.parent.mkdir()
+        if judge.runs:
+            lora.base_of(conversion).write(beside)
+        for method, made, planned in plans:
+            path = staging / f"{name}.lora.{method.name.upper()}.gguf"
+            lora.write(model, conversion, path, made, planned)
+            proof = judge.prove_adapter(beside, path, made, planned)
+            saved.append(Saved(method.name, (path.name,), proof))
+            details["files"][path.name] = {"method": f"lora {method.name}", **proof.as_json()}
+        shutil.rmtree(beside.parent)
+        _write_card(Path(folder), staging, base, is_public, details["files"])
+    for each in saved:
+        logger.info("saved %s: %s", Path(folder) / each.files[0], each.proof)
+    return saved
+
+
+def wanted_methods(names: Sequence[str], first_conversion: str) -> list[Method]:
+    """The methods of some names, plain and dynamic; raises :class:`ConfigError` for a name that there is not."""
     found = [dynamic.find(name) or methods.find(name, first_conversion) for name in names]
     return list({method.name: method for method in found}.values())
 
@@ -194,6 +240,11 @@ def _fixed(job: quantize.Job, conversion: Conversion) -> tuple[list[Planned], li
     return quantize.plan(_by_name(conversion.planned), shape, job)
 
 
+def _write_card(folder: Path, staging: Path, base: str, is_public: bool, files: Mapping[str, Any]) -> None:
+    if card.may_be_written(folder):
+        (staging / card.NAME).write_text(card.text(base, is_public, files), encoding="utf-8")
+
+
 def _file_name(name: str) -> str:
     return re.sub(r"[^\w.+-]", "_", name) or "model"
 
@@ -227,7 +278,8 @@ class _Judge:
         self._reference: Reference | None = None
         reason = self._reason(options)
         if reason is None:
-            self._reference = check.reference(conversion.model, tokenizer, ends[0] if ends else None)
+            end = ends[0] if ends else None
+            self._reference = check.reference(conversion.model, tokenizer, end, conversion.vocabulary)
         else:
             self._engine = None
             self._notes.append(reason)
@@ -243,6 +295,11 @@ class _Judge:
         if free is not None and self._conversion.size * 1.2 > free * options.maximum_memory_usage:
             return f"not run by llama.cpp, for which there is too little memory ({free:,} bytes free)"
         return None
+
+    @property
+    def runs(self) -> bool:
+        """Whether llama.cpp runs the files."""
+        return self._reference is not None
 
     def see_conversion(self, path: Path) -> None:
         """Check the unquantized file, from which all others are made."""
@@ -274,3 +331,11 @@ class _Judge:
             comparison=comparison,
             not_checked=self._notes,
         )
+
+    def prove_adapter(self, base: Path, path: Path, made: Metadata, planned: Sequence[Planned]) -> Proof:
+        """Check an adapter's file, beside a file of the base model."""
+        check.structure([path], planned, made)
+        comparison = None
+        if self._reference is not None:
+            comparison = check.running(base, self._reference, verify.MEDIAN_KL_LIMIT, adapter=path)
+        return Proof(len(planned), check.count(planned), [], 0.0, self._engine, comparison, self._notes)

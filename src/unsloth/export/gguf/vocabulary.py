@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,7 @@ class Vocabulary:
         scores: Of each token, for SentencePiece.
         merges: In order, for byte-level BPE.
         space_prefix: Whether a space is put before a text, for SentencePiece.
+        composes: Whether the tokenizer composes signs first (Unicode's NFC), which llama.cpp does not.
     """
 
     model: str
@@ -46,6 +48,24 @@ class Vocabulary:
     scores: list[float] | None
     merges: list[str] | None
     space_prefix: bool | None
+    composes: bool = False
+
+    def is_known_gap(self, text: str) -> bool:
+        """Whether llama.cpp is known to cut this text into other tokens, although everything is said to it rightly."""
+        if self.composes and unicodedata.normalize("NFC", text) != text:
+            return True
+        marked = any(unicodedata.category(sign).startswith("M") for sign in text)
+        return marked and self.pre_tokenizer in pre_tokenizers.WITHOUT_MARKS
+
+    @property
+    def limits(self) -> list[str]:
+        """The same in sentences."""
+        found = []
+        if self.composes:
+            found.append("llama.cpp does not compose signs (Unicode NFC) as the tokenizer does")
+        if self.pre_tokenizer in pre_tokenizers.WITHOUT_MARKS:
+            found.append("llama.cpp cuts words with combining marks (Hindi, Thai) into other tokens")
+        return found
 
 
 def read(tokenizer: PreTrainedTokenizerBase, rows: int, pre_tokenizer: str | None = None) -> Vocabulary:
@@ -77,11 +97,12 @@ def read(tokenizer: PreTrainedTokenizerBase, rows: int, pre_tokenizer: str | Non
         words = pre_tokenizer or pre_tokenizers.name(content)
         # llama.cpp refuses a file without merges; this one joins two tokens that never stand side by side.
         joined = [" ".join(merge) for merge in merges] or [f"{filled[0]} {filled[0]}"]
-        return Vocabulary("gpt2", words, filled, types, None, joined, None)
+        return Vocabulary("gpt2", words, filled, types, None, joined, None, _composes(content))
     if not model.get("byte_fallback"):
         raise _unreadable("BPE that is neither byte-level nor falls back to bytes")
     prefix = _puts_space_before(content)
-    return Vocabulary("llama", "default", filled, types, _scores(merges, filled, types), None, prefix)
+    scores = _scores(merges, filled, types)
+    return Vocabulary("llama", "default", filled, types, scores, None, prefix, _composes(content))
 
 
 def add(made: Metadata, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> None:
@@ -109,6 +130,7 @@ def add(made: Metadata, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBa
     }
     for key, number in special.items():
         made.add(key, number, INTEGER)
+    made.limits += vocabulary.limits
     adds_first, adds_last = _added_around(tokenizer)
     made.add(Keys.Tokenizer.ADD_BOS, adds_first, BOOL)
     made.add(Keys.Tokenizer.ADD_EOS, adds_last, BOOL)
@@ -153,6 +175,10 @@ def _type(text: str, model: dict[str, Any]) -> TokenType:
 
 def _is_byte_level(content: dict[str, Any]) -> bool:
     return '"ByteLevel"' in json.dumps([content.get("pre_tokenizer"), content.get("decoder")])
+
+
+def _composes(content: dict[str, Any]) -> bool:
+    return '"NFC"' in json.dumps(content.get("normalizer"))
 
 
 def _puts_space_before(content: dict[str, Any]) -> bool:

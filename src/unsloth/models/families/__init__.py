@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from unsloth.models.families import (
     cohere,
     cohere2,
+    cwm,
     ernie4_5,
     gemma,
     gemma2,
@@ -22,12 +23,14 @@ from unsloth.models.families import (
     qwen2,
     qwen3,
     smollm3,
+    vaultgemma,
 )
 from unsloth.models.spec import ModelSpec
 
 SPECS: tuple[ModelSpec, ...] = (
     cohere.SPEC,
     cohere2.SPEC,
+    cwm.SPEC,
     ernie4_5.SPEC,
     gemma.SPEC,
     gemma2.SPEC,
@@ -43,6 +46,7 @@ SPECS: tuple[ModelSpec, ...] = (
     qwen2.SPEC,
     qwen3.SPEC,
     smollm3.SPEC,
+    vaultgemma.SPEC,
 )
 
 

@@ -1,0 +1,115 @@
+"""What an export would write, known without loading weights."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from unsloth.core.errors import AdapterError
+from unsloth.export import four_bit as four_bit_weights
+from unsloth.export import layout, shards
+from unsloth.models import adapter_config, full_layers, load, source, weight_files
+
+_FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: codes, 8-bit scales, and scales of those
+_WIDTH = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """An export before it is made.
+
+    Attributes:
+        base: Name of the model, or of the model that the adapter belongs to.
+        method: As in ``save_pretrained_merged``.
+        tensors: How many tensors will be written.
+        nbytes: Their size in bytes; tokenizer and configuration come on top.
+        files: How many weight files.
+        free: Free bytes of the file system that the folder will be on.
+    """
+
+    base: str
+    method: str
+    tensors: int
+    nbytes: int
+    files: int
+    free: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is room on the disk."""
+        return self.nbytes < self.free
+
+
+def forecast(
+    name: str,
+    folder: str | os.PathLike[str],
+    method: str,
+    *,
+    max_shard_size: int | str = "5GB",
+    trust_remote_code: bool = False,
+) -> Forecast:
+    """Work out what an export of a model or adapter would write, from configurations and headers.
+
+    Args:
+        name: Folder, adapter folder or hub id.
+        folder: Where it would be written.
+        method: As in ``save_pretrained_merged``.
+        max_shard_size: Largest weight file.
+        trust_remote_code: Whether the model's repository may run code.
+
+    Raises:
+        AdapterError: ``"lora"`` of a model that is no adapter.
+        UnslothError: The configuration cannot be read.
+    """
+    found = source.resolve(name, weights=False, trust_remote_code=trust_remote_code)
+    saved: dict[str, weight_files.TensorHeader] = {}
+    if found.adapter_base is not None:
+        found = source.resolve(name)
+        saved = weight_files.check_file(Path(found.location) / adapter_config.WEIGHTS)
+    elif method == "lora":
+        raise AdapterError("the model is no adapter", got=name, do='Use "merged_16bit".')
+    limit = shards.parse_size(max_shard_size)
+    if method == "lora":
+        sizes = [(Path(found.location) / adapter_config.WEIGHTS).stat().st_size]
+        count, files = len(saved), 1
+    else:
+        config = load.read_config(load.LoadOptions(model_name=name, trust_remote_code=trust_remote_code))
+        outline = _outline(config, saved, trust_remote_code)
+        planned = layout.plan(outline)
+        sizes = _sizes(outline, planned, four_bit=method.startswith("merged_4bit"))
+        count, files = len(planned), len(shards.split(planned, limit))
+        if method.startswith("merged_4bit"):
+            files = max(1, -(-sum(sizes) // limit))
+    nearest = next(path for path in (Path(folder).resolve(), *Path(folder).resolve().parents) if path.exists())
+    return Forecast(found.adapter_base or name, method, count, sum(sizes), files, shutil.disk_usage(nearest).free)
+
+
+def _outline(
+    config: PretrainedConfig, saved: dict[str, weight_files.TensorHeader], trust_remote_code: bool
+) -> PreTrainedModel:
+    """The merged model without values: with the rows and the head of its own that the adapter brings."""
+    layers = {name.removesuffix(".weight").rsplit(".", 1)[-1]: header for name, header in saved.items()}
+    whole = {layer: header for layer, header in layers.items() if layer in full_layers.FULL}
+    text = config.get_text_config()
+    rows = [header.shape[0] for header in whole.values()]
+    text.vocab_size = max([text.vocab_size, *rows])
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=_WIDTH, trust_remote_code=trust_remote_code)
+    return layout.skeleton(model, _WIDTH, own_head=len(whole) == 1)
+
+
+def _sizes(outline: PreTrainedModel, planned: list[layout.Planned], four_bit: bool) -> list[int]:
+    if not four_bit:
+        return [tensor.nbytes for tensor in planned]
+    linear = four_bit_weights.quantized_names(outline)
+    return [
+        round(tensor.nbytes / _WIDTH.itemsize * _FOUR_BIT) if tensor.name in linear else tensor.nbytes
+        for tensor in planned
+    ]

@@ -1,0 +1,142 @@
+"""Log-probabilities of the tokens of a batch under a model, without whole logits.
+
+The model runs as ever, but for its logits it is asked for the last position only. The hidden states before the head
+are taken on the way, and :func:`unsloth.kernels.logprobs.logprobs` computes the head at the positions that count, in
+chunks.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedConfig
+
+from unsloth.core.log import get_logger
+from unsloth.data.masking import IGNORED
+from unsloth.kernels.logprobs import logprobs
+from unsloth.kernels.softmax_rows import HeadOptions, transform_logits
+from unsloth.models import record
+
+# Legend: B sequences, T tokens of the longest, N positions that count, H hidden, V vocabulary.
+
+logger = get_logger(__name__)
+
+
+class TokenLogprobs:
+    """Computes log-probabilities of labels under one model.
+
+    Whether head and log-probabilities can be taken apart from the model is read off its configuration (scale and soft
+    cap of the logits) and then tried: at the first batch the head, applied here to the hidden states, must give the
+    logits that the model itself gives at the last position. Where it does not, whole logits are used, and the log says
+    so.
+
+    Args:
+        model: The model, with or without adapters.
+        chunked: False for whole logits.
+    """
+
+    def __init__(self, model: nn.Module, chunked: bool = True) -> None:
+        self._inner = record.transformers_model(model)
+        self._options = head_options(self._inner.config)
+        self.chunked = chunked and self._can_be_chunked()
+        self._tried = False
+
+    def __call__(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        labels: torch.Tensor,
+    ) -> torch.Tensor:
+        """Log-probability of every label; to be called under the autocast of the run.
+
+        Args:
+            model: What to call: the model, or a wrapper around it.
+            inputs: Its arguments, of shape (B, T).
+            labels: (B, T), not shifted; ``IGNORED`` marks those that do not count.
+
+        Returns:
+            (B, T - 1) of float32 (float64 for a model of that dtype), at position t that of label t + 1; zero where
+            it does not count.
+        """
+        targets = labels[:, 1:]
+        if self.chunked:
+            values = self._from_hidden(model, inputs, targets)
+            if values is not None:
+                return values
+        logits = model(**inputs, use_cache=False).logits[:, -labels.shape[1] : -1]
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        chosen = wide.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+        return torch.where(targets != IGNORED, chosen, 0.0)
+
+    def _from_hidden(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], targets: torch.Tensor
+    ) -> torch.Tensor | None:
+        """As ``__call__``; None if the model's head turns out to do more than is known of it."""
+        seen: list[torch.Tensor] = []
+        hook = self._inner.base_model.register_forward_hook(lambda _, __, output: seen.append(output[0]))
+        try:
+            last_logits = model(**inputs, use_cache=False, logits_to_keep=1).logits
+        finally:
+            hook.remove()
+        hidden = seen[-1]
+        head = self._inner.get_output_embeddings()
+        if not self._tried and not self._head_is_known(hidden, head, last_logits):
+            return None
+        hidden = hidden[:, -(targets.shape[1] + 1) : -1]  # prompt learning puts tokens of its own in front
+        counts = targets != IGNORED
+        found = logprobs(
+            hidden[counts], head.weight, targets[counts], getattr(head, "bias", None), options=self._options
+        ).logprobs
+        return found.new_zeros(targets.shape).masked_scatter(counts, found)
+
+    def _can_be_chunked(self) -> bool:
+        head = self._inner.get_output_embeddings()
+        if head is None or isinstance(head, BaseTunerLayer) or self._inner.base_model is self._inner:
+            return False
+        weight = getattr(head, "weight", None)
+        if weight is None or not weight.is_floating_point():
+            return False
+        return "logits_to_keep" in inspect.signature(type(self._inner).forward).parameters
+
+    @torch.no_grad()
+    def _head_is_known(self, hidden: torch.Tensor, head: nn.Module, expected: torch.Tensor) -> bool:
+        """Compare our logits of the last position with the model's; both (B, 1, V)."""
+        self._tried = True
+        raw = nn.functional.linear(hidden[:, -1:], head.weight, getattr(head, "bias", None))  # type: ignore[arg-type]
+        found = transform_logits(raw, self._options).float()
+        # Two ways through one head differ by rounding; a scale or cap that is not known of differs by much more.
+        if found.shape == expected.shape and (found - expected).norm() <= 0.02 * expected.float().norm():
+            return True
+        logger.info(
+            "the head of %s does more to its logits than is known here: log-probabilities are computed from whole "
+            "logits",
+            type(self._inner).__name__,
+        )
+        self.chunked = False
+        return False
+
+
+def head_options(config: PreTrainedConfig) -> HeadOptions:
+    """What a model does to its logits, as far as its configuration says: scale and soft cap, as transformers has them.
+
+    Cohere multiplies by ``logit_scale``, Falcon-H1 by ``lm_head_multiplier``, Granite divides by ``logits_scaling``,
+    Gemma caps at ``final_logit_softcapping``.
+    """
+    text = config.get_text_config()
+    scale = next(
+        (
+            value
+            for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")
+            if (value := getattr(text, name, None)) is not None
+        ),
+        None,
+    )
+    divisor = getattr(text, "logits_scaling", None)
+    if scale is None and divisor is not None:
+        scale = divisor if text.model_type == "hyperclovax" else 1 / divisor
+    return HeadOptions(
+        logit_scale=1.0 if scale is None else scale, softcap=getattr(text, "final_logit_softcapping", None) or 0.0
+    )
