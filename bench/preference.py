@@ -1,104 +1,103 @@
-"""DPO of a QLoRA model, ours and TRL's: tokens/s, and peak memory beside the static memory.
+"""DPO of a QLoRA model of Llama-3.1-8B's shape with random weights: ours and TRL's, side by side.
 
-python bench/preference.py [--dry-run] [--layers N] [--pairs 4] [--length 1024] [--steps 6]
+    python bench/preference.py [--shape 8b] [--pairs 4] [--length 1024] [--prompts 512 64] [--steps 8] [--dry-run]
 
-A Llama of 8B width with a few layers and random weights in NF4, r = 32 on all linear layers, the same rows and seed for
-both. Static memory is what is allocated before the first step, which is weights and adapters; the optimizer's states
-and gradients come on top, and are counted by their size. Each run is in a process of its own, and adds a row to
-bench/results/preference.csv. --dry-run: tiny, on the CPU, without the row.
+Both get the same weights, adapters and rows, in a process each, and gradient checkpointing. A sequence is a prompt and
+an answer of together ``--length`` tokens; a case for each length of prompt. Tokens are those of both sequences of each
+pair, however many are computed. "Over" is the peak of a step minus what was allocated before it: weights, adapters,
+their gradients and the optimizer's states. First, log-probabilities and gradients of packed batches are compared with
+those of padded ones. Prints a table, and appends a line a case to bench/results/preference.csv.
+
+``--dry-run`` takes a tiny model, and writes nothing; ``--profile`` shows where the time of one step of ours goes.
 """
+
+from __future__ import annotations
 
 import argparse
 import csv
+import json
+import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 import trl
-from peft import LoraConfig, get_peft_model
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TrainerCallback
+from random_llama import SHAPES, build
+from transformers import TrainerCallback
 
-RESULTS = Path(__file__).parent / "results" / "preference.csv"
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-COLUMNS = ["date", "gpu", "torch", "transformers", "trl", "trainer", "layers", "pairs", "length"]
-COLUMNS += ["tokens_per_s", "static_gib", "peak_gib", "over_gib"]
+RESULTS = Path(os.environ.get("OUTDIR", Path(__file__).parent / "results")) / "preference.csv"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+COLUMNS = ["date", "gpu", "torch", "transformers", "trl", "trainer", "shape", "pairs", "length", "prompt"]
+COLUMNS += ["step_ms", "tokens_per_s", "static_gib", "peak_gib", "over_gib"]
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
+    """What was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--shape", choices=list(SHAPES), default="8b")
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--trainer", choices=["unsloth", "trl"])
+    parser.add_argument("--prompts", type=int, nargs="+", default=[512, 64])
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--trainer", choices=["unsloth", "trl"], help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.dry_run:
-        given.layers, given.pairs, given.length, given.steps = 2, 2, 32, 3
+        given.shape, given.pairs, given.length, given.prompts, given.steps = "tiny", 2, 32, [16, 4], 4
+    elif DEVICE.type != "cuda":
+        raise SystemExit("bench preference: no CUDA device here; run this on a GPU machine, or pass --dry-run")
     return given
 
 
-def build(given: argparse.Namespace) -> torch.nn.Module:
-    width = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
-    if given.dry_run:
-        width = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(
-        **width,
-        num_hidden_layers=given.layers,
-        vocab_size=512 if given.dry_run else 128256,
-        max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        pad_token_id=0,
-    )
-    dtype = torch.float32 if given.dry_run else torch.bfloat16
-    torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-        device = "cpu" if given.dry_run else 0
-        model = LlamaForCausalLM.from_pretrained(
-            folder, dtype=dtype, quantization_config=quantization, device_map={"": device}
-        )
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    return get_peft_model(model, LoraConfig(r=32, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM"))
-
-
-def rows(given: argparse.Namespace) -> "list[dict[str, list[int]]]":
-    generator = torch.Generator().manual_seed(1)
-    half = given.length // 2
-
-    def draw() -> list[int]:
-        return torch.randint(4, 500, (half,), generator=generator).tolist()
-
-    count = given.pairs * given.steps
-    return [{"prompt_ids": draw(), "chosen_ids": draw(), "rejected_ids": draw()} for _ in range(count)]
-
-
-class Clock(TrainerCallback):
-    """Times the steps after the first two."""
+class Meter(TrainerCallback):
+    """Times every step, and takes its peak of memory after the second, when the optimizer has its states."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.static = self.peak = 0
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if torch.cuda.is_available():
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        if DEVICE.type == "cuda":
             torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
+            torch.cuda.reset_peak_memory_stats()
+            if state.global_step == 2:
+                self.static = torch.cuda.memory_allocated()
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop it."""
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+            if state.global_step > 2:
+                self.peak = max(self.peak, torch.cuda.max_memory_allocated())
+        self.times.append(time.perf_counter() - self.start)
 
 
-def run(given: argparse.Namespace) -> dict[str, object]:
+def rows(given: argparse.Namespace, prompt: int) -> list[dict[str, list[int]]]:
+    """Pairs of random tokens."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(4, SHAPES[given.shape].vocabulary, (count,), generator=generator).tolist()
+
+    answer = given.length - prompt
+    return [
+        {"prompt_ids": draw(prompt), "chosen_ids": draw(answer), "rejected_ids": draw(answer)}
+        for _ in range(given.pairs * given.steps)
+    ]
+
+
+def trainer_of(given: argparse.Namespace, model: torch.nn.Module, prompt: int, folder: str, meter: Meter) -> Any:
+    """A trainer on prepared rows; TRL's takes them by leaving out its tokenizing."""
     from datasets import Dataset
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -109,60 +108,173 @@ def run(given: argparse.Namespace) -> dict[str, object]:
         from trl.trainer.dpo_config import DPOConfig
         from trl.trainer.dpo_trainer import DPOTrainer
 
-        # TRL tokenizes text; these rows are tokens already
         DPOTrainer = type("DPOTrainer", (DPOTrainer,), {"_prepare_dataset": lambda self, dataset, *args: dataset})
-    words = {"<pad>": 0, "<eos>": 1}
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<pad>")), pad_token="<pad>", eos_token="<eos>"
+        tokenizer_object=Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>")),
+        pad_token="<pad>",
+        eos_token="<eos>",
     )
-    model, clock = build(given), Clock()
-    on_gpu = not given.dry_run
-    with tempfile.TemporaryDirectory() as folder:
-        args = DPOConfig(
-            output_dir=folder,
-            per_device_train_batch_size=given.pairs,
-            max_length=given.length,
-            max_steps=given.steps,
-            bf16=on_gpu,
-            use_cpu=not on_gpu,
-            gradient_checkpointing=True,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
-        trainer = DPOTrainer(
-            model=model,
-            args=args,
-            train_dataset=Dataset.from_list(rows(given)),
-            processing_class=tokenizer,
-            callbacks=[clock],
-        )
-        static = torch.cuda.memory_allocated() if on_gpu else 0
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        trainer.train()
-    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    size = max(p.element_size() for p in model.parameters() if p.requires_grad)
-    static += trained * 3 * size  # gradients and the two moments of AdamW
-    steps = len(clock.times) - 2
-    speed = given.pairs * 2 * given.length * steps / (clock.times[-1] - clock.times[1])
-    gib = [round(value / 2**30, 3) for value in (static, peak, peak - static)]
-    gpu = torch.cuda.get_device_name() if on_gpu else "CPU"
-    versions = [torch.__version__, transformers.__version__, trl.__version__]
-    figures = [given.trainer, given.layers, given.pairs, given.length, round(speed, 1), *gib]
-    return dict(zip(COLUMNS, [date.today().isoformat(), gpu, *versions, *figures], strict=True))
+    args = DPOConfig(
+        output_dir=folder,
+        per_device_train_batch_size=given.pairs,
+        max_length=given.length,
+        max_steps=given.steps,
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        bf16=DEVICE.type == "cuda",
+        use_cpu=DEVICE.type != "cuda",
+        gradient_checkpointing=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    return DPOTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(rows(given, prompt)),
+        processing_class=tokenizer,
+        callbacks=[meter],
+    )
+
+
+def prepare(given: argparse.Namespace) -> torch.nn.Module:
+    """The model; ours with its plan, and the record that loading leaves."""
+    model = build(SHAPES[given.shape], DEVICE, quantized=DEVICE.type == "cuda", positions=8192)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.zeros_(parameter)  # as a new adapter is: both references are then the model without it
+    if given.trainer == "unsloth":
+        from unsloth.models import record
+        from unsloth.models.plan import install
+
+        dtype = torch.bfloat16
+        inner = record.transformers_model(model)
+        record.attach(inner, record.LoadRecord("random", None, "4bit", dtype, given.length, "unsloth", 0))
+        print(install(model))
+    return model
+
+
+def run(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """All cases of one trainer."""
+    model, results = prepare(given), []
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    for prompt in given.prompts:
+        model.train()
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if p.requires_grad:
+                    p.copy_(start[name])
+        meter = Meter()
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = trainer_of(given, model, prompt, folder, meter)
+            trainer.train()
+            losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+            if given.profile and given.trainer == "unsloth" and prompt == given.prompts[0]:
+                profile(trainer)
+        print(f"{given.trainer}, prompt {prompt}: losses {losses}")
+        print(f"  ms a step {[round(1e3 * seconds) for seconds in meter.times]}", flush=True)
+        grads = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        seconds, static = statistics.median(meter.times[2:]), meter.static + grads
+        speed = given.pairs * 2 * given.length / seconds
+        gib = [round(value / 2**30, 3) for value in (static, meter.peak, meter.peak - static)]
+        gpu = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+        versions = [torch.__version__, transformers.__version__, trl.__version__]
+        figures = [given.trainer, given.shape, given.pairs, given.length, prompt, round(1e3 * seconds), round(speed)]
+        results.append(dict(zip(COLUMNS, [date.today().isoformat(), gpu, *versions, *figures, *gib], strict=True)))
+        del trainer
+        if "ref" in model.peft_config:
+            model.delete_adapter("ref")  # TRL's copy of the adapter
+        if DEVICE.type == "cuda":
+            torch.cuda.empty_cache()
+    return results
+
+
+def profile(trainer: Any) -> None:
+    """Where the time of one step goes."""
+    from torch.profiler import ProfilerActivity, profile
+
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if DEVICE.type == "cuda" else [])
+    trainer.model.zero_grad()
+    with profile(activities=activities) as found:
+        trainer.compute_loss(trainer.model, batch).backward()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+    trainer.model.zero_grad()
+    order = "self_cuda_time_total" if DEVICE.type == "cuda" else "self_cpu_time_total"
+    print(found.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=70), flush=True)
+
+
+def compare_packing(given: argparse.Namespace) -> None:
+    """Log-probabilities and gradients of packed and of padded batches, with unequal lengths; stop if they differ."""
+    from unsloth.models.plan import plan
+    from unsloth.train.packed_rows import pack
+    from unsloth.train.token_logprobs import TokenLogprobs
+
+    shape = SHAPES["tiny" if given.dry_run else "0.6b"]
+    model = build(shape, DEVICE, quantized=DEVICE.type == "cuda", positions=4096)
+    made = plan(model, attention=True)
+    made.apply()
+    count = 24 if given.dry_run else 700
+    ids = torch.randint(4, shape.vocabulary, (4, count), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    ids[2:, : count // 2] = ids[:2, : count // 2]
+    attended = torch.ones_like(ids)
+    attended[1, count - 5 :] = attended[2, count - 9 :] = 0
+    answers = torch.arange(count, device=DEVICE).expand_as(ids) >= count // 2
+    labels = ids.masked_fill(~(answers & attended.bool()), -100)
+    found = {}
+    for name in ("packed", "padded"):
+        packed = pack(ids, attended, ~answers) if name == "packed" else None
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
+            compute = TokenLogprobs(model)
+            assert compute.packs
+            values = compute(model, {"input_ids": ids, "attention_mask": attended}, labels, packed)
+        model.zero_grad()
+        (values * torch.linspace(0, 1, values.numel(), device=DEVICE).view_as(values)).sum().backward()
+        grads = torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None])
+        found[name] = values.detach(), grads
+    (one, one_grad), (other, other_grad) = found["packed"], found["padded"]
+    apart = (one - other).norm() / other.norm(), (one_grad - other_grad).norm() / other_grad.norm()
+    print(f"packed against padded: log-probabilities {apart[0]:.1e} apart, gradients {apart[1]:.1e}", flush=True)
+    if not (apart[0] < 0.01 and apart[1] < 0.1):
+        raise SystemExit("packed batches differ from padded ones")
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    """The table, and how ours compares."""
+    names = ["trainer", "prompt", "step_ms", "tokens_per_s", "static_gib", "peak_gib", "over_gib"]
+    print(*(f"{name:>13}" for name in names))
+    for row in results:
+        print(*(f"{row[name]!s:>13}" for name in names))
+    for theirs in (row for row in results if row["trainer"] == "trl"):
+        ours = next(row for row in results if row["trainer"] == "unsloth" and row["prompt"] == theirs["prompt"])
+        speed, over = (ours[name] / theirs[name] if theirs[name] else 0.0 for name in ("tokens_per_s", "over_gib"))
+        print(f"prompt {ours['prompt']}: ours is {speed:.2f} times as fast, with {over:.2f} of the memory over static")
 
 
 def main() -> None:
+    """Entry point."""
     given = arguments()
-    if given.trainer is None:
-        for trainer in ("trl", "unsloth"):
-            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--trainer", trainer], check=True)
+    if given.trainer is not None:
+        print("RESULTS " + json.dumps(run(given)))
         return
-    row = run(given)
-    print(*(f"{name}={value}" for name, value in row.items()))
+    compare_packing(given)
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+    results = []
+    for trainer in ("trl", "unsloth"):
+        command = [sys.executable, __file__, *sys.argv[1:], "--trainer", trainer]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("RESULTS "):
+                    results += json.loads(line.removeprefix("RESULTS "))
+                else:
+                    print(line, end="", flush=True)
+        if process.returncode:
+            raise SystemExit(process.returncode)
+    show(results)
     if given.dry_run:
         return
     fresh = not RESULTS.exists()
@@ -170,7 +282,7 @@ def main() -> None:
         writer = csv.DictWriter(file, COLUMNS)
         if fresh:
             writer.writeheader()
-        writer.writerow(row)
+        writer.writerows(results)
 
 
 if __name__ == "__main__":

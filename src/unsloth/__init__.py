@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from unsloth.compat import PatchFastRL as PatchFastRL
     from unsloth.core.device import is_bfloat16_supported as is_bfloat16_supported
     from unsloth.core.errors import UnslothError as UnslothError
+    from unsloth.generate.protocol import LoRARequest as LoRARequest
+    from unsloth.generate.sampling import SamplingParams as SamplingParams
     from unsloth.models.vocabulary import add_new_tokens as add_new_tokens
     from unsloth.rewards.locked_down import create_locked_down_function as create_locked_down_function
     from unsloth.rewards.source_check import check_python_modules as check_python_modules
@@ -51,6 +53,7 @@ _PUBLIC = {
     "CHAT_TEMPLATES": ("unsloth.chat_templates", "CHAT_TEMPLATES"),
     "FastLanguageModel": ("unsloth.api", "FastLanguageModel"),
     "FastModel": ("unsloth.api", "FastModel"),
+    "LoRARequest": ("unsloth.generate.protocol", "LoRARequest"),
     "PatchDPOTrainer": ("unsloth.compat", "PatchDPOTrainer"),
     "PatchFastRL": ("unsloth.compat", "PatchFastRL"),
     "CPOConfig": ("unsloth.train.cpo", "CPOConfig"),
@@ -64,6 +67,7 @@ _PUBLIC = {
     "RewardConfig": ("unsloth.train.reward", "RewardConfig"),
     "RewardTrainer": ("unsloth.train.reward", "RewardTrainer"),
     "SFTConfig": ("unsloth.train.config", "SFTConfig"),
+    "SamplingParams": ("unsloth.generate.sampling", "SamplingParams"),
     "SFTTrainer": ("unsloth.train.sft", "SFTTrainer"),
     "UnslothError": ("unsloth.core.errors", "UnslothError"),
     "UnslothTrainer": ("unsloth.trainer", "UnslothTrainer"),

@@ -9,27 +9,27 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from unsloth.core import settings
 from unsloth.core.errors import ConfigError
 from unsloth.core.log import get_logger
 from unsloth.export.save import attach_methods
+from unsloth.generate import model_methods
+from unsloth.generate.options import EngineOptions
 from unsloth.layers import fused_head as head_layer
 from unsloth.memory.checkpointing import Policy
-from unsloth.models import adapters, load, modes, placement, plan, record
+from unsloth.models import adapters, load, placement, plan, record
 from unsloth.models.options import DEFAULT_LENGTH
 
 logger = get_logger(__name__)
 
 # Documented arguments that only matter once something else is switched on; that something is refused below.
 _WITHOUT_EFFECT = {
-    "gpu_memory_utilization",
     "max_lora_rank",
     "disable_log_stats",
     "unsloth_force_compile",
 }
 # Documented arguments that this version cannot honour: the neutral value, any other being an error, and a remedy.
 _UNAVAILABLE: dict[str, tuple[Any, str]] = {
-    "fast_inference": (False, "Leave it out; model.generate works without it."),
-    "float8_kv_cache": (False, "Leave it out; it belongs to fast_inference."),
     "qat_scheme": (None, "Leave it out; load_in_4bit=True trains on quantized weights."),
 }
 
@@ -64,6 +64,9 @@ class FastLanguageModel:
         attn_implementation: str | None = None,
         fast_layers: bool = True,
         fused_head: bool = True,
+        fast_inference: bool = False,
+        gpu_memory_utilization: float | None = None,
+        float8_kv_cache: bool = False,
         **kwargs: Any,
     ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
         """Load a model and its tokenizer.
@@ -98,6 +101,11 @@ class FastLanguageModel:
             fast_layers: Swap layers for faster ones of the same mathematics, see ``print(model.unsloth_plan)``.
             fused_head: Whether a forward with labels computes output head and loss together, without whole logits
                 (see :mod:`unsloth.layers.fused_head`). ``return_logits=True`` in that forward computes them too.
+            fast_inference: Say at once if ``model.fast_generate`` cannot go through the engine. (The method is there
+                anyway; the engine is made when it is first used.)
+            gpu_memory_utilization: Share of the GPU's memory for weights, cache of keys and values, and all else,
+                while generating; None gives the cache half of what is free.
+            float8_kv_cache: Keep keys and values in eight bits.
             **kwargs: Passed on to transformers' ``from_pretrained``.
 
         Returns:
@@ -107,6 +115,11 @@ class FastLanguageModel:
             UnslothError: In one of its kinds, before anything is half done: ConfigError, ModelNotFoundError,
                 NetworkError, CheckpointError, AdapterError, TokenizerError.
         """
+        engine_options = EngineOptions(
+            gpu_memory_utilization=gpu_memory_utilization,
+            float8_kv_cache=float8_kv_cache,
+            standby=settings.standby(),
+        )
         options = load.LoadOptions(
             model_name=model_name,
             max_seq_length=max_seq_length,
@@ -134,6 +147,9 @@ class FastLanguageModel:
             plan.install(model)
         if fused_head:
             _fuse_head(record.transformers_model(model))
+        model_methods.attach(model, tokenizer, engine_options)
+        if fast_inference:
+            model_methods.announce(model)
         return model, tokenizer
 
     @staticmethod
@@ -197,13 +213,14 @@ class FastLanguageModel:
             if fused:
                 _fuse_head(inner)
         attach_methods(adapted)
+        model_methods.attach_adapted(adapted)
         plan.remove(adapted)
         if fast_layers:
             plan.install(adapted)
         return adapted
 
-    for_inference = staticmethod(modes.for_inference)
-    for_training = staticmethod(modes.for_training)
+    for_inference = staticmethod(model_methods.for_inference)
+    for_training = staticmethod(model_methods.for_training)
 
 
 class FastModel(FastLanguageModel):

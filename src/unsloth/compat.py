@@ -48,7 +48,7 @@ def bind() -> None:
     for package, names in _BOUND.items():
         for name, module in names.items():
             setattr(importlib.import_module(package), name, getattr(importlib.import_module(module), name))
-    bound = ", ".join(f"{package}.{name}" for package, names in _BOUND.items() for name in names)
+    bound = " and ".join(f"{', '.join(names)} of {package}" for package, names in _BOUND.items())
     logger.info("%s now mean the classes of unsloth (UNSLOTH_TRL_COMPAT=0 leaves them alone)", bound)
     if early:
         logger.warning(

@@ -5,10 +5,10 @@ import pytest
 
 from unsloth import FastLanguageModel
 from unsloth.cli import run_config, schema
+from unsloth.cli.methods import METHODS
 from unsloth.core.errors import ConfigError
 from unsloth.models.adapters import AdapterOptions
 from unsloth.models.load import LoadOptions
-from unsloth.train.config import SFTConfig
 
 
 def fields(cls):
@@ -24,7 +24,9 @@ def test_the_sections_have_the_fields_of_the_classes_they_are_read_from():
     without = {"trust_remote_code", "use_exact_model_name", "offload_embeddings", "kwargs"}  # or under another name
     assert set(sections["model"]) == arguments - without | {"more"}
     assert set(sections["adapter"]) == fields(AdapterOptions)
-    assert set(sections["training"]) == fields(SFTConfig)
+    assert METHODS.keys() == schema.TRAINING.keys()
+    for name, method in METHODS.items():
+        assert set(run_config.training_keys(name)) == fields(method.config) | {"method"}, name
     assert set(sections["data"]) == fields(run_config.DataOptions)
     assert set(sections["save"]) == fields(run_config.SaveOptions)
 

@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import sys
 
 import pytest
@@ -14,6 +15,7 @@ from unsloth.cli import main, run_config, train
 from unsloth.core.errors import ConfigError, DataError
 from unsloth.layers import fused_head
 from unsloth.layers.fast import is_swapped
+from unsloth.train.sft import SFTTrainer
 
 
 @pytest.fixture
@@ -73,14 +75,14 @@ def test_a_dry_run_shows_the_run_and_writes_nothing(run_file, tmp_path, monkeypa
 def test_the_fast_paths_can_be_switched_off(run_file, monkeypatch, capsys):
     file = run_file(model={"fast_layers": False, "fused_head": False}, save={"plot": False})
     swapped = {}
-    trained = train.SFTTrainer.train
+    trained = SFTTrainer.train
 
     def look(trainer, **arguments):
         inner = trainer.model.get_base_model()
         swapped.update(layers=is_swapped(inner.model.layers[0]), head=fused_head.find(inner) is not None)
         return trained(trainer, **arguments)
 
-    monkeypatch.setattr(train.SFTTrainer, "train", look)
+    monkeypatch.setattr(SFTTrainer, "train", look)
     for last, expected in (("--dry-run", {}), ("--resume", {"layers": False, "head": False})):
         assert command(monkeypatch, "train", file, last) == 0
         shown = capsys.readouterr().out
@@ -184,3 +186,39 @@ def test_the_memory_policy_of_either_section_holds(run_file, monkeypatch, sectio
         train.train(config)
     assert asked.get("use_gradient_checkpointing", "unsloth") == run.adapter.use_gradient_checkpointing
     assert run.adapter.use_gradient_checkpointing == (False if kept else "unsloth")
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "orpo", "simpo"])
+def test_preferences_from_a_file(run_file, tmp_path, monkeypatch, capsys, method):
+    rows = [{"prompt": f"Say {i}:", "chosen": f" yes {i}", "rejected": f" no, never {i}"} for i in range(10)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = run_file(
+        data={"path": "pairs.jsonl", "eval_rows": 2, "responses_only": False},
+        training={"method": method, "eval_strategy": "steps", "eval_steps": 1},
+    )
+    assert command(monkeypatch, "train", file, "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert re.search(rf"method +{method}\b", shown)
+    assert "[[·yes·0<|im_end|>" in shown and ("[[·no,·never·0<|im_end|>" in shown) == (method != "kto")
+    assert command(monkeypatch, "train", file) == 0
+    assert "held-out loss" in capsys.readouterr().out
+    AutoPeftModelForCausalLM.from_pretrained(tmp_path / "outputs/adapter")
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        (
+            {"training": {"method": "dpo", "packing": True, "dataset_text_field": "t"}},
+            "dataset_text_field is not a key",
+        ),
+        ({"training": {"method": "orpo", "cpo_alpha": 0.5}}, "training.method: cpo or simpo"),
+        ({"training": {"method": "ppo"}}, "must be one of sft, dpo, kto, orpo, cpo, simpo"),
+        ({"training": {"method": "dpo", "beta": "high"}}, "must be a number"),
+        ({"training": {"beta": 0.1}}, "belongs to training.method: dpo or kto or orpo or cpo or simpo"),
+        ({"training": {"method": "dpo"}}, "data.responses_only has no meaning with training.method dpo"),
+    ],
+)
+def test_keys_belong_to_the_method(run_file, monkeypatch, capsys, sections, said):
+    assert command(monkeypatch, "train", run_file(**sections), "--dry-run") == 2
+    assert said in " ".join(capsys.readouterr().err.split())

@@ -102,6 +102,8 @@ def test_pairs_without_a_preference_are_left_out_and_counted(tokenizer):
         ([], "no rows"),
         ([{"prompt": "a", "chosen": "b"}], "no column 'rejected'.*'prompt', 'chosen'.*rename_column"),
         ([{"question": "a", "answer": "b"}], "no column 'chosen' or 'rejected'.*question"),
+        ([{"prompt": "a", "completion": "b", "label": True}], "Rated answers are for KTOTrainer"),
+        ([{"messages": [USER, YES]}], "Rows without a preference are for SFTTrainer"),
         (
             [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b", "rejected": None}],
             "row 1: 'rejected' is empty.*filter",

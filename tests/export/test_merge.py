@@ -2,10 +2,12 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from unsloth import FastLanguageModel
 from unsloth.core.errors import AdapterError, ConfigError, ExportError
-from unsloth.export import merge
+from unsloth.export import merge, verify
 from unsloth.export.merge import MergeOptions, merged_tensors
 from unsloth.train.allocations import Allocations
 
@@ -116,3 +118,34 @@ def test_one_tensor_is_held_at_a_time(tiny, precision, monkeypatch):
     # check for finite values; and a few blocks in float32.
     bound = 9 * max(sizes) + 6 * 4 * 512
     assert counted.peak()["merging"] < bound < 2 * sum(sizes)
+
+
+def test_adapters_that_are_active_together_are_merged_together(tiny):
+    model = adapted(tiny(), second=True)
+    apart = [weights(model, adapters={name: 1.0}) for name in ("default", "second")]
+    base = base_weights(model)
+    model.base_model.set_adapter(["default", "second"])
+    for name, tensor in weights(model).items():
+        changes = sum(part[name] - base[name] for part in apart)
+        assert torch.allclose(tensor, base[name] + changes, atol=1e-6), name
+    check = verify.LayerCheck(torch.float32, torch.float32, merge.UNCHANGED)
+    dict(merged_tensors(model, torch.float32, observe=check))
+    assert check.count == 14
+
+
+def test_an_adapter_with_a_bias_of_its_own(tiny):
+    for family, bias in (("qwen2", True), ("llama", False)):  # Qwen2's q, k and v have one to add it to
+        plain = AutoModelForCausalLM.from_pretrained(tiny(family))
+        config = LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True, init_lora_weights=False)
+        model = get_peft_model(plain, config).eval()
+        check = verify.LayerCheck(torch.float32, torch.float32, merge.UNCHANGED)
+        if not bias:
+            with pytest.raises(ExportError, match="has a bias, and the layer that it adapts has none"):
+                dict(merged_tensors(model, torch.float32, observe=check))
+            continue
+        layer = model.get_base_model().model.layers[0].self_attn.q_proj
+        torch.nn.init.normal_(layer.lora_B["default"].bias)
+        merged = dict(merged_tensors(model, torch.float32, observe=check))
+        added = merged["model.layers.0.self_attn.q_proj.bias"] - layer.base_layer.bias
+        assert torch.allclose(added, layer.scaling["default"] * layer.lora_B["default"].bias, atol=1e-6)
+        assert check.count == 2

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from unsloth import FastLanguageModel
+from unsloth import FastLanguageModel, SFTConfig, SFTTrainer
 from unsloth.core import artifact
 from unsloth.core.errors import AdapterError, ConfigError, ExportError
 from unsloth.export import card, merge, verify
@@ -169,3 +169,26 @@ def test_an_adapter_is_not_mixed_with_a_merged_model(tiny, tmp_path):
     (tmp_path / "m" / "notes.txt").write_text("kept")
     model.save_pretrained(tmp_path / "m")
     assert (tmp_path / "m" / "notes.txt").read_text() == "kept"
+
+
+def test_the_card_tells_how_the_model_was_trained(tiny, tmp_path):
+    model, tokenizer = adapted(tiny())
+    config = SFTConfig(
+        output_dir=str(tmp_path / "run"),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=3e-4,
+        logging_steps=1,
+        save_strategy="no",
+        optim="adamw_torch",
+        report_to="none",
+    )
+    rows = [{"text": f"one and {number}"} for number in range(12)]
+    trainer = SFTTrainer(model=model, tokenizer=tokenizer, train_dataset=rows, args=config)
+    trainer.train()
+    model.save_pretrained(tmp_path / "adapter")
+    text = (tmp_path / "adapter" / card.NAME).read_text()
+    last = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1]
+    assert "SFTTrainer, 3 steps of 4 rows, 1.0 epochs on 12 rows" in text
+    assert "adamw_torch, learning rate 0.0003" in text and f"{last:.3f} (step 3)" in text

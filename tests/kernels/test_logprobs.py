@@ -18,9 +18,7 @@ def both(options=None, entropy=False, entropy_grad=False, **kwargs):
         return [t for t in result if t is not None]
 
     def reference(*tensors):
-        result = logprobs_reference(*tensors, options=options, entropy=entropy or entropy_grad)
-        if entropy and not entropy_grad:
-            result = result._replace(entropy=result.entropy.detach())
+        result = logprobs_reference(*tensors, options=options, entropy=entropy, entropy_grad=entropy_grad)
         return [t for t in result if t is not None]
 
     return ours, reference

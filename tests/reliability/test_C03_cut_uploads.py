@@ -214,7 +214,7 @@ def push(server, tiny, tmp_path):
         }
         cases = [case if isinstance(case, tuple) else (case, {}) for case in cases]
         command = [sys.executable, "-c", CHILD, str(tiny()), json.dumps(cases)]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         return [json.loads(line) for line in result.stdout.splitlines()], result.stderr
 
@@ -227,6 +227,7 @@ def local_files(folder: Path):
 
 def test_faults_that_pass_are_survived_the_others_are_told_and_an_upload_goes_on_where_it_was(push, server, tmp_path):
     server.committed["me/cut-0"] = {"model-00001-of-00099.safetensors": b"stale", "notes.txt": b"kept"}
+    server.committed["me/adapter"] = {"model.safetensors": b"a model beside which the adapter is put"}
     token = {"token": "hf_a_secret"}
     results, log = push(
         ("me/http-401", token),
@@ -250,6 +251,7 @@ def test_faults_that_pass_are_survived_the_others_are_told_and_an_upload_goes_on
         assert server.commits[f"me/{name}"] == 1
     assert {name: server.private[f"me/{name}"] for name in ("cut-0", "public")} == {"cut-0": True, "public": False}
     assert "url" in adapter and "adapter_model.safetensors" in server.committed["me/adapter"]
+    assert "model.safetensors" in server.committed["me/adapter"]
     assert load(server.committed["me/adapter"]["adapter_model.safetensors"])
     assert full["error"] == "UploadError" and "local copy at 'always-full' is whole" in full["message"]
     files = local_files(tmp_path / "always-full")  # it went on where it was: each file arrived once

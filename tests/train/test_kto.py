@@ -94,3 +94,9 @@ def test_a_reference_computed_beforehand_gives_the_same(tiny, tmp_path):
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_answers_that_are_all_rated_alike_are_refused(tiny, tmp_path):
+    rows = [{"prompt": f"Say {i}:", "completion": f" yes {i}", "label": True} for i in range(4)]
+    with pytest.raises(DataError, match="all 4 answers are rated good.*SFTTrainer"):
+        build(tiny(), tmp_path, rows)

@@ -30,6 +30,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+evaluation = typer.Typer(
+    name="eval", help="Measure a model: against another one, or on questions.", no_args_is_help=True
+)
+app.add_typer(evaluation)
+
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="The file that describes the run.")]
 Changes = Annotated[
     list[str] | None,
@@ -216,6 +221,58 @@ def imatrix(
 
 
 @app.command()
+def serve(
+    model: ModelName,
+    name: Annotated[str | None, typer.Option(help="The model's name in requests; default: its folder's.")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="Serve this adapter too; may be repeated.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
+    api_key_file: Annotated[
+        str | None, typer.Option(help="File with the API key; default: UNSLOTH_API_KEY, or a new key.")
+    ] = None,
+    no_api_key: Annotated[bool, typer.Option("--no-api-key", help="Ask for no key; only on this machine.")] = False,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A further host name of this server; may be repeated.")
+    ] = None,
+    adapter_folder: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Requests may load adapters from here; default: they may not.")
+    ] = None,
+    max_seq_length: Annotated[int, typer.Option(min=1, help="Longest prompt and answer in tokens.")] = 4096,
+    max_requests: Annotated[int, typer.Option(min=1, help="Completions in flight, running or queued.")] = 1024,
+    drain_seconds: Annotated[
+        float, typer.Option(min=0, help="How long requests in flight may go on at the end.")
+    ] = 30.0,
+    memory: Annotated[float, typer.Option(min=0.05, max=1, help="Share of the GPU's memory to use.")] = 0.85,
+    precision: Precision = None,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Serve a model and adapters through the OpenAI interface."""
+    from unsloth.cli import serve as command
+
+    command.serve(
+        command.ServeCommand(
+            model=model,
+            name=name,
+            adapters=tuple(adapter or ()),
+            host=host,
+            port=port,
+            key_file=api_key_file,
+            no_key=no_api_key,
+            allowed_hosts=tuple(allow_host or ()),
+            adapter_folder=adapter_folder,
+            max_seq_length=max_seq_length,
+            max_requests=max_requests,
+            drain_seconds=drain_seconds,
+            memory=memory,
+            precision=precision,
+            trust_remote_code=trust_remote_code,
+        )
+    )
+
+
+@app.command()
 def estimate(
     config: ConfigFile,
     changes: Changes = None,
@@ -273,6 +330,80 @@ def checkpoints(
     from unsloth.cli.checkpoints import CheckpointsOptions, run
 
     run(CheckpointsOptions(folder=folder, verify=verify, prune=prune))
+
+
+EvalPrecision = Annotated[str, typer.Option("--precision", help="How to hold base weights: 4bit, 8bit or 16bit.")]
+EvalTokenizer = Annotated[
+    str | None, typer.Option("--tokenizer", help="Where the tokenizer is, if no model has one, as GGUF files.")
+]
+EvalBatch = Annotated[int, typer.Option("--batch-size", min=1, help="Sequences computed at once.")]
+EvalOutput = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Also write the results to a file.")]
+Scored = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A folder, an adapter's folder, a hub id, or a .gguf file.")
+]
+
+
+@evaluation.command("kld")
+def eval_kld(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The original: a folder, an adapter, or a .gguf file.")],
+    other: Annotated[str, typer.Argument(metavar="QUANT", help="What is measured against it, likewise.")],
+    data: Annotated[str, typer.Option(help="Texts or conversations that neither was calibrated on.")],
+    tokens: Annotated[int, typer.Option(min=2, help="How many to compare on.")] = 8192,
+    context: Annotated[int, typer.Option(min=2, help="Longest sequence in tokens.")] = 512,
+    precision: EvalPrecision = "16bit",
+    tokenizer: EvalTokenizer = None,
+    batch_size: EvalBatch = 1,
+    output: EvalOutput = None,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Say how far a model is from its original: KL divergence, changed answers, size."""
+    from unsloth.cli import evaluate as command
+
+    options = command.EvalOptions(precision, batch_size, tokenizer, output, trust_remote_code)
+    command.divergence(base, other, data, tokens=tokens, context=context, options=options)
+
+
+@evaluation.command("mmlu")
+def eval_mmlu(
+    model: Scored,
+    data: Annotated[str, typer.Option(help="Questions: columns question, choices (or A to D), answer, subject.")],
+    examples: Annotated[
+        str | None, typer.Option(help="Answered ones to show; default: the first of each subject.")
+    ] = None,
+    shots: Annotated[int, typer.Option(min=0, help="Examples shown before each question.")] = 5,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask only so many.")] = None,
+    precision: EvalPrecision = "16bit",
+    tokenizer: EvalTokenizer = None,
+    batch_size: EvalBatch = 1,
+    output: EvalOutput = None,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Ask multiple-choice questions, counting the letters with and without a space before them."""
+    from unsloth.cli import evaluate as command
+
+    options = command.EvalOptions(precision, batch_size, tokenizer, output, trust_remote_code)
+    command.questions(model, data, examples=examples, shots=shots, limit=limit, options=options)
+
+
+@evaluation.command("tasks")
+def eval_tasks(
+    model: Scored,
+    names: Annotated[list[str], typer.Option("--task", help="A task or group of the harness; may be repeated.")],
+    shots: Annotated[int | None, typer.Option(min=0, help="Examples; default: what the task says.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task.")] = None,
+    include_path: Annotated[str | None, typer.Option(help="A folder with tasks of your own.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put questions through the chat template.")] = False,
+    precision: EvalPrecision = "16bit",
+    tokenizer: EvalTokenizer = None,
+    batch_size: EvalBatch = 1,
+    output: EvalOutput = None,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Run tasks of the lm-evaluation-harness (pip install "unsloth[eval]")."""
+    from unsloth.cli import evaluate as command
+
+    options = command.EvalOptions(precision, batch_size, tokenizer, output, trust_remote_code)
+    command.tasks(model, names, shots=shots, limit=limit, include_path=include_path, chat=chat, options=options)
 
 
 def main() -> None:

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from unsloth.cli.methods import method_of
 from unsloth.cli.run_config import RunConfig
 from unsloth.core.errors import ConfigError
 from unsloth.models import adapters, load, source
-from unsloth.train.config import SFTConfig
 
 _SWITCHES = ("load_in_4bit", "load_in_8bit", "load_in_16bit", "full_finetuning")
 _OUTPUT = "outputs"
@@ -64,17 +64,21 @@ def adapter_options(config: RunConfig, options: load.LoadOptions) -> adapters.Ad
     return adapters.AdapterOptions(**values)
 
 
-def training_options(config: RunConfig) -> SFTConfig:
-    """The hyperparameters, with the defaults of the command line: every step is logged, results go to ``outputs``.
+def training_options(config: RunConfig) -> Any:
+    """The hyperparameters, of the method's class.
+
+    Defaults are those of the command line: every step is logged, results go to ``outputs``.
 
     Raises:
         ConfigError: transformers or TRL refuse them.
     """
-    values: dict[str, Any] = {"output_dir": _OUTPUT, "logging_steps": 1, "report_to": "none", **config.training}
+    method = method_of(config)
+    defaults = {"output_dir": _OUTPUT, "logging_steps": 1, "report_to": "none", **method.defaults}
+    values: dict[str, Any] = {**defaults, **config.training}
     if config.data is not None and config.data.text_field:
         values["dataset_text_field"] = config.data.text_field
     try:
-        return SFTConfig(**values)
+        return method.config(**values)
     except ConfigError:
         raise
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:

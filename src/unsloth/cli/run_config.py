@@ -102,7 +102,8 @@ class RunConfig:
         model: Arguments of ``FastLanguageModel.from_pretrained``.
         adapter: Arguments of ``FastLanguageModel.get_peft_model``; None if the file has no such section.
         data: The rows; None if the file has no such section.
-        training: Arguments of ``SFTConfig``.
+        training: Arguments of the method's configuration, such as ``SFTConfig``.
+        method: How it is trained: one of ``schema.TRAINING``.
         save: What to write at the end.
         origin: The file.
     """
@@ -113,6 +114,7 @@ class RunConfig:
     training: Mapping[str, Any]
     save: SaveOptions
     origin: Path
+    method: str = "sft"
 
     @property
     def is_full_finetuning(self) -> bool:
@@ -163,6 +165,7 @@ def read(path: str, changes: Iterable[str] = ()) -> RunConfig:
         section, entry, key = _change(change)
         sections.setdefault(section, {})[key] = entry
     values = {name: _values(name, entries) for name, entries in sections.items()}
+    method = _method(sections.get("training", {}), values.get("training", {}))
     if not values.get("model", {}).get("model_name"):
         raise ConfigError(
             f"{file} does not name a model",
@@ -175,6 +178,7 @@ def read(path: str, changes: Iterable[str] = ()) -> RunConfig:
         training=values.get("training", {}),
         save=SaveOptions(**values.get("save", {})),
         origin=file,
+        method=method,
     )
 
 
@@ -203,9 +207,32 @@ def sections() -> dict[str, dict[str, schema.Key]]:
         "model": model | dict.fromkeys(_SWITCHES, switch) | dict.fromkeys(_FAST_PATHS, schema.Key(frozenset({"bool"}))),
         "adapter": schema.keys_of(schema.ClassSource("unsloth", "models/adapters.py", "AdapterOptions")),
         "data": schema.keys_of(schema.ClassSource("unsloth", _OWN, "DataOptions")),
-        "training": schema.keys_of(*schema.TRAINING),
+        "training": training_keys(*schema.TRAINING),
         "save": schema.keys_of(schema.ClassSource("unsloth", _OWN, "SaveOptions")),
     }
+
+
+def training_keys(*methods: str) -> dict[str, schema.Key]:
+    """The keys of the section 'training' that one of these methods has; types are those of the first that has it."""
+    keys = {"method": schema.Key(frozenset({"str"}), tuple(schema.TRAINING))}
+    for method in methods:
+        keys = schema.keys_of(*schema.TRAINING[method]) | keys
+    return keys
+
+
+def _method(entries: Mapping[str, _Entry], values: dict[str, Any]) -> str:
+    """Take the method out of the section 'training', whose other keys must be its own."""
+    method: str = values.pop("method", "sft")
+    keys = training_keys(method)
+    for name, entry in entries.items():
+        if name not in keys:
+            homes = [other for other in schema.TRAINING if name in training_keys(other)]
+            raise ConfigError(
+                f"{entry.where} is not a key of method {method}",
+                do=f"Leave it out; it belongs to training.method: {' or '.join(homes)}.",
+            )
+        schema.convert(entry.value, keys[name], entry.where)
+    return method
 
 
 def _text(file: Path) -> str:

@@ -39,15 +39,37 @@ class Key:
     choices: tuple[Any, ...] = ()
 
 
-TRAINING = (
-    ClassSource("transformers", "training_args.py", "TrainingArguments"),
-    ClassSource("trl", "trainer/base_config.py", "_BaseConfig"),
-    ClassSource("trl", "trainer/sft_config.py", "SFTConfig"),
+_PLAIN = ClassSource("transformers", "training_args.py", "TrainingArguments")
+_TRL = ClassSource("trl", "trainer/base_config.py", "_BaseConfig")
+_COMMON = (
     ClassSource("unsloth", "train/follow.py", "FollowsModel"),
     ClassSource("unsloth", "train/survival.py", "SurvivalArguments"),
-    ClassSource("unsloth", "train/config.py", "SFTConfig"),
 )
-"""``unsloth.SFTConfig`` and its bases, the most general first."""
+_PREFERENCE = (*_COMMON, ClassSource("unsloth", "train/preference.py", "PreferenceArguments"))
+_PAIRED = (_PLAIN, *_PREFERENCE, ClassSource("unsloth", "train/paired.py", "PairedArguments"))
+_CPO = (*_PAIRED, ClassSource("unsloth", "train/cpo.py", "CPOConfig"))
+
+TRAINING = {
+    "sft": (
+        _PLAIN,
+        _TRL,
+        ClassSource("trl", "trainer/sft_config.py", "SFTConfig"),
+        *_COMMON,
+        ClassSource("unsloth", "train/config.py", "SFTConfig"),
+    ),
+    "dpo": (_PLAIN, _TRL, ClassSource("trl", "trainer/dpo_config.py", "DPOConfig"), *_PREFERENCE),
+    "kto": (
+        _PLAIN,
+        _TRL,
+        ClassSource("trl", "trainer/kto_config.py", "KTOConfig"),
+        *_PREFERENCE,
+        ClassSource("unsloth", "train/kto.py", "KTOConfig"),
+    ),
+    "orpo": (*_PAIRED, ClassSource("unsloth", "train/orpo.py", "ORPOConfig")),
+    "cpo": _CPO,
+    "simpo": _CPO,
+}
+"""The configuration class of each training method and its bases, the most general first."""
 
 _KIND_NAMES = {"bool": "bool", "int": "int", "float": "float", "str": "str", "None": "none"} | {
     "dict": "dict",

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from unsloth.api import FastLanguageModel
-from unsloth.cli import options, screen
+from unsloth.cli import methods, options, screen
 from unsloth.cli.run_config import DataOptions, RunConfig
 from unsloth.core import device
 from unsloth.core.errors import ConfigError, StorageError
@@ -33,7 +33,6 @@ from unsloth.train import estimate, skeleton
 from unsloth.train.config import SFTConfig
 from unsloth.train.history import plot_loss
 from unsloth.train.progress import TrainingProgress
-from unsloth.train.sft import SFTTrainer
 
 _SHOWN_TOKENS = 400
 
@@ -62,11 +61,11 @@ class Run:
 
     load: load.LoadOptions
     adapter: adapters.AdapterOptions | None
-    training: SFTConfig
+    training: Any
     tokenizer: PreTrainedTokenizerBase
-    train: Rows
-    evaluation: Rows | None
-    memory: estimate.MemoryEstimate
+    train: Rows | methods.PreferenceRows
+    evaluation: Rows | methods.PreferenceRows | None
+    memory: estimate.MemoryEstimate | None  # of supervised fine-tuning only
     plan: PatchPlan | None
 
     @property
@@ -75,7 +74,7 @@ class Run:
         if self.training.max_steps > 0:
             return self.training.max_steps
         count = len(self.train.rows)
-        if self.training.packing and self.training.max_length:
+        if isinstance(self.train, Rows) and self.training.packing and self.training.max_length:
             count = len(packing.pack([len(ids) for ids in self.train.rows["input_ids"]], self.training.max_length))
         batches = math.ceil(count / self.training.per_device_train_batch_size)
         steps = math.ceil(batches / self.training.gradient_accumulation_steps)
@@ -96,7 +95,7 @@ def train(config: RunConfig, *, resume: bool = False, trust_remote_code: bool = 
     if config.adapter is not None or not hasattr(model, "peft_config"):
         model = FastLanguageModel.get_peft_model(model, **options.adapter_arguments(config))
     _show_plan(console, plan.installed(model))
-    trainer = SFTTrainer(
+    trainer = methods.method_of(config).trainer(
         model=model,
         tokenizer=loaded_tokenizer,
         train_dataset=run.train.rows,
@@ -162,9 +161,17 @@ def prepare_run(config: RunConfig, *, trust_remote_code: bool = False) -> Run:
         fix=loading.fix_tokenizer,
         trust_remote_code=trust_remote_code,
     )
+    built = skeleton.build(model_config, loading, adapter, fast_layers=config.has_fast_layers)
+    method = methods.method_of(config)
+    if method.prepare is not None:
+        pairs, held_out_pairs = (
+            None if part is None else methods.prepare(method, part, loaded_tokenizer, training)
+            for part in (rows, held_out)
+        )
+        assert pairs is not None
+        return Run(loading, adapter, training, loaded_tokenizer, pairs, held_out_pairs, None, built.plan)
     prepared = _prepared(rows, loaded_tokenizer, training, config.data)
     evaluation = None if held_out is None else _prepared(held_out, loaded_tokenizer, training, config.data)
-    built = skeleton.build(model_config, loading, adapter, fast_layers=config.has_fast_layers)
     memory = estimate.estimate(
         loading,
         adapter,
@@ -200,24 +207,35 @@ def _part(rows: sources.Rows, start: int, stop: int) -> sources.Rows:
 
 def first_row(console: Console, run: Run) -> Text:
     """The first row as tokens: trained ones green, the others dim; between brackets where there are no colors."""
-    row = run.train.rows[0]
+    tokens = _tokens_of(run.train)
     colors = screen.shows_colors(console)
     trained_style, other_style = ("green", "dim") if colors else ("", "")
     text = Text().append("First row, ", style="bold")
     text.append("trained tokens in green\n" if colors else "trained tokens between [[ and ]]\n")
     inside = False
-    for position, (token, label) in enumerate(zip(row["input_ids"], row["labels"], strict=True)):
+    for position, (token, trained) in enumerate(tokens):
         if position == _SHOWN_TOKENS:
-            text.append(f"\n... and {len(row['input_ids']) - position} more tokens")
+            text.append(f"\n... and {len(tokens) - position} more tokens")
             break
-        # Nothing comes before the first token, so it is never predicted.
-        trained = label != masking.IGNORED and position > 0
         if trained != inside and not colors:
             text.append("[[" if trained else "]]")
         inside = trained
         text.append(_visible(run.tokenizer.decode([token])), style=trained_style if trained else other_style)
     text.append("]]" if inside and not colors else "")
     return text
+
+
+def _tokens_of(rows: Rows | methods.PreferenceRows) -> list[tuple[int, bool]]:
+    """The tokens of the first row, and whether each is trained; with preferences, its prompt and each answer."""
+    row = rows.rows[0]
+    if isinstance(rows, Rows):
+        # Nothing comes before the first token, so it is never predicted.
+        labels = [masking.IGNORED, *row["labels"][1:]]
+        return [(token, label != masking.IGNORED) for token, label in zip(row["input_ids"], labels, strict=True)]
+    found = []
+    for name in rows.answers:
+        found += [(token, False) for token in row["prompt_ids"]] + [(token, True) for token in row[name]]
+    return found
 
 
 def _visible(token: str) -> str:
@@ -278,7 +296,7 @@ def _tokenizer_location(found: source.Source, loading: load.LoadOptions) -> str:
 
 
 def _summary(run: Run, config: RunConfig) -> Table:
-    report, memory, training = run.train.report, run.memory, run.training
+    training = run.training
     dtype = str(run.load.dtype or device.default_dtype()).removeprefix("torch.")
     held_as = {"4bit": "NF4 (4 bits)", "8bit": "int8", "16bit": dtype}.get(run.load.precision, "trained themselves")
     adapter = "none: full fine-tuning"
@@ -287,26 +305,38 @@ def _summary(run: Run, config: RunConfig) -> Table:
         listed = names if isinstance(names, str) else ", ".join(names)
         adapter = f"LoRA, rank {run.adapter.r}, alpha {run.adapter.lora_alpha:g}, on {listed}"
     batch = f"{training.per_device_train_batch_size} x {training.gradient_accumulation_steps} rows"
-    share = memory.trainable_parameters / memory.total_parameters
-    rows = f"{report.rows:,} of up to {run.train.longest:,} tokens"
-    if report.truncated:
-        rows += f"; {report.truncated:,} were longer than {training.max_length:,} and lost their end"
-    if report.dropped:
-        rows += f"; {report.dropped:,} had no token to train and were left out"
     facts = {
         "model": run.load.model_name,
         "weights": f"{held_as}, computed in {dtype}",
         "adapter": adapter,
-        "trained": f"{memory.trainable_parameters:,} of {memory.total_parameters:,} parameters ({share:.2%})",
-        "rows": rows,
-        "tokens": f"{report.tokens:,}, of which {report.trained_tokens / max(report.tokens, 1):.0%} are trained",
+        **_facts_of_rows(run),
         "steps": f"{run.steps:,} of {batch}",
-        "memory": str(memory),
         "results": options.output_folder(config),
     }
+    if config.method != "sft":
+        facts["method"] = config.method
+    if run.memory is not None:
+        share = run.memory.trainable_parameters / run.memory.total_parameters
+        counts = f"{run.memory.trainable_parameters:,} of {run.memory.total_parameters:,}"
+        facts |= {"trained": f"{counts} parameters ({share:.2%})", "memory": str(run.memory)}
     if run.evaluation is not None:
         facts["held out"] = f"{run.evaluation.report.rows:,} rows"
     return screen.facts("The run", facts)
+
+
+def _facts_of_rows(run: Run) -> dict[str, object]:
+    """What the table says of the training rows."""
+    longest = f"up to {run.train.longest:,} tokens"
+    if isinstance(run.train, methods.PreferenceRows):
+        return {"rows": f"{run.train.report}; of {longest}"}
+    report = run.train.report
+    rows = f"{report.rows:,} of {longest}"
+    if report.truncated:
+        rows += f"; {report.truncated:,} were longer than {run.training.max_length:,} and lost their end"
+    if report.dropped:
+        rows += f"; {report.dropped:,} had no token to train and were left out"
+    share = report.trained_tokens / max(report.tokens, 1)
+    return {"rows": rows, "tokens": f"{report.tokens:,}, of which {share:.0%} are trained"}
 
 
 def _show_plan(console: Console, found: PatchPlan | None) -> None:
@@ -335,9 +365,7 @@ def _writable(output: Path) -> Path:
     return output
 
 
-def _save(
-    config: RunConfig, output: Path, trainer: SFTTrainer, tokens: PreTrainedTokenizerBase
-) -> Mapping[str, object]:
+def _save(config: RunConfig, output: Path, trainer: Any, tokens: PreTrainedTokenizerBase) -> Mapping[str, object]:
     """Write what the file asks for; return where each thing lies."""
     made: dict[str, object] = {}
     model: Any = trainer.model

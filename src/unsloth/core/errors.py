@@ -65,6 +65,10 @@ class TrainingError(UnslothError):
     """A run that cannot go on."""
 
 
+class GenerationError(UnslothError):
+    """Text could not be generated."""
+
+
 class ExportError(UnslothError):
     """A result could not be written, or did not equal the model it was made from."""
 

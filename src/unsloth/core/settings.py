@@ -37,9 +37,24 @@ def verbose_logging() -> bool:
     return flag("UNSLOTH_ENABLE_LOGGING")
 
 
+def disable_fast_generation() -> bool:
+    """``UNSLOTH_DISABLE_FAST_GENERATION=1`` leaves ``model.generate`` to transformers."""
+    return flag("UNSLOTH_DISABLE_FAST_GENERATION")
+
+
+def standby() -> bool:
+    """``UNSLOTH_VLLM_STANDBY=1`` gives the memory of the engine's cache back while nothing is generated."""
+    return flag("UNSLOTH_VLLM_STANDBY")
+
+
 def return_logits() -> bool:
     """``UNSLOTH_RETURN_LOGITS=1`` makes a forward with labels compute the logits beside the loss."""
     return flag("UNSLOTH_RETURN_LOGITS")
+
+
+def api_key() -> str | None:
+    """``UNSLOTH_API_KEY`` is what requests to ``unsloth serve`` must carry."""
+    return os.environ.get("UNSLOTH_API_KEY") or None
 
 
 def cache_folder() -> Path:

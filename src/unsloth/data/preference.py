@@ -144,13 +144,21 @@ def _as_given(rows: Rows) -> Dataset | IterableDataset:
     return rows if isinstance(rows, Dataset | IterableDataset) else Dataset.from_list([dict(row) for row in rows])
 
 
+def _hint(columns: Sequence[str]) -> str:
+    if "completion" in columns and "label" in columns:
+        return "Rated answers are for KTOTrainer."
+    if "messages" in columns or "conversations" in columns or "text" in columns:
+        return "Rows without a preference are for SFTTrainer."
+    return "Rename what has another name: dataset.rename_column(...)."
+
+
 def _require(columns: Sequence[str], needed: Sequence[str], accepted: str) -> None:
     missing = [name for name in needed if name not in columns]
     if missing:
         raise DataError(
             f"the data set has no column {' or '.join(map(repr, missing))}",
             got=list(columns),
-            do=f"Needed are {accepted}. Rename what has another name: dataset.rename_column(...).",
+            do=f"Needed are {accepted}. {_hint(columns)}",
         )
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 
+from unsloth.models import trained
+
 NAME = "README.md"
+_POINTS = 6  # of a loss
 
 
 def write(folder: Path, model: torch.nn.Module, report: Mapping[str, Any]) -> None:
@@ -35,6 +38,14 @@ def text(model: torch.nn.Module, report: Mapping[str, Any]) -> str:
     if "method" in report:
         lines.append(f"| weights | {report['method']}, {report['dtype']} |")
     lines += _adapter_rows(model, report)
+    run = trained.find(model)
+    if run is not None:
+        rows = "" if run.rows is None else f" on {run.rows:,} rows"
+        lines.append(
+            f"| training | {run.method}, {run.steps} steps of {run.batch_size} rows, {run.epochs} epochs{rows} |"
+        )
+        lines.append(f"| optimizer | {run.optimizer}, learning rate {run.learning_rate:g} |")
+        lines += _losses("training", run.losses) + _losses("held-out", run.held_out)
     comparison = report.get("comparison")
     if comparison:
         lines += [
@@ -45,6 +56,14 @@ def text(model: torch.nn.Module, report: Mapping[str, Any]) -> str:
             f"{report['layers_checked']} adapted layers were compared one by one.",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _losses(name: str, logged: Sequence[tuple[int, float]]) -> list[str]:
+    """A table row with the course of a loss, in a few points from the first to the last."""
+    count = min(len(logged), _POINTS)
+    chosen = [logged[round(index * (len(logged) - 1) / max(count - 1, 1))] for index in range(count)]
+    course = ", ".join(f"{loss:.3f} (step {step})" for step, loss in chosen)
+    return [f"| {name} loss | {course} |"] if chosen else []
 
 
 def _adapter_rows(model: torch.nn.Module, report: Mapping[str, Any]) -> list[str]:

@@ -153,13 +153,15 @@ def _entries(model: torch.nn.Module, options: MergeOptions) -> Iterator[_Entry]:
 
 def _check_adapters(model: torch.nn.Module, options: MergeOptions) -> None:
     if isinstance(model, PeftModel):
-        if model.active_peft_config.is_prompt_learning:
-            raise ExportError("a prompt-learning adapter cannot be merged", got=model.active_peft_config.peft_type)
-        unknown = [name for name in options.adapters or () if name not in model.peft_config]
+        chosen = model.active_adapters if options.adapters is None else options.adapters
+        unknown = [name for name in chosen if name not in model.peft_config]
         if unknown:
             raise AdapterError(
                 "the model has no such adapter", got=unknown[0], do=f"It has: {', '.join(model.peft_config)}."
             )
+        prompts = [model.peft_config[name] for name in chosen if model.peft_config[name].is_prompt_learning]
+        if prompts:
+            raise ExportError("a prompt-learning adapter cannot be merged", got=prompts[0].peft_type)
     elif options.adapters is not None:
         raise AdapterError("the model has no adapter", got=list(options.adapters))
 
@@ -248,14 +250,16 @@ def _of_lora(path: str, module: LoraLayer, options: MergeOptions) -> Iterator[tu
         raise ExportError(f"the adapter at {path} is already merged", do="Call model.unmerge_adapter() first.")
     name = _join(path, "weight")
     yield None, _Entry(name, lambda dtype: merged_weight(module, dtype, options, name=name), module)
-    bias = getattr(base, "bias", None)
-    if bias is not None:
-        yield None, _plain(_join(path, "bias"), partial(_merged_bias, module, bias, options))
+    if getattr(base, "bias", None) is not None:
+        yield None, _plain(_join(path, "bias"), partial(merged_bias, module, options))
+    elif any(module.lora_bias.get(adapter) for adapter in factors(module, options)):
+        raise ExportError(f"the adapter at {path} has a bias, and the layer that it adapts has none")
 
 
 @torch.no_grad()
-def _merged_bias(module: LoraLayer, bias: torch.Tensor, options: MergeOptions) -> torch.Tensor:
-    result = bias.detach().float().clone()
+def merged_bias(module: LoraLayer, options: MergeOptions = UNCHANGED) -> torch.Tensor:
+    """The float32 bias that a LoRA layer with a bias amounts to, on the layer's device."""
+    result = module.get_base_layer().bias.detach().float().clone()
     shares = {} if module.merged else factors(module, options)
     for adapter, factor in shares.items():
         if module.lora_bias.get(adapter):

@@ -55,10 +55,10 @@ def save_pretrained(
         *args: Passed on.
         safe_serialization: Files are always safetensors; None says so explicitly, False is refused.
         maximum_memory_usage: Accepted for compatibility; saving needs no second copy of the weights.
-        push_to_hub: Whether to upload the folder afterwards, to the repository of the folder's name.
+        push_to_hub: Whether to upload the folder afterwards, to ``repo_id`` or the repository of the folder's name.
         token: Hub token.
         private: Visibility of a repository that is made by this; None makes it private.
-        **kwargs: Passed on to the method of PEFT or transformers.
+        **kwargs: ``repo_id``, ``commit_message``; all others are passed on to the method of PEFT or transformers.
 
     Raises:
         ConfigError: ``safe_serialization=False``, which would write a pickle file.
@@ -66,10 +66,12 @@ def save_pretrained(
         UploadError: The hub refused the upload or could not be reached; the folder is there.
     """
     _refuse_pickle(safe_serialization)
-    repository = upload.prepare(Path(save_directory).name, token, private) if push_to_hub else None
+    repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
+    message = kwargs.pop("commit_message", None)
+    repository = upload.prepare(repo_id, token, private) if push_to_hub else None
     _save(self, save_directory, None, *args, **kwargs)
     if repository is not None:
-        upload.upload(Path(save_directory), repository)
+        upload.upload(Path(save_directory), repository, message)
 
 
 def save_pretrained_merged(

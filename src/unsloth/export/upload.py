@@ -2,7 +2,7 @@
 
 Weight files go to the hub's storage one after another, and are asked for by their SHA-256 first, so that an upload
 that was cut goes on where it was, in this process or in another one. Nobody sees a half uploaded model: the files
-appear with the commit at the end, and weight files of an earlier upload that are not part of this one go with it.
+appear with the commit at the end, and a model's weight files of an earlier upload that this one has not go with it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from unsloth.models import hub
 
 _WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further try
 _PASSING = {408, 429, 500, 502, 503, 504}  # statuses that another try may not get
-_WEIGHTS = re.compile(r"(model|adapter_model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 Result = TypeVar("Result")
 
@@ -113,7 +113,9 @@ def _upload(folder: Path, names: list[str], repository: Repository, message: str
         logger.debug("uploading %s (%d of %d)", addition.path_in_repo, number, len(additions))
         _again(partial(api.preupload_lfs_files, name, [addition], free_memory=False))
     there = _again(partial(api.list_repo_files, name))
-    stale = [file for file in there if _WEIGHTS.fullmatch(file) and file not in names]
+    # An adapter that is uploaded beside a model replaces nothing of it.
+    replaces = any(_WEIGHTS.fullmatch(file) for file in names)
+    stale = [file for file in there if replaces and _WEIGHTS.fullmatch(file) and file not in names]
     operations: list[Any] = [*additions, *(CommitOperationDelete(file) for file in stale)]
     _again(partial(api.create_commit, name, operations, commit_message=message))
     logger.info("uploaded %d files to %s", len(additions), repository.url)

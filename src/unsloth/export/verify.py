@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unsloth.core import device
 from unsloth.core.errors import ExportError
-from unsloth.export.merge import UNCHANGED, MergeOptions, factors
+from unsloth.export.merge import UNCHANGED, MergeOptions, factors, merged_bias
 from unsloth.models.record import transformers_model
 
 SAMPLES = (
@@ -107,7 +107,7 @@ class LayerCheck:
             actual = _output(layer, x, self._options)
         expected = x.float() @ weight.to(where).float().T
         if getattr(base, "bias", None) is not None:
-            expected = expected + base.bias.float()
+            expected = expected + merged_bias(layer, self._options)
         coarsest = max(torch.finfo(self._dtype).eps, torch.finfo(self._compute).eps)
         if "8bit" in type(base).__name__:
             coarsest = 0.02  # int8 products also round the input, to 1/127 of its largest entry

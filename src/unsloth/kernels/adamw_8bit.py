@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -57,8 +58,7 @@ class AdamWStep:
         )
 
 
-@dataclass(frozen=True)
-class Moments:
+class Moments(NamedTuple):
     """The 8-bit state of one parameter of N values.
 
     Attributes:
@@ -74,29 +74,37 @@ class Moments:
     second_scale: torch.Tensor
 
 
-@dataclass(frozen=True)
 class Launch:
-    """Which program does what, for tensors of given sizes; made once and used in every step.
+    """What stays the same from step to step: which program does what, and where parameters and moments are.
 
     Attributes:
         tensor: int32 [programs], the tensor that a program works on.
         first_block: int32 [programs], its first block of that tensor.
         sizes: int64 [tensors], values of each tensor.
+        mids: float32 [2, 255], what lies halfway between neighbours of the tables.
     """
 
-    tensor: torch.Tensor
-    first_block: torch.Tensor
-    sizes: torch.Tensor
+    def __init__(self, parameters: Sequence[torch.Tensor], codes: torch.Tensor) -> None:
+        device = parameters[0].device
+        counts = [triton.cdiv(parameter.numel(), BLOCK * _ROWS) for parameter in parameters]
+        owners = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        starts = torch.cat([torch.arange(count) for count in counts]) * _ROWS
+        self.tensor, self.first_block = owners.to(device, torch.int32), starts.to(device, torch.int32)
+        self.sizes = torch.tensor([parameter.numel() for parameter in parameters]).to(device)
+        self.mids = (codes[:, 1:] + codes[:, :-1]) / 2
+        self._addresses: list[int] = []
+        self._table = self.sizes
 
-
-def plan_launch(parameters: Sequence[torch.Tensor]) -> Launch:
-    """Divide the tensors into programs of 8 blocks each."""
-    device = parameters[0].device
-    counts = [triton.cdiv(parameter.numel(), BLOCK * _ROWS) for parameter in parameters]
-    owners = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    starts = torch.cat([torch.arange(count) for count in counts]) * _ROWS
-    sizes = torch.tensor([parameter.numel() for parameter in parameters])
-    return Launch(owners.to(device, torch.int32), starts.to(device, torch.int32), sizes.to(device))
+    def table(self, parameters: Sequence[torch.Tensor], moments: Sequence[Moments]) -> torch.Tensor:
+        """int64 [tensors, 5] on the device: addresses of parameters and moments, copied only when one has changed."""
+        addresses = [
+            t.data_ptr()
+            for p, s in zip(parameters, moments, strict=True)
+            for t in (p, s.first, s.second, s.first_scale, s.second_scale)
+        ]
+        if addresses != self._addresses:
+            self._addresses, self._table = addresses, torch.tensor(addresses).to(self.sizes.device)
+        return self._table
 
 
 def adamw_8bit(
@@ -117,7 +125,7 @@ def adamw_8bit(
         moments: The states, changed in place.
         codes: float32 [2, 256], ascending: the tables of m and of v.
         step: Hyperparameters of this step.
-        launch: From :func:`plan_launch` for these tensors; None makes it.
+        launch: Made for these tensors and tables, kept from step to step; None makes it.
         fast: False takes the plain-torch reference.
 
     Raises:
@@ -126,22 +134,17 @@ def adamw_8bit(
     if not parameters:
         return
     _check(parameters, gradients)
-    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in (*parameters, *gradients))
+    places = [gradient.data_ptr() for gradient in gradients]
+    aligned = not any(place % 16 for place in places) and not any(p.data_ptr() % 16 for p in parameters)
     if not (fast and aligned and can_launch(parameters[0], gradients[0])):
         for parameter, gradient, state in zip(parameters, gradients, moments, strict=True):
             adamw_8bit_reference(parameter, gradient, state, codes, step)
         return
-    launch = launch or plan_launch(parameters)
-    addresses = torch.tensor(
-        [
-            [t.data_ptr() for t in (p, g, s.first, s.second, s.first_scale, s.second_scale)]
-            for p, g, s in zip(parameters, gradients, moments, strict=True)
-        ]
-    )
+    launch = launch or Launch(parameters, codes)
     with launch_on(parameters[0]):
         adamw_8bit_kernel[(len(launch.tensor),)](
-            addresses.to(parameters[0].device), launch.tensor, launch.first_block, launch.sizes, codes,
-            (codes[:, 1:] + codes[:, :-1]) / 2, *step.scalars, P=_TRITON_DTYPES[parameters[0].dtype],
+            launch.table(parameters, moments), torch.tensor(places).to(parameters[0].device), launch.tensor,
+            launch.first_block, launch.sizes, codes, launch.mids, *step.scalars, P=_TRITON_DTYPES[parameters[0].dtype],
             G=_TRITON_DTYPES[gradients[0].dtype], ROWS=_ROWS, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
     # torch did not see the writes, and copies of the parameters elsewhere are renewed by their version
@@ -186,10 +189,11 @@ def quantize(values: torch.Tensor, index: torch.Tensor, scale: torch.Tensor, cod
 
 def _check(parameters: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> None:
     first = parameters[0]
+    dtype, grad_dtype, device = first.dtype, gradients[0].dtype, first.device
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        same = (parameter.dtype, parameter.device) == (first.dtype, first.device)
-        same &= (gradient.dtype, gradient.device) == (gradients[0].dtype, first.device)
-        if not same or parameter.shape != gradient.shape or first.dtype not in FLOAT_DTYPES:
+        same = parameter.dtype is dtype and gradient.dtype is grad_dtype
+        same = same and parameter.device == device and gradient.device == device
+        if not same or parameter.shape != gradient.shape or dtype not in FLOAT_DTYPES:
             raise ConfigError(
                 "adamw_8bit: parameters and gradients need one floating-point dtype each, one device and equal shapes",
                 got=f"{parameter.dtype} {tuple(parameter.shape)} and {gradient.dtype} {tuple(gradient.shape)}",
@@ -219,20 +223,20 @@ def store_moment(value, index_pointer, scale_pointer, mids, at, mask, block, blo
 
 @triton.jit
 def adamw_8bit_kernel(
-    addresses, tensor, first_block, sizes, codes, mids, beta1, beta2, rate, correction, eps, keep,
+    addresses, gradients, tensor, first_block, sizes, codes, mids, beta1, beta2, rate, correction, eps, keep,
     P: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program updates ROWS blocks of one tensor."""
     program = tl.program_id(0)
     which = tl.load(tensor + program).to(tl.int64)
     size = tl.load(sizes + which)
-    row = addresses + which * 6
+    row = addresses + which * 5
     parameter = tl.multiple_of(tl.load(row).to(tl.pointer_type(P)), 16)
-    gradient = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(G)), 16)
-    first = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.uint8)), 16)
-    second = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(tl.uint8)), 16)
-    first_scale = tl.load(row + 4).to(tl.pointer_type(tl.float32))
-    second_scale = tl.load(row + 5).to(tl.pointer_type(tl.float32))
+    gradient = tl.multiple_of(tl.load(gradients + which).to(tl.pointer_type(G)), 16)
+    first = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(tl.uint8)), 16)
+    second = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.uint8)), 16)
+    first_scale = tl.load(row + 3).to(tl.pointer_type(tl.float32))
+    second_scale = tl.load(row + 4).to(tl.pointer_type(tl.float32))
 
     blocks = tl.cdiv(size, BLOCK)
     block = tl.load(first_block + program).to(tl.int64) + tl.arange(0, ROWS)
@@ -252,7 +256,7 @@ def adamw_8bit_kernel(
 
 def compile_examples(float_dtype: str) -> list[tuple]:
     """Kernels with the argument types and options they are launched with, for compilation without a GPU."""
-    signature = {"addresses": "*i64", "tensor": "*i32", "first_block": "*i32", "sizes": "*i64"}
+    signature = {"addresses": "*i64", "gradients": "*i64", "tensor": "*i32", "first_block": "*i32", "sizes": "*i64"}
     signature |= dict.fromkeys(("codes", "mids"), "*fp32")
     signature |= dict.fromkeys(("beta1", "beta2", "rate", "correction", "eps", "keep"), "fp32")
     dtype = {"fp16": tl.float16, "bf16": tl.bfloat16}.get(float_dtype, tl.float32)

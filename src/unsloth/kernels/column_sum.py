@@ -3,7 +3,8 @@
     y[n] = sum over r of x[r, n]
 
 The norms' backward kernels leave one row of partial sums a program; this adds them in a fixed order, so that results
-do not change from run to run, in one launch instead of the two of ``x.sum(0).to(dtype)``.
+do not change from run to run, in one launch instead of the two of ``x.sum(0).to(dtype)``. On Hopper and later it is
+launched while the kernel before it is still at work, and waits on the device for its end.
 """
 
 from __future__ import annotations
@@ -11,47 +12,61 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
-from unsloth.kernels.dispatch import can_launch, launch_on
+from unsloth.kernels.dispatch import can_launch, launch_on, overlaps_launches
 
 
-def column_sum(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def column_sum(x: torch.Tensor, dtype: torch.dtype, split: int | None = None) -> torch.Tensor:
     """Sum ``x`` [R, N] over its rows.
 
     Args:
         x: float32 matrix with adjacent columns.
         dtype: Dtype of the result.
+        split: Sum the rows before this one and the others apart; None for one sum.
 
     Returns:
-        Tensor [N].
+        Tensor [N], or [2, N] with ``split``.
     """
     rows, n = x.shape
     if not can_launch(x, dtypes=(torch.float32,)) or not n or x.stride(1) != 1:
-        return column_sum_reference(x, dtype)
-    y = torch.empty(n, dtype=dtype, device=x.device)
+        return column_sum_reference(x, dtype, split)
+    y = torch.empty((n,) if split is None else (2, n), dtype=dtype, device=x.device)
+    early = overlaps_launches(x.device)
     with launch_on(x):
-        column_sum_kernel[(triton.cdiv(n, 16),)](x, y, rows, n, x.stride(0), ROWS=256, BLOCK=16, num_warps=8)
+        column_sum_kernel[(triton.cdiv(n, 16), 1 if split is None else 2)](
+            x, y, rows, rows if split is None else split, n, x.stride(0), EARLY=early,
+            ROWS=256 if rows <= 256 else 512, BLOCK=16, num_warps=8,
+            **({"launch_pdl": True} if early else {}),
+        )  # fmt: skip
     return y
 
 
-def column_sum_reference(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def column_sum_reference(x: torch.Tensor, dtype: torch.dtype, split: int | None = None) -> torch.Tensor:
     """The formula in plain torch."""
-    return x.sum(0).to(dtype)
+    return x.sum(0).to(dtype) if split is None else torch.stack((x[:split].sum(0), x[split:].sum(0))).to(dtype)
 
 
 @triton.jit
-def column_sum_kernel(x, y, rows, n, stride_x, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """One program sums BLOCK columns."""
+def column_sum_kernel(
+    x, y, rows, split, n, stride_x, EARLY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One program sums BLOCK columns, of the rows before ``split`` or (second row of the grid) of the others."""
+    if EARLY:
+        gdc_wait()
+    part = tl.program_id(1)
+    first = tl.where(part == 0, 0, split)
+    last = tl.where(part == 0, split, rows)
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(0, rows, ROWS):
+    for start in range(first, last, ROWS):
         row = start + tl.arange(0, ROWS)[:, None]
-        total += tl.load(x + row.to(tl.int64) * stride_x + col, (row < rows) & (col < n), other=0.0).to(tl.float32)
+        total += tl.load(x + row.to(tl.int64) * stride_x + col, (row < last) & (col < n), other=0.0).to(tl.float32)
     out = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(y + out, tl.sum(total, 0).to(y.dtype.element_ty), out < n)
+    tl.store(y + part * n + out, tl.sum(total, 0).to(y.dtype.element_ty), out < n)
 
 
 def compile_examples(float_dtype: str) -> list[tuple]:
     """Kernels with the argument types and options they are launched with, for compilation without a GPU."""
-    signature = {"x": "*fp32", "y": f"*{float_dtype}", "rows": "i32", "n": "i32", "stride_x": "i32"}
-    return [(column_sum_kernel, signature, {"ROWS": 256, "BLOCK": 16}, {"num_warps": 8})]
+    signature = {"x": "*fp32", "y": f"*{float_dtype}"} | dict.fromkeys(("rows", "split", "n", "stride_x"), "i32")
+    return [(column_sum_kernel, signature, {"EARLY": False, "ROWS": 256, "BLOCK": 16}, {"num_warps": 8})]

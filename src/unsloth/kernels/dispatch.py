@@ -53,6 +53,12 @@ def processor_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+@cache
+def overlaps_launches(device: torch.device) -> bool:
+    """Whether a kernel may be launched before the one ahead of it has ended (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.version.hip is None and capability(device) >= (9, 0)
+
+
 def launch_on(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Context in which Triton launches on ``tensor``'s device (Triton launches on the current one)."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():

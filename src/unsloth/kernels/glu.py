@@ -45,7 +45,7 @@ def glu_forward(gate: torch.Tensor, up: torch.Tensor, activation: str, out: torc
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if out is None else out
     if out.numel():
         rows, n = gate.shape
-        block, warps = launch_shape(n)
+        block, warps = launch_shape(n, activation)
         with launch_on(gate):
             glu_forward_kernel[(rows * triton.cdiv(n, block),)](
                 gate, up, out, n, gate.stride(0), up.stride(0), out.stride(0),
@@ -82,20 +82,21 @@ def glu_backward(
     dup = torch.empty(up.shape, dtype=up.dtype, device=up.device) if dup is None else dup
     if dh.numel():
         rows, n = gate.shape
-        block, warps = launch_shape(n)
+        block, warps = launch_shape(n, activation)
         with launch_on(gate):
             glu_backward_kernel[(rows * triton.cdiv(n, block),)](
                 dh, gate, up, dgate, dup, h, n, dh.stride(0), gate.stride(0), up.stride(0), dgate.stride(0),
-                dup.stride(0), 0 if h is None else h.stride(0), ACTIVATION=activation, RECOMPUTE=h is not None,
-                BLOCK=block, num_warps=warps,
+                dup.stride(0), 0 if h is None else h.stride(0), ACTIVATION=activation,
+                RECOMPUTE=h is not None, BLOCK=block, num_warps=warps,
             )  # fmt: skip
     return dgate, dup
 
 
-def launch_shape(n: int) -> tuple[int, int]:
-    """Columns of a tile and warps: 4 elements a thread."""
-    block = min(512, triton.next_power_of_2(n))
-    return block, max(1, block // 128)
+def launch_shape(n: int, activation: str) -> tuple[int, int]:
+    """Columns of a tile and warps: 4 elements a thread, 8 for the exact gelu, whose arithmetic is longest."""
+    block, each = (1024, 8) if activation == "gelu" else (512, 4)
+    block = min(block, triton.next_power_of_2(n))
+    return block, max(1, block // (32 * each))
 
 
 class GatedLinearUnit(torch.autograd.Function):
@@ -190,7 +191,6 @@ def glu_backward_kernel(
 
 def compile_examples(float_dtype: str) -> list[tuple]:
     """Kernels with the argument types and options they are launched with, for compilation without a GPU."""
-    block, warps = launch_shape(14336)
     ptr = f"*{float_dtype}"
     forward = dict.fromkeys(("gate", "up", "out"), ptr)
     forward |= dict.fromkeys(("n", "stride_gate", "stride_up", "stride_out"), "i32")
@@ -199,6 +199,7 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     backward |= dict.fromkeys(strides, "i32")
     examples = []
     for activation in ACTIVATIONS:
+        block, warps = launch_shape(14336, activation)
         shape = {"ACTIVATION": activation, "BLOCK": block}
         examples.append((glu_forward_kernel, forward, shape, {"num_warps": warps}))
         examples.append((glu_backward_kernel, backward, {**shape, "RECOMPUTE": True}, {"num_warps": warps}))

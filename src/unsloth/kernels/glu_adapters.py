@@ -322,9 +322,9 @@ def _glu_backward_torch(
     du: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     with torch.enable_grad():
-        leaves = [x.detach().to(dispatch.compute_dtype(x.dtype)).requires_grad_() for x in (gate, up)]
-        h = gated_activation_reference(*leaves, activation)
-        grads = torch.autograd.grad(h, leaves, dh.to(h.dtype))
+        wide_gate, wide_up = (x.detach().to(dispatch.compute_dtype(x.dtype)).requires_grad_() for x in (gate, up))
+        h = gated_activation_reference(wide_gate, wide_up, activation)
+        grads = torch.autograd.grad(h, [wide_gate, wide_up], dh.to(h.dtype))
     de.copy_(grads[0])
     du.copy_(grads[1])
     return _thin_products(p, h.detach().to(dh.dtype), t, de, du)

@@ -7,7 +7,7 @@ gradient is written as 16-bit values over the first half of each row (the next p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -60,6 +60,47 @@ class HeadChunks:
         return self._buffer.view(self.hidden.dtype)[: logits.shape[0], : self.vocabulary]
 
 
+class HeadGradients:
+    """Gradients of hidden states (the product's dtype), weight and bias (float32), summed over chunks of rows.
+
+    Args:
+        chunks: The head.
+        needs: Which of hidden states, weight and bias want one; the others stay None.
+    """
+
+    def __init__(self, chunks: HeadChunks, needs: Sequence[bool]) -> None:
+        x, w, wide = chunks.hidden, chunks.weight, statistics_dtype(chunks.hidden)
+        self._chunks = chunks
+        self.hidden = torch.empty_like(x) if needs[0] else None
+        self.weight = torch.empty(w.shape, dtype=wide, device=x.device) if needs[1] else None
+        self.bias = torch.zeros(w.shape[:1], dtype=wide, device=x.device) if needs[2] else None
+        if self.weight is not None and not x.shape[0]:
+            self.weight.zero_()
+
+    def add(self, rows: slice, grad: torch.Tensor) -> None:
+        """Take in the gradient (R, V) of the raw logits of ``rows``; chunks come in their order."""
+        if self.hidden is not None:
+            matmul_into(self.hidden[rows], grad, self._chunks.weight)
+        if self.weight is not None:
+            matmul_into(self.weight, grad.t(), self._chunks.hidden[rows], accumulate=rows.start > 0)
+        if self.bias is not None:
+            self.bias += grad.sum(dim=0, dtype=self.bias.dtype)
+
+    def parts(self) -> list[torch.Tensor | None]:
+        """Of hidden states, weight, bias."""
+        return [self.hidden, self.weight, self.bias]
+
+
+def whole_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All raw logits (N, V) in plain torch, differentiable, and the labels (N,): what the references start from."""
+    flat, flat_labels = flatten_head_inputs(hidden, weight, labels, bias)
+    dtype = product_dtype(hidden, weight)
+    bias = None if bias is None else bias.to(dtype)
+    return torch.nn.functional.linear(flat.to(dtype), weight.to(dtype), bias), flat_labels
+
+
 def matmul_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, accumulate: bool = False) -> None:
     """``out = a @ b``, or ``out += a @ b``, where ``out`` may be float32 for 16-bit ``a`` and ``b``."""
     if out.dtype == a.dtype:
@@ -81,7 +122,7 @@ def matmul_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, accumula
 def flatten_head_inputs(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Check the inputs of a head op; returns hidden states (N, H) and labels (N,), contiguous."""
+    """Check the inputs of a head op; returns hidden states (N, H), adjacent along H, and labels (N,)."""
     if not hidden.is_floating_point() or not weight.is_floating_point():
         raise ConfigError(
             "The head needs floating-point hidden states and weight",
@@ -107,7 +148,8 @@ def flatten_head_inputs(
     devices = {t.device for t in (hidden, weight, labels, bias) if t is not None}
     if len(devices) > 1:
         raise ConfigError("The head's inputs lie on several devices", got=devices, do="Move them to one device.")
-    return hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long().contiguous()
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous(), labels.reshape(-1).long().contiguous()
 
 
 def product_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:

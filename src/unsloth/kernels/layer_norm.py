@@ -18,19 +18,11 @@ import torch
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from unsloth.kernels.column_sum import column_sum
-from unsloth.kernels.dispatch import (
-    as_rows,
-    can_launch,
-    check_shape,
-    check_tensors,
-    compute_dtype,
-    launch_on,
-    processor_count,
-)
-
-MAX_COLUMNS = 32768  # one row is held in registers
+from unsloth.kernels.dispatch import as_rows, compute_dtype, interpreting, launch_on, overlaps_launches, processor_count
+from unsloth.kernels.row_norm import launch_shape, result_buffers, row_stride, takes_kernel, two_sums
 
 
 def layer_norm(
@@ -53,8 +45,7 @@ def layer_norm(
     Returns:
         Tensor of x's shape and dtype.
     """
-    _check(x, None, weight, bias)
-    if not (fast and x.shape[-1] <= MAX_COLUMNS and can_launch(x, weight, bias)):
+    if not (takes_kernel("layer_norm", x, weight=weight, bias=bias) and fast):
         return layer_norm_reference(x, weight, bias, eps)
     return _LayerNorm.apply(x, None, weight, bias, eps)
 
@@ -68,22 +59,8 @@ def add_layer_norm(
     *,
     fast: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add, then normalize the sum, in one pass over memory.
-
-    Args:
-        x: Floating-point tensor of shape [..., N], a block's output.
-        residual: Tensor of x's shape and dtype, the residual stream.
-        weight: As in :func:`layer_norm`.
-        bias: As in :func:`layer_norm`.
-        eps: As in :func:`layer_norm`.
-        fast: False takes the plain-torch reference.
-
-    Returns:
-        ``(y, h)``: the normalized sum, and the sum ``h = x + residual``, both of x's shape and dtype.
-    """
-    _check(x, residual, weight, bias)
-    same = x.dtype == residual.dtype
-    if not (fast and same and x.shape[-1] <= MAX_COLUMNS and can_launch(x, residual, weight, bias)):
+    """:func:`layer_norm` of ``h = x + residual`` in one pass over memory; residual is like x. Returns ``(y, h)``."""
+    if not (takes_kernel("layer_norm", x, residual, weight=weight, bias=bias) and fast):
         h = x + residual
         return layer_norm_reference(h, weight, bias, eps), h
     return _LayerNorm.apply(x, residual, weight, bias, eps)
@@ -116,15 +93,14 @@ def layer_norm_forward(
     ``out`` may be columns of a wider buffer; None allocates. Returns ``(y, h)``, h being x where there is no residual.
     """
     rows, n = x.shape
-    y = torch.empty((rows, n), dtype=x.dtype, device=x.device) if out is None else out
-    h = x if residual is None else torch.empty((rows, n), dtype=x.dtype, device=x.device)
+    y, h = result_buffers(x, residual, out)
     if y.numel() == 0:
         return y, h
     block, tile, warps = launch_shape(n)
     with launch_on(x):
         layer_norm_forward_kernel[(triton.cdiv(rows, tile),)](
-            x, residual, weight, bias, y, h, rows, n, x.stride(0), 0 if residual is None else residual.stride(0),
-            y.stride(0), eps, ADD=residual is not None, WEIGHT=weight is not None, BIAS=bias is not None, ROWS=tile,
+            x, residual, weight, bias, y, h, rows, n, x.stride(0), row_stride(residual), y.stride(0), eps,
+            ADD=residual is not None, WEIGHT=weight is not None, BIAS=bias is not None, ROWS=tile,
             BLOCK=block, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
     return y, h
@@ -159,38 +135,25 @@ def layer_norm_backward(
     block, tile, warps = launch_shape(n)
     tiles = triton.cdiv(rows, tile)
     programs, stages, partial = tiles, 1, None
-    if grad_dtype is not None:
+    if grad_dtype is None:
+        warps = max(1, warps // 2)
+    else:
         per_processor, warps, stages = looped_shape(n, warps)
         programs = min(tiles, per_processor * processor_count(h.device))
         partial = torch.empty((programs, 2 * n), dtype=torch.float32, device=h.device)
     with launch_on(h):
         layer_norm_backward_kernel[(programs,)](
-            dy, h, weight, dh, dx, partial, rows, n, dy.stride(0), h.stride(0), 0 if dh is None else dh.stride(0), eps,
-            WEIGHT=weight is not None, ADD=dh is not None, PARAMETER_GRADS=partial is not None, STAGES=stages,
+            dy, h, weight, dh, dx, partial, rows, n, dy.stride(0), h.stride(0), row_stride(dh), eps,
+            WEIGHT=weight is not None, ADD=dh is not None, PARAMETER_GRADS=partial is not None,
+            EARLY=partial is not None and overlaps_launches(h.device), TOGETHER=not interpreting(), STAGES=stages,
             ROWS=tile, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
     return dx, *((None, None) if partial is None else column_sum(partial, grad_dtype).split(n))
 
 
-def launch_shape(n: int) -> tuple[int, int, int]:
-    """Columns of a tile, rows of a tile, warps: 16 elements a thread, several short rows to a program."""
-    block = triton.next_power_of_2(n)
-    tile = max(1, 1024 // block)
-    return block, tile, min(16, max(1, block * tile // 512))
-
-
 def looped_shape(n: int, warps: int) -> tuple[int, int, int]:
     """Where programs loop over tiles to sum weight gradients: programs a multiprocessor, warps, stages of loads."""
-    return (1, max(1, warps // 2), 4) if n <= 4096 else (2, warps, 3 if n <= 8192 else 1)
-
-
-def _check(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None
-) -> None:
-    check_tensors("layer_norm", x=x, residual=residual, weight=weight, bias=bias)
-    check_shape("layer_norm", "weight", weight, tuple(x.shape[-1:]))
-    check_shape("layer_norm", "bias", bias, tuple(x.shape[-1:]))
-    check_shape("layer_norm", "residual", residual, tuple(x.shape))
+    return (1, warps, 5) if n <= 4096 else (2, warps, 3 if n <= 8192 else 1)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -214,9 +177,9 @@ class _LayerNorm(torch.autograd.Function):
         dtype = None if not dtypes else torch.float32 if len(dtypes) > 1 else dtypes.pop()
         dx, dweight, dbias = layer_norm_backward(as_rows(dy), h, weight, ctx.eps, rows, dtype)
         dx = dx.view(dy.shape)
-        dweight = dweight.to(weight.dtype) if wanted[0] else None
-        dbias = dbias.to(bias.dtype) if wanted[1] else None
-        return dx, dx if ctx.added else None, dweight, dbias, None
+        grads = [g.to(p.dtype) if w and g is not None else None
+                 for g, p, w in zip((dweight, dbias), (weight, bias), wanted, strict=True)]  # fmt: skip
+        return dx, dx if ctx.added else None, *grads, None
 
 
 @triton.jit
@@ -234,20 +197,24 @@ def layer_norm_forward_kernel(
         rounded = value.to(h.dtype.element_ty)
         tl.store(h + row * n + col, rounded, mask)
         value = rounded.to(tl.float32)
+    if WEIGHT:  # fetched before the sums, which wait for the whole row
+        gain = tl.load(weight + col, col < n, other=0.0)
+    if BIAS:
+        added = tl.load(bias + col, col < n, other=0.0)
     value = tl.where(mask, value - (tl.sum(value, 1) / n)[:, None], 0.0)
     value = value * tl.rsqrt(tl.sum(value * value, 1) / n + eps)[:, None]
     if WEIGHT:
-        value = value * tl.load(weight + col, col < n, other=0.0).to(tl.float32)
+        value = value * gain.to(tl.float32)
     if BIAS:
-        value = value + tl.load(bias + col, col < n, other=0.0).to(tl.float32)
+        value = value + added.to(tl.float32)
     tl.store(y + row * stride_y + col, value.to(y.dtype.element_ty), mask)
 
 
 @triton.jit
 def layer_norm_backward_kernel(
     dy, h, weight, dh, dx, partial, rows, n, stride_dy, stride_h, stride_dh, eps,
-    WEIGHT: tl.constexpr, ADD: tl.constexpr, PARAMETER_GRADS: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WEIGHT: tl.constexpr, ADD: tl.constexpr, PARAMETER_GRADS: tl.constexpr, EARLY: tl.constexpr,
+    TOGETHER: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Tiles of ROWS rows, strided over the grid; dx is contiguous, partial is [programs, 2 * n] float32."""
     program = tl.program_id(0).to(tl.int64)
@@ -263,17 +230,21 @@ def layer_norm_backward_kernel(
         mask = (row < rows) & (col < n)
         value = tl.load(h + row * stride_h + col, mask, other=0.0).to(tl.float32)
         grad = tl.load(dy + row * stride_dy + col, mask, other=0.0).to(tl.float32)
-        value = tl.where(mask, value - (tl.sum(value, 1) / n)[:, None], 0.0)
-        scale = tl.rsqrt(tl.sum(value * value, 1) / n + eps)[:, None]
-        value = value * scale
         scaled = grad * gain
-        result = scale * (scaled - (tl.sum(scaled, 1) / n)[:, None] - value * (tl.sum(scaled * value, 1) / n)[:, None])
+        first, scaled_sum = two_sums(value, scaled, TOGETHER)
+        value = tl.where(mask, value - (first / n)[:, None], 0.0)
+        squares, dot = two_sums(value * value, scaled * value, TOGETHER)
+        scale = tl.rsqrt(squares / n + eps)[:, None]
+        value = value * scale
+        result = scale * (scaled - (scaled_sum / n)[:, None] - value * (scale * (dot / n)[:, None]))
         if ADD:
             result += tl.load(dh + row * stride_dh + col, mask, other=0.0).to(tl.float32)
         tl.store(dx + row * n + col, result.to(dx.dtype.element_ty), mask)
         if PARAMETER_GRADS:
             total_weight += tl.sum(grad * value, 0)[None, :]
             total_bias += tl.sum(grad, 0)[None, :]
+    if EARLY:
+        gdc_launch_dependents()
     if PARAMETER_GRADS:
         tl.store(partial + program * 2 * n + col, total_weight, col < n)
         tl.store(partial + (program * 2 + 1) * n + col, total_bias, col < n)
@@ -290,5 +261,10 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     shape = {"ROWS": tile, "BLOCK": block, "WEIGHT": True, "ADD": True}
     return [
         (layer_norm_forward_kernel, forward, {**shape, "BIAS": True}, {"num_warps": warps}),
-        (layer_norm_backward_kernel, backward, {**shape, "PARAMETER_GRADS": True, "STAGES": 3}, {"num_warps": warps}),
+        (
+            layer_norm_backward_kernel,
+            backward,
+            {**shape, "PARAMETER_GRADS": True, "EARLY": False, "TOGETHER": True, "STAGES": 3},
+            {"num_warps": warps},
+        ),
     ]

@@ -18,7 +18,8 @@ FLOPs: 4 N H V for the hidden gradient, 6 N H V with a trained head. Bytes besid
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,10 +28,11 @@ from unsloth.kernels.head_chunks import (
     CHUNK_BYTES,
     TRAINED_CHUNK_BYTES,
     HeadChunks,
+    HeadGradients,
     flatten_head_inputs,
-    matmul_into,
     product_dtype,
     statistics_dtype,
+    whole_logits,
 )
 from unsloth.kernels.softmax_rows import HeadOptions, softmax_rows, softmax_rows_reference
 
@@ -40,37 +42,6 @@ class CountedLoss(NamedTuple):
 
     loss: torch.Tensor
     correct: torch.Tensor
-
-
-def linear_cross_entropy_reference(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    options: HeadOptions | None = None,
-    num_items: int | float | torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The loss with whole logits, at the inputs' dtype, in plain torch."""
-    return counted_linear_cross_entropy_reference(hidden, weight, labels, bias, options=options, num_items=num_items)[0]
-
-
-def counted_linear_cross_entropy_reference(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    options: HeadOptions | None = None,
-    num_items: int | float | torch.Tensor | None = None,
-) -> CountedLoss:
-    """As :func:`linear_cross_entropy_reference`, with the number of correct predictions."""
-    options = options or HeadOptions()
-    flat, flat_labels = flatten_head_inputs(hidden, weight, labels, bias)
-    dtype = product_dtype(hidden, weight)
-    logits = torch.nn.functional.linear(flat.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    rows = softmax_rows_reference(logits, flat_labels, options)
-    return CountedLoss(rows.loss.sum() / _items(flat_labels, options, num_items, rows.loss.dtype), rows.top1.sum())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -112,31 +83,19 @@ def _loss_and_gradients(
     chunk_bytes: int,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
     """The summed loss, the hits, and the gradients of hidden (dtype of the product), weight and bias (float32)."""
-    x, w = hidden.to(dtype), weight.to(dtype)
-    chunks = HeadChunks(x, w, bias, chunk_bytes)
-    wide = statistics_dtype(x)
-    total = torch.zeros((), dtype=wide, device=x.device)
-    correct = torch.zeros((), dtype=torch.int64, device=x.device)
-    grad_hidden = torch.empty_like(x) if needs[0] else None
-    grad_weight = torch.empty(w.shape, dtype=wide, device=x.device) if needs[1] else None
-    grad_bias = torch.zeros(bias.shape, dtype=wide, device=x.device) if bias is not None and needs[2] else None
-    if grad_weight is not None and not x.shape[0]:
-        grad_weight.zero_()
+    chunks = HeadChunks(hidden.to(dtype), weight.to(dtype), bias, chunk_bytes)
+    total = torch.zeros((), dtype=statistics_dtype(chunks.hidden), device=hidden.device)
+    correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+    grads = HeadGradients(chunks, needs)
     for rows in chunks.slices():
         logits = chunks.logits(rows)
         grad = chunks.gradient(logits) if any(needs) else None
         statistics = softmax_rows(logits, labels[rows], options, grad=grad)
         total += statistics.loss.sum()
         correct += statistics.top1.sum()
-        if grad is None:
-            continue
-        if grad_hidden is not None:
-            matmul_into(grad_hidden[rows], grad, w)
-        if grad_weight is not None:
-            matmul_into(grad_weight, grad.t(), x[rows], accumulate=rows.start > 0)
-        if grad_bias is not None:
-            grad_bias += grad.sum(dim=0, dtype=wide)
-    return total, correct, [grad_hidden, grad_weight, grad_bias]
+        if grad is not None:
+            grads.add(rows, grad)
+    return total, correct, grads.parts()
 
 
 def _items(
@@ -148,7 +107,7 @@ def _items(
     return num_items.to(labels.device, dtype) if isinstance(num_items, torch.Tensor) else num_items
 
 
-def linear_cross_entropy(
+def counted_linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     labels: torch.Tensor,
@@ -159,7 +118,7 @@ def linear_cross_entropy(
     drop_ignored: bool = False,
     chunk_bytes: int | None = None,
     fast: bool = True,
-) -> torch.Tensor:
+) -> CountedLoss:
     """Cross-entropy of ``hidden @ weight.T + bias`` against ``labels``.
 
     Args:
@@ -175,45 +134,17 @@ def linear_cross_entropy(
         fast: False for the plain computation with whole logits.
 
     Returns:
-        The loss, a float32 number (float64 for float64 inputs).
+        The loss, a float32 number (float64 for float64 inputs), and how many labels that count are the likeliest entry.
     """
-    return counted_linear_cross_entropy(
-        hidden,
-        weight,
-        labels,
-        bias,
-        options=options,
-        num_items=num_items,
-        drop_ignored=drop_ignored,
-        chunk_bytes=chunk_bytes,
-        fast=fast,
-    )[0]
-
-
-def counted_linear_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    options: HeadOptions | None = None,
-    num_items: int | float | torch.Tensor | None = None,
-    drop_ignored: bool = False,
-    chunk_bytes: int | None = None,
-    fast: bool = True,
-) -> CountedLoss:
-    """As :func:`linear_cross_entropy`, with the number of correct predictions, which costs next to nothing more."""
     options = options or HeadOptions()
     if not fast:
-        return counted_linear_cross_entropy_reference(
-            hidden, weight, labels, bias, options=options, num_items=num_items
-        )
+        logits, flat_labels = whole_logits(hidden, weight, labels, bias)
+        rows = softmax_rows_reference(logits, flat_labels, options)
+        return CountedLoss(rows.loss.sum() / _items(flat_labels, options, num_items, rows.loss.dtype), rows.top1.sum())
     flat, flat_labels = flatten_head_inputs(hidden, weight, labels, bias)
     if drop_ignored:
         kept = (flat_labels != options.ignore_index).nonzero()[:, 0]
         flat, flat_labels = flat.index_select(0, kept), flat_labels.index_select(0, kept)
-    if flat.stride(-1) != 1:
-        flat = flat.contiguous()
     enabled = torch.is_grad_enabled()
     needs = tuple(enabled and t is not None and t.requires_grad for t in (flat, weight, bias))
     if chunk_bytes is None:
@@ -223,3 +154,11 @@ def counted_linear_cross_entropy(
         dtype = torch.float32  # few CPUs multiply 16-bit numbers; torch's product takes minutes on the others
     total, correct = _LinearCrossEntropy.apply(flat, weight, bias, flat_labels, options, dtype, needs, chunk_bytes)
     return CountedLoss(total / _items(flat_labels, options, num_items, total.dtype), correct)
+
+
+def linear_cross_entropy(*inputs: torch.Tensor | None, **settings: Any) -> torch.Tensor:
+    """The loss alone; everything else as for :func:`counted_linear_cross_entropy`."""
+    return counted_linear_cross_entropy(*inputs, **settings).loss
+
+
+linear_cross_entropy_reference = partial(linear_cross_entropy, fast=False)

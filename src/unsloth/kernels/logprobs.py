@@ -13,6 +13,7 @@ logits again in the backward: three products, and one more for the weight's grad
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,10 +22,12 @@ from unsloth.kernels.head_chunks import (
     CHUNK_BYTES,
     TRAINED_CHUNK_BYTES,
     HeadChunks,
+    HeadGradients,
     flatten_head_inputs,
     matmul_into,
     product_dtype,
     statistics_dtype,
+    whole_logits,
 )
 from unsloth.kernels.softmax_rows import (
     HeadOptions,
@@ -47,24 +50,6 @@ class TokenLogprobs(NamedTuple):
     logprobs: torch.Tensor
     entropy: torch.Tensor | None
     top1: torch.Tensor
-
-
-def logprobs_reference(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    options: HeadOptions | None = None,
-    entropy: bool = False,
-) -> TokenLogprobs:
-    """The values with whole logits, at the inputs' dtype, in plain torch."""
-    flat, flat_labels = flatten_head_inputs(hidden, weight, labels, bias)
-    dtype = product_dtype(hidden, weight)
-    logits = torch.nn.functional.linear(flat.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    rows = softmax_rows_reference(logits, flat_labels, _plain(options), entropy)
-    spread = None if rows.entropy is None else rows.entropy.view(labels.shape)
-    return TokenLogprobs((-rows.loss).view(labels.shape), spread, rows.top1.view(labels.shape))
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -152,34 +137,17 @@ def _gradients(
     needs: tuple[bool, ...],
 ) -> list[torch.Tensor | None]:
     """Gradients of hidden states, weight and bias for the given upstream gradients, one chunk at a time."""
-    x, w, wide = chunks.hidden, chunks.weight, statistics_dtype(chunks.hidden)
-    grad_hidden = torch.empty_like(x) if needs[0] else None
-    grad_weight = torch.zeros(w.shape, dtype=wide, device=x.device) if needs[1] else None
-    grad_bias = torch.zeros(w.shape[:1], dtype=wide, device=x.device) if needs[2] else None
+    x, grads = chunks.hidden, HeadGradients(chunks, needs)
     up = up.contiguous()
     up_entropy = None if stats.entropy is None or up_entropy is None else up_entropy.contiguous()
     for rows in chunks.slices():
         logits = chunks.logits(rows)
         grad = logits if x.dtype == logits.dtype else torch.empty_like(logits, dtype=x.dtype)
-        part = RowStatistics(
-            stats.lse[rows], stats.lse[rows], None if up_entropy is None else stats.entropy[rows], stats.top1[rows]
-        )
-        spread = None if up_entropy is None else up_entropy[rows]
+        entropy, spread = (None if x is None or up_entropy is None else x[rows] for x in (stats.entropy, up_entropy))
+        part = RowStatistics(stats.lse[rows], stats.lse[rows], entropy, stats.top1[rows])
         softmax_rows_backward(logits, labels[rows], part, options, up[rows], spread, grad)
-        if grad_hidden is not None:
-            matmul_into(grad_hidden[rows], grad, w)
-        if grad_weight is not None:
-            matmul_into(grad_weight, grad.t(), x[rows], accumulate=True)
-        if grad_bias is not None:
-            grad_bias += grad.sum(dim=0, dtype=wide)
-    return [grad_hidden, grad_weight, grad_bias]
-
-
-def _plain(options: HeadOptions | None) -> HeadOptions:
-    """The options without label smoothing and z-loss, which are parts of a loss, not of a probability."""
-    if options is None:
-        return HeadOptions()
-    return HeadOptions(options.logit_scale, options.softcap, options.temperature, ignore_index=options.ignore_index)
+        grads.add(rows, grad)
+    return grads.parts()
 
 
 def logprobs(
@@ -211,13 +179,11 @@ def logprobs(
     Returns:
         :class:`TokenLogprobs`, differentiable with respect to hidden states, weight and bias.
     """
-    entropy = entropy or entropy_grad
+    entropy, options = entropy or entropy_grad, (options or HeadOptions()).plain()
     if not fast:
-        plain = logprobs_reference(hidden, weight, labels, bias, options=options, entropy=entropy)
-        return plain._replace(entropy=plain.entropy.detach()) if entropy and not entropy_grad else plain
+        rows = softmax_rows_reference(*whole_logits(hidden, weight, labels, bias), options, entropy)
+        return _shaped(rows.loss.neg(), rows.entropy, rows.top1, labels.shape, entropy_grad)
     flat, flat_labels = flatten_head_inputs(hidden, weight, labels, bias)
-    if flat.stride(-1) != 1:
-        flat = flat.contiguous()
     enabled = torch.is_grad_enabled()
     trained = enabled and any(t is not None and t.requires_grad for t in (weight, bias))
     function = _TrainedHead if trained or (enabled and entropy_grad) else _FrozenHead
@@ -226,9 +192,18 @@ def logprobs(
     needs_grad = enabled and flat.requires_grad
     dtype = product_dtype(hidden, weight)
     values, spread, top1 = function.apply(
-        flat, weight, bias, flat_labels, _plain(options), dtype, entropy, needs_grad, chunk_bytes
+        flat, weight, bias, flat_labels, options, dtype, entropy, needs_grad, chunk_bytes
     )
-    shape = labels.shape
-    if spread is not None and not entropy_grad:
-        spread = spread.detach()
-    return TokenLogprobs(values.view(shape), None if spread is None else spread.view(shape), top1.view(shape))
+    return _shaped(values, spread, top1, labels.shape, entropy_grad)
+
+
+logprobs_reference = partial(logprobs, fast=False)
+
+
+def _shaped(
+    values: torch.Tensor, entropy: torch.Tensor | None, top1: torch.Tensor, shape: torch.Size, entropy_grad: bool
+) -> TokenLogprobs:
+    """The result in the shape of the labels, the entropy a constant unless it is differentiated."""
+    if entropy is not None:
+        entropy = (entropy if entropy_grad else entropy.detach()).view(shape)
+    return TokenLogprobs(values.view(shape), entropy, top1.view(shape))

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 
 from unsloth.core.errors import ConfigError
-from unsloth.kernels.append_projection import append_projection, matmul_wide
+from unsloth.kernels.append_projection import append_projection, append_projections, matmul_wide
 from unsloth.kernels.lora_weights import Adapter, LoraGroup, PaddedWeight, Weight
 
 
@@ -113,17 +113,17 @@ def _holds(buffer: torch.Tensor, x: torch.Tensor, width: int) -> bool:
 def project_gradients(grads: Sequence[torch.Tensor], group: LoraGroup) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
     """(what :meth:`LoraGroup.input_gradient` takes, g sB): the second is a part of the first, where there is room."""
     rows, total, used = grads[0].shape[0], sum(group.outs), sum(group.ranks)
-    wide = torch.empty(rows, total + group.room if group.room else 0, dtype=grads[0].dtype, device=grads[0].device)
-    tail = wide[:, total:] if group.room else wide.new_empty(rows, group.columns)
-    if used < group.columns:
-        tail[:, used:].zero_()
-    for i, (g, columns, ranks) in enumerate(zip(grads, group.out_slices(), group.rank_slices(), strict=True)):
-        copy = wide[:, columns] if group.room else None
+    if group.room:
+        wide = torch.empty(rows, total + group.room, dtype=grads[0].dtype, device=grads[0].device)
+        if used < group.columns:
+            wide[:, total + used :].zero_()
+        append_projections(grads, group.stacked_sb(), group.ranks, wide)
+        return [wide], wide[:, total:]
+    tail = torch.empty(rows, group.columns, dtype=grads[0].dtype, device=grads[0].device)
+    for i, (g, ranks) in enumerate(zip(grads, group.rank_slices(), strict=True)):
         if group.ranks[i]:
-            append_projection(g, group.sb(i, g.dtype), tail[:, ranks], copy=copy)
-        elif copy is not None:
-            copy.copy_(g)
-    return ([wide] if group.room else grads), tail
+            torch.mm(g, group.sb(i, g.dtype), out=tail[:, ranks])
+    return grads, tail
 
 
 def adapter_gradients(

@@ -20,6 +20,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 import triton
@@ -122,14 +123,19 @@ class PaddedWeight:
         if not again and _same(self.placed, adapters):
             return
         row = first = 0
+        slots = []
         for i, (out, adapter) in enumerate(zip(self.outs, adapters, strict=True)):
             last = rank if i + 1 == len(self.outs) else first + (0 if adapter is None else adapter.rank)
-            _place(self, adapter, slice(row, row + out), slice(first, last), rank)
+            slot = _slot(self, adapter, slice(row, row + out), slice(first, last), rank)
+            if slot is not None:
+                slots.append(slot)
             row, first = row + out, last
+        for i in range(0, len(slots), 3):
+            _launch_slots(self, slots[i : i + 3], rank)
         self.placed = tuple(None if adapter is None else _identity(adapter) for adapter in adapters)
 
 
-Weight = torch.Tensor | PaddedWeight | Callable[[], "torch.Tensor | PaddedWeight"]
+Weight: TypeAlias = torch.Tensor | PaddedWeight | Callable[[], torch.Tensor | PaddedWeight]
 
 
 def padded_rank(rank: int) -> int:
@@ -156,30 +162,12 @@ def _same_adapter(old: tuple[tuple, tuple] | None, new: Adapter | None) -> bool:
 
 
 @triton.jit
-def place_adapter_kernel(
-    a_ptr,
-    b_ptr,
-    buffer_ptr,
-    stride,
-    row0,
-    out,
-    rank0,
-    rank,
-    rank_end,
-    columns,
-    features,
-    total,
-    a_stride,
-    b_stride,
-    scale,
-    b_programs,
-    ROUND: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def place_adapter(
+    pid, a_ptr, b_ptr, buffer_ptr, stride, row0, out, rank0, rank, rank_end, columns, features, total, a_stride,
+    b_stride, scale, ROUND: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """The first programs write a block of rows of sB, the others a piece of one row of A; zeros where neither is."""
-    pid = tl.program_id(0)
+    b_programs = tl.cdiv(out, BLOCK_O)
     if pid < b_programs:
         o = pid * BLOCK_O + tl.arange(0, BLOCK_O)
         c = tl.arange(0, BLOCK_R)
@@ -196,8 +184,38 @@ def place_adapter_kernel(
         tl.store(at_a, nearest(a.to(tl.float32), ROUND), mask=(k < features) & (rank0 + r < rank_end))
 
 
-def _place(padded: PaddedWeight, adapter: Adapter | None, rows: slice, ranks: slice, columns: int) -> None:
-    """One linear's share: rows of sB over all ``columns``, and its rows of A up to ``ranks.stop``."""
+@triton.jit
+def place_adapters_kernel(
+    a0, b0, row0, out0, first0, rank0, end0, a0_stride, b0_stride, scale0,
+    a1, b1, row1, out1, first1, rank1, end1, a1_stride, b1_stride, scale1,
+    a2, b2, row2, out2, first2, rank2, end2, a2_stride, b2_stride, scale2,
+    buffer, stride, columns, features, total,
+    ROUND: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Adapters of up to three linears, the grid's second number saying which."""
+    pid, which = tl.program_id(0), tl.program_id(1)
+    if which == 0:
+        place_adapter(
+            pid, a0, b0, buffer, stride, row0, out0, first0, rank0, end0, columns, features, total, a0_stride,
+            b0_stride, scale0, ROUND, BLOCK_O, BLOCK_R, BLOCK_K,
+        )  # fmt: skip
+    elif which == 1:
+        place_adapter(
+            pid, a1, b1, buffer, stride, row1, out1, first1, rank1, end1, columns, features, total, a1_stride,
+            b1_stride, scale1, ROUND, BLOCK_O, BLOCK_R, BLOCK_K,
+        )  # fmt: skip
+    else:
+        place_adapter(
+            pid, a2, b2, buffer, stride, row2, out2, first2, rank2, end2, columns, features, total, a2_stride,
+            b2_stride, scale2, ROUND, BLOCK_O, BLOCK_R, BLOCK_K,
+        )  # fmt: skip
+
+
+def _slot(padded: PaddedWeight, adapter: Adapter | None, rows: slice, ranks: slice, columns: int) -> tuple | None:
+    """The kernel's arguments for one linear; None where torch has written its share already.
+
+    That share is rows of sB over all ``columns``, and its rows of A up to ``ranks.stop``.
+    """
     buffer, in_features, total = padded.buffer, padded.in_features, padded.out_features
     if adapter is None or not dispatch.can_launch(buffer, adapter.a, adapter.b):
         buffer[rows, in_features : in_features + columns] = 0
@@ -207,36 +225,25 @@ def _place(padded: PaddedWeight, adapter: Adapter | None, rows: slice, ranks: sl
             buffer[rows, first : first + adapter.rank] = (adapter.b.detach() * adapter.scale).to(buffer.dtype)
             first = total + ranks.start
             buffer[first : first + adapter.rank, :in_features] = adapter.a.detach().to(buffer.dtype)
-        return
+        return None
     a, b = adapter.a.detach(), adapter.b.detach()
     a, b = (t if t.stride(1) == 1 else t.contiguous() for t in (a, b))
-    out = rows.stop - rows.start
+    sizes = (rows.start, rows.stop - rows.start, ranks.start, adapter.rank, ranks.stop)
+    return a, b, *sizes, a.stride(0), b.stride(0), adapter.scale
+
+
+def _launch_slots(padded: PaddedWeight, slots: Sequence[tuple], columns: int) -> None:
+    """One launch for one to three linears."""
     block_o, block_k = 32, 1024
-    b_programs = triton.cdiv(out, block_o)
-    a_programs = (ranks.stop - ranks.start) * triton.cdiv(in_features, block_k)
-    with dispatch.launch_on(buffer):
-        place_adapter_kernel[(b_programs + a_programs,)](
-            a,
-            b,
-            buffer,
-            buffer.stride(0),
-            rows.start,
-            out,
-            ranks.start,
-            adapter.rank,
-            ranks.stop,
-            columns,
-            in_features,
-            total,
-            a.stride(0),
-            b.stride(0),
-            adapter.scale,
-            b_programs,
-            ROUND=must_round(buffer.dtype),
-            BLOCK_O=block_o,
-            BLOCK_R=triton.next_power_of_2(columns),
-            BLOCK_K=block_k,
-        )
+    pieces = triton.cdiv(padded.in_features, block_k)
+    programs = max(triton.cdiv(slot[3], block_o) + (slot[6] - slot[4]) * pieces for slot in slots)
+    three = [*slots, *[slots[0]] * (3 - len(slots))]
+    with dispatch.launch_on(padded.buffer):
+        place_adapters_kernel[(programs, len(slots))](
+            *three[0], *three[1], *three[2], padded.buffer, padded.buffer.stride(0), columns, padded.in_features,
+            padded.out_features, ROUND=must_round(padded.buffer.dtype), BLOCK_O=block_o,
+            BLOCK_R=triton.next_power_of_2(columns), BLOCK_K=block_k,
+        )  # fmt: skip
 
 
 class LoraGroup:
@@ -375,19 +382,8 @@ def _slices(sizes: Sequence[int]) -> list[slice]:
 
 def compile_examples(float_dtype: str) -> list[tuple]:
     """Signatures for the cross-compilation test."""
-    integers = (
-        "stride",
-        "row0",
-        "out",
-        "rank0",
-        "rank",
-        "rank_end",
-        "columns",
-        "features",
-        "total",
-        "a_stride",
-        "b_stride",
-    )
-    signature = dict.fromkeys((*integers, "b_programs"), "i32") | {"scale": "fp32"}
-    signature |= {"a_ptr": "*fp32", "b_ptr": "*fp32", "buffer_ptr": f"*{float_dtype}"}
-    return [(place_adapter_kernel, signature, {"ROUND": False, "BLOCK_O": 32, "BLOCK_R": 128, "BLOCK_K": 1024})]
+    shape = {"ROUND": False, "BLOCK_O": 32, "BLOCK_R": 128, "BLOCK_K": 1024}
+    names = [name for name in place_adapters_kernel.arg_names if name not in shape]
+    signature = dict.fromkeys(names, "i32") | {f"scale{i}": "fp32" for i in range(3)}
+    signature |= {f"{name}{i}": "*fp32" for i in range(3) for name in "ab"} | {"buffer": f"*{float_dtype}"}
+    return [(place_adapters_kernel, signature, shape)]

@@ -48,8 +48,8 @@ def dequantize_mxfp4(
         do = "Pass uint8 blocks [..., G, 16] and uint8 scales [..., G]."
         raise ConfigError("dequantize_mxfp4: blocks and scales do not fit", got=got, do=do)
     if scales.dim() == 0 or blocks.device != scales.device:
-        got = (str(blocks.device), str(scales.device))
-        raise ConfigError("dequantize_mxfp4: blocks and scales do not fit", got=got, do="Pass both on one device.")
+        devices = (str(blocks.device), str(scales.device))
+        raise ConfigError("dequantize_mxfp4: blocks and scales do not fit", got=devices, do="Pass both on one device.")
     lead, columns = scales.shape[:-1], scales.shape[-1] * 32
     rows = lead.numel()
     result = torch.empty((rows, columns), dtype=dtype, device=blocks.device) if out is None else out

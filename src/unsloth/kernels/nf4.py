@@ -69,8 +69,8 @@ class NF4Weight:
             raise ConfigError("4-bit weight: wrong packed values", got=got, do=f"Pass {n * k // 2} contiguous bytes.")
         power = self.blocksize >= 8 and self.blocksize & (self.blocksize - 1) == 0
         if not power or self.absmax.numel() != -(-n * k // self.blocksize):
-            got = (self.blocksize, self.absmax.numel())
-            raise ConfigError("4-bit weight: blocksize and scales do not fit", got=got, do="Pass one scale a block.")
+            sizes = (self.blocksize, self.absmax.numel())
+            raise ConfigError("4-bit weight: blocksize and scales do not fit", got=sizes, do="Pass one scale a block.")
         nested = (self.nested_code, self.nested_absmax, self.offset)
         if (self.absmax.dtype == torch.uint8) != all(x is not None for x in nested):
             do = "Pass float32 scales alone, or uint8 scales with nested_code, nested_absmax and offset."
@@ -159,7 +159,7 @@ def dequantize_nf4_reference(weight: NF4Weight, dtype: torch.dtype | None = None
     high, low = weight.packed >> 4, weight.packed & 15
     values = weight.code[torch.stack((high, low), -1).reshape(-1).int()]
     scale = weight.absmax
-    if weight.nested:
+    if weight.nested_code is not None and weight.nested_absmax is not None:
         nested = weight.nested_absmax.repeat_interleave(weight.nested_blocksize)[: scale.numel()]
         scale = weight.nested_code[scale.int()] * nested + weight.offset
     scale = scale.repeat_interleave(weight.blocksize)[: values.numel()]

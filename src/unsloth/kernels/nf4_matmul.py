@@ -2,11 +2,12 @@
 
     y[m, n] = sum over k of x[m, k] * code[nibble[n, k]] * scale[n, k // blocksize]
 
-Up to :data:`MATVEC_ROWS` rows of x go through a matrix-vector kernel: values are decoded to float32 and multiplied
-there (with 16-bit activations, to within 2^-13 of a block's largest value), so nothing else is rounded before the
-output. Up to :data:`FUSED_ROWS` rows go through a kernel that decodes tiles of W to x's dtype and multiplies them on
-the matrix units, splitting K over programs where N alone gives too few. Beyond that, and wherever a gradient is
-needed, W is dequantized first.
+With 16-bit activations, on cards with bfloat16 products, up to 16 rows of x go through the kernel of
+:mod:`unsloth.kernels.nf4_fragments`. Elsewhere up to :data:`MATVEC_ROWS` rows go through a matrix-vector kernel: values
+are decoded to float32 and multiplied there (with 16-bit activations, to within 2^-13 of a block's largest value), so
+nothing else is rounded before the output. Up to :data:`FUSED_ROWS` rows go through a kernel that decodes tiles of W to
+x's dtype and multiplies them on the matrix units, splitting K over programs where N alone gives too few. Beyond that,
+and wherever a gradient is needed, W is dequantized first.
 
 The layout of W is described in :mod:`unsloth.kernels.nf4`.
 """
@@ -38,6 +39,8 @@ from unsloth.kernels.nf4 import (
     scale_arguments,
     scale_signature,
 )
+from unsloth.kernels.nf4_fragments import multiply_fragments, takes_fragments
+from unsloth.kernels.rounding import must_round, nearest
 
 MATVEC_ROWS = 4
 FUSED_ROWS = 128
@@ -68,7 +71,9 @@ def nf4_linear(x: torch.Tensor, weight: NF4Weight, *, fast: bool = True) -> torc
     if wanted or not fits or rows > FUSED_ROWS or not can_launch(x):
         return nf4_linear_reference(x, weight) if not can_launch(x) else x @ dequantize_nf4(weight, dtype=x.dtype).T
     matrix = as_rows(x.detach())
-    if rows <= MATVEC_ROWS:
+    if takes_fragments(matrix, weight):
+        y = multiply_fragments(matrix, weight)
+    elif rows <= MATVEC_ROWS:
         y = _matvec(matrix, weight, words)
     elif x.dtype == torch.float32:
         y = matrix @ dequantize_nf4(weight, dtype=x.dtype).T
@@ -134,7 +139,17 @@ def _matmul(x: torch.Tensor, weight: NF4Weight, words: torch.Tensor) -> torch.Te
             NESTED=weight.nested, NESTED_BLOCKSIZE=weight.nested_blocksize, LOOK_UP=look_up(weight, x.dtype),
             UPCAST=interpreting(), BATCH=batch, ROWS=tile, BLOCKS=blocks, num_warps=warps, num_stages=stages,
         )  # fmt: skip
-    return y[0] if split == 1 else y.sum(0).to(x.dtype)
+    return y[0] if split == 1 else add_parts(y, x.dtype)
+
+
+def add_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Sum of float32 ``parts`` [P, M, N] over P, rounded once, in one launch."""
+    y = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
+    with launch_on(parts):
+        add_parts_kernel[(triton.cdiv(y.numel(), 1024),)](
+            parts, y, y.numel(), PARTS=parts.shape[0], ROUND=must_round(dtype), BLOCK=1024, num_warps=4
+        )
+    return y
 
 
 @triton.jit
@@ -266,6 +281,16 @@ def nf4_matmul_kernel(
     tl.store(y + out, total.to(y.dtype.element_ty), (batch[None, :] < m) & (row[:, None] < n))
 
 
+@triton.jit
+def add_parts_kernel(parts, y, size, PARTS: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr):
+    """One program adds BLOCK entries."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(parts + part * size + at, at < size, other=0.0)
+    tl.store(y + at, nearest(total, ROUND).to(y.dtype.element_ty), at < size)
+
+
 def compile_examples(float_dtype: str) -> list[tuple]:
     """Kernels with the argument types and options they are launched with, for compilation without a GPU."""
     ptr = f"*{float_dtype}"
@@ -278,6 +303,8 @@ def compile_examples(float_dtype: str) -> list[tuple]:
         rows, blocks, warps = matvec_shape(batch, 14336, 4096)
         shape = {**constants, "BATCH": batch, "ROWS": rows, "BLOCKS": blocks}
         examples.append((nf4_matvec_kernel, vector, shape, {"num_warps": warps}))
+    signature = {"parts": "*fp32", "y": ptr, "size": "i32"}
+    examples.append((add_parts_kernel, signature, {"PARTS": 4, "ROUND": False, "BLOCK": 1024}, {"num_warps": 4}))
     for batch in (16, 32):
         shape = {**constants, "BATCH": batch, "ROWS": 64, "BLOCKS": 2, "UPCAST": False}
         examples.append((nf4_matmul_kernel, matrix, shape, {"num_warps": 4, "num_stages": 2}))

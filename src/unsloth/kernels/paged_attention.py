@@ -17,6 +17,8 @@ Bytes: every visible key and value once: 2 N K D elements a sequence.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -26,41 +28,6 @@ from unsloth.kernels import dispatch
 from unsloth.kernels.rounding import must_round, nearest
 
 _BLOCK_N = 64
-
-
-def paged_attention_reference(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    page_table: torch.Tensor,
-    lengths: torch.Tensor,
-    *,
-    scale: float | None = None,
-    window: int = 0,
-    softcap: float = 0.0,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The formula, one sequence at a time, in float32 at least."""
-    heads, dim = q.shape[1:]
-    groups = heads // k_cache.shape[2]
-    dtype = dispatch.compute_dtype(q.dtype)
-    scale = dim**-0.5 if scale is None else scale
-    out = torch.zeros_like(q)
-    for b, length in enumerate(lengths.tolist()):
-        if length == 0:
-            continue
-        first = max(0, length - window) if window else 0
-        pages = page_table[b, : -(-length // k_cache.shape[1])].long()
-        k, v = (c[pages].flatten(0, 1)[first:length].to(dtype) for c in (k_cache, v_cache))
-        k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
-        scores = torch.einsum("hd,nhd->hn", q[b].to(dtype), k) * scale
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        if sinks is not None:
-            scores = torch.cat([scores, sinks.to(dtype)[:, None]], dim=1)
-        p = torch.softmax(scores, dim=1)[:, : length - first]
-        out[b] = torch.einsum("hn,nhd->hd", p, v).to(q.dtype)
-    return out
 
 
 @triton.jit
@@ -126,6 +93,7 @@ def paged_attention_kernel(
         v = tl.load(v_ptr + v_at[:, None] + d[None, :], mask=(n[:, None] < stop) & (d[None, :] < D), other=0.0)
         if UPCAST:
             k, v = k.to(tl.float32), v.to(tl.float32)
+        k, v = k.to(q.dtype), v.to(q.dtype)  # a cache may hold eight-bit floats
         s = tl.dot(q, k, input_precision="ieee") * scale
         if CAP:
             s = softcap * (2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0)
@@ -199,7 +167,7 @@ def paged_attention(
 
     Args:
         q: (B, H, D).
-        k_cache: (pages, P, K, D), unit stride along D; K divides H.
+        k_cache: (pages, P, K, D), unit stride along D; K divides H. Of q's dtype, or E4M3.
         v_cache: Like ``k_cache``.
         page_table: (B, most pages of a sequence) int32 or int64; entries beyond a sequence's length are not read.
         lengths: (B,) int32 or int64 tokens in the cache, the new one included.
@@ -218,11 +186,11 @@ def paged_attention(
     batch, heads, dim = q.shape
     kv_heads = k_cache.shape[2]
     scale = dim**-0.5 if scale is None else scale
-    present = (q, k_cache, v_cache) if sinks is None else (q, k_cache, v_cache, sinks)
+    floats = [q, sinks] if k_cache.dtype == torch.float8_e4m3fn else [q, k_cache, v_cache, sinks]
+    present = [tensor for tensor in floats if tensor is not None]
     aligned = k_cache.stride(3) == 1 and v_cache.stride(3) == 1 and dim <= 256
     if not fast or not aligned or not dispatch.can_launch(*present):
-        kwargs = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
-        return paged_attention_reference(q, k_cache, v_cache, page_table, lengths, **kwargs)
+        return _one_by_one(q, k_cache, v_cache, page_table, lengths, scale, window, softcap, sinks)
     q = q.detach() if q.stride(2) == 1 else q.detach().contiguous()
     out = torch.empty(batch, heads, dim, dtype=q.dtype, device=q.device)
     if not batch:
@@ -281,6 +249,31 @@ def paged_attention(
     return out
 
 
+paged_attention_reference = partial(paged_attention, fast=False)
+
+
+def _one_by_one(q, k_cache, v_cache, page_table, lengths, scale, window, softcap, sinks) -> torch.Tensor:
+    """The formula, one sequence at a time, in float32 at least; arguments as for :func:`paged_attention`."""
+    groups = q.shape[1] // k_cache.shape[2]
+    dtype = dispatch.compute_dtype(q.dtype)
+    out = torch.zeros_like(q)
+    for b, length in enumerate(lengths.tolist()):
+        if length == 0:
+            continue
+        first = max(0, length - window) if window else 0
+        pages = page_table[b, : -(-length // k_cache.shape[1])].long()
+        k, v = (c[pages].flatten(0, 1)[first:length].to(dtype) for c in (k_cache, v_cache))
+        k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+        scores = torch.einsum("hd,nhd->hn", q[b].to(dtype), k) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.to(dtype)[:, None]], dim=1)
+        p = torch.softmax(scores, dim=1)[:, : length - first]
+        out[b] = torch.einsum("hn,nhd->hd", p, v).to(q.dtype)
+    return out
+
+
 def _check(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -298,7 +291,7 @@ def _check(
             got=(tuple(q.shape), tuple(k_cache.shape), tuple(v_cache.shape)),
             do="Pass q (B, H, D) and caches (pages, P, K, D) with K dividing H.",
         )
-    if len({q.dtype, k_cache.dtype, v_cache.dtype}) > 1:
+    if k_cache.dtype != v_cache.dtype or k_cache.dtype not in (q.dtype, torch.float8_e4m3fn):
         raise ConfigError(
             "Queries and cache differ in dtype", got=(q.dtype, k_cache.dtype, v_cache.dtype), do="Cast the queries."
         )

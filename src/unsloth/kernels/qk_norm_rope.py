@@ -21,10 +21,18 @@ import torch
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from unsloth.core.errors import ConfigError
 from unsloth.kernels.column_sum import column_sum
-from unsloth.kernels.dispatch import can_launch, check_shape, check_tensors, launch_on, processor_count
+from unsloth.kernels.dispatch import (
+    can_launch,
+    check_shape,
+    check_tensors,
+    launch_on,
+    overlaps_launches,
+    processor_count,
+)
 from unsloth.kernels.rms_norm import rms_norm_reference
 from unsloth.kernels.rope import (
     RopeTables,
@@ -159,6 +167,7 @@ class _NormRope(torch.autograd.Function):
         dq, dk, partial = torch.empty_like(q), torch.empty_like(k), None
         if wanted:
             q_programs, k_programs = _share_programs(q_programs, k_programs, q.device)
+            constants["num_stages"] = 4
             partial = torch.empty((q_programs + k_programs, q.shape[-1]), dtype=torch.float32, device=q.device)
         if q_programs + k_programs:
             with launch_on(q):
@@ -167,14 +176,15 @@ class _NormRope(torch.autograd.Function):
                     tables.positions, q.shape[0] * q.shape[2], q_programs, k_programs, q.shape[2], q.shape[1],
                     k.shape[1],
                     *dq_out.stride(), *dk_out.stride(), *q.stride(), *k.stride(), *dq.stride(), *dk.stride(),
-                    *tables.strides(), tables.cos.shape[0], ctx.eps, ctx.offset, WEIGHT_GRAD=wanted, HEADS=HEADS,
+                    *tables.strides(), tables.cos.shape[0], ctx.eps, ctx.offset, WEIGHT_GRAD=wanted,
+                    EARLY=wanted and overlaps_launches(q.device), HEADS=HEADS,
                     **constants,
                 )  # fmt: skip
         if not wanted:
             return dq, dk, None, None, None, None, None
-        dq_weight = column_sum(partial[:q_programs], q_weight.dtype)
-        dk_weight = column_sum(partial[q_programs:], k_weight.dtype)
-        return dq, dk, dq_weight, dk_weight, None, None, None
+        dtype = torch.promote_types(q_weight.dtype, k_weight.dtype)
+        dq_weight, dk_weight = column_sum(partial, dtype, q_programs)
+        return dq, dk, dq_weight.to(q_weight.dtype), dk_weight.to(k_weight.dtype), None, None, None
 
 
 def backward_shape(half: int) -> tuple[int, int, int]:
@@ -230,8 +240,9 @@ def norm_rotate_backward(
     dy, x, weight, dx, partial, cos, sin, positions, first, step, rows, tokens, heads,
     dy_sb, dy_sh, dy_st, dy_sd, x_sb, x_sh, x_st, x_sd, dx_sb, dx_sh, dx_st, dx_sd,
     table_sb, table_st, position_sb, position_st, table_rows, eps, offset, WEIGHT_GRAD: tl.constexpr,
-    HEADS: tl.constexpr, HALF: tl.constexpr, PAIR_STEP: tl.constexpr, INTERLEAVED: tl.constexpr, REST: tl.constexpr,
-    POSITIONS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, PAIR_STEP: tl.constexpr,
+    INTERLEAVED: tl.constexpr, REST: tl.constexpr, POSITIONS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradient of every step-th tile of ROWS tokens and HEADS heads, and those tiles' share of the weight's."""
     w1, w2 = load_pairs(weight + tl.zeros((1, 1), tl.int32), 1, True, HALF, BLOCK, INTERLEAVED)
@@ -318,8 +329,9 @@ def qk_norm_rope_backward_kernel(
     tokens, q_heads, k_heads, dqo_sb, dqo_sh, dqo_st, dqo_sd, dko_sb, dko_sh, dko_st, dko_sd,
     q_sb, q_sh, q_st, q_sd, k_sb, k_sh, k_st, k_sd, dq_sb, dq_sh, dq_st, dq_sd, dk_sb, dk_sh, dk_st, dk_sd,
     table_sb, table_st, position_sb, position_st, table_rows, eps, offset, WEIGHT_GRAD: tl.constexpr,
-    HEADS: tl.constexpr, HALF: tl.constexpr, PAIR_STEP: tl.constexpr, INTERLEAVED: tl.constexpr, REST: tl.constexpr,
-    POSITIONS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
+    EARLY: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, PAIR_STEP: tl.constexpr,
+    INTERLEAVED: tl.constexpr, REST: tl.constexpr, POSITIONS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Query rows in the first q_programs programs, key rows in the others; partial is [programs, D] float32."""
     program = tl.program_id(0)
@@ -329,8 +341,8 @@ def qk_norm_rope_backward_kernel(
         norm_rotate_backward(
             dq_out, q, q_weight, dq, partial, cos, sin, positions, program, q_programs, rows, tokens, q_heads,
             dqo_sb, dqo_sh, dqo_st, dqo_sd, q_sb, q_sh, q_st, q_sd, dq_sb, dq_sh, dq_st, dq_sd, table_sb, table_st,
-            position_sb, position_st, table_rows, eps, offset, WEIGHT_GRAD, HEADS, HALF, PAIR_STEP, INTERLEAVED, REST,
-            POSITIONS, ROWS, BLOCK, REST_BLOCK,
+            position_sb, position_st, table_rows, eps, offset, WEIGHT_GRAD, HEADS, HALF, PAIR_STEP, INTERLEAVED,
+            REST, POSITIONS, ROWS, BLOCK, REST_BLOCK,
         )  # fmt: skip
     else:
         norm_rotate_backward(
@@ -339,6 +351,8 @@ def qk_norm_rope_backward_kernel(
             table_st, position_sb, position_st, table_rows, eps, offset, WEIGHT_GRAD, HEADS, HALF, PAIR_STEP,
             INTERLEAVED, REST, POSITIONS, ROWS, BLOCK, REST_BLOCK,
         )  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
 
 
 def compile_examples(float_dtype: str) -> list[tuple]:
@@ -349,7 +363,10 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     examples = []
     for kernel, constants in (
         (qk_norm_rope_forward_kernel, shape),
-        (qk_norm_rope_backward_kernel, {**shape, "WEIGHT_GRAD": True, "HEADS": HEADS}),
+        (
+            qk_norm_rope_backward_kernel,
+            {**shape, "WEIGHT_GRAD": True, "EARLY": False, "HEADS": HEADS},
+        ),
     ):
         names = [name for name in kernel.arg_names if name not in constants]
         signature = dict.fromkeys(names, "i32") | dict.fromkeys(("eps", "offset"), "fp32")

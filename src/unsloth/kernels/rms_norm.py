@@ -18,19 +18,11 @@ import torch
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from unsloth.kernels.column_sum import column_sum
-from unsloth.kernels.dispatch import (
-    as_rows,
-    can_launch,
-    check_shape,
-    check_tensors,
-    compute_dtype,
-    launch_on,
-    processor_count,
-)
-
-MAX_COLUMNS = 32768  # one row is held in registers
+from unsloth.kernels.dispatch import as_rows, compute_dtype, interpreting, launch_on, overlaps_launches, processor_count
+from unsloth.kernels.row_norm import launch_shape, result_buffers, row_stride, takes_kernel, two_sums
 
 
 def rms_norm(
@@ -48,8 +40,7 @@ def rms_norm(
     Returns:
         Tensor of x's shape and dtype.
     """
-    _check(x, None, weight)
-    if not (fast and x.shape[-1] <= MAX_COLUMNS and can_launch(x) and can_launch(x if weight is None else weight)):
+    if not (takes_kernel("rms_norm", x, weight=weight) and fast):
         return rms_norm_reference(x, weight, eps, offset)
     return _RMSNorm.apply(x, None, weight, eps, offset)
 
@@ -63,21 +54,8 @@ def add_rms_norm(
     offset: float = 0.0,
     fast: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add, then normalize the sum, in one pass over memory.
-
-    Args:
-        x: Floating-point tensor of shape [..., N], a block's output.
-        residual: Tensor of x's shape and dtype, the residual stream.
-        weight: As in :func:`rms_norm`.
-        eps: As in :func:`rms_norm`.
-        offset: As in :func:`rms_norm`.
-        fast: False takes the plain-torch reference.
-
-    Returns:
-        ``(y, h)``: the normalized sum, and the sum ``h = x + residual``, both of x's shape and dtype.
-    """
-    _check(x, residual, weight)
-    if not (fast and x.shape[-1] <= MAX_COLUMNS and x.dtype == residual.dtype and can_launch(x, residual, weight)):
+    """:func:`rms_norm` of ``h = x + residual`` in one pass over memory; residual is like x. Returns ``(y, h)``."""
+    if not (takes_kernel("rms_norm", x, residual, weight=weight) and fast):
         h = x + residual
         return rms_norm_reference(h, weight, eps, offset), h
     return _RMSNorm.apply(x, residual, weight, eps, offset)
@@ -114,14 +92,13 @@ def rms_norm_forward(
         ``(y, h)``; h is x itself when there is no residual.
     """
     rows, n = x.shape
-    y = torch.empty((rows, n), dtype=x.dtype, device=x.device) if out is None else out
-    h = x if residual is None else torch.empty((rows, n), dtype=x.dtype, device=x.device)
+    y, h = result_buffers(x, residual, out)
     if y.numel() == 0:
         return y, h
     block, tile, warps = launch_shape(n)
     with launch_on(x):
         rms_norm_forward_kernel[(triton.cdiv(rows, tile),)](
-            x, residual, weight, y, h, rows, n, x.stride(0), 0 if residual is None else residual.stride(0), y.stride(0),
+            x, residual, weight, y, h, rows, n, x.stride(0), row_stride(residual), y.stride(0),
             eps, offset, ADD=residual is not None, WEIGHT=weight is not None, ROWS=tile, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return y, h
@@ -157,36 +134,25 @@ def rms_norm_backward(
         return dx, torch.zeros_like(weight) if weight_grad else None
     block, tile, warps = launch_shape(n)
     tiles = triton.cdiv(rows, tile)
-    programs, stages = tiles, 1
     if weight_grad:
         per_processor, warps, stages = looped_shape(n, warps)
         programs = min(tiles, per_processor * processor_count(h.device))
+    else:
+        programs, warps, stages = tiles, max(1, warps // 2), 1
     partial = torch.empty((programs, n), dtype=torch.float32, device=h.device) if weight_grad else None
     with launch_on(h):
         rms_norm_backward_kernel[(programs,)](
-            dy, h, weight, dh, dx, partial, rows, n, dy.stride(0), h.stride(0), 0 if dh is None else dh.stride(0),
-            eps, offset, WEIGHT=weight is not None, ADD=dh is not None, WEIGHT_GRAD=weight_grad, STAGES=stages,
+            dy, h, weight, dh, dx, partial, rows, n, dy.stride(0), h.stride(0), row_stride(dh),
+            eps, offset, WEIGHT=weight is not None, ADD=dh is not None, WEIGHT_GRAD=weight_grad,
+            EARLY=weight_grad and overlaps_launches(h.device), TOGETHER=not interpreting(), STAGES=stages,
             ROWS=tile, BLOCK=block, num_warps=warps,
         )  # fmt: skip
-    return dx, None if partial is None else column_sum(partial, weight.dtype)
-
-
-def launch_shape(n: int) -> tuple[int, int, int]:
-    """Columns of a tile, rows of a tile, warps: 16 elements a thread, several short rows to a program."""
-    block = triton.next_power_of_2(n)
-    tile = max(1, 1024 // block)
-    return block, tile, min(16, max(1, block * tile // 512))
+    return dx, None if partial is None or weight is None else column_sum(partial, weight.dtype)
 
 
 def looped_shape(n: int, warps: int) -> tuple[int, int, int]:
     """Where programs loop over tiles to sum a weight's gradient: programs a multiprocessor, warps, stages of loads."""
     return (1, warps, 4) if n <= 4096 else (2, warps, 3 if n <= 8192 else 1)
-
-
-def _check(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None) -> None:
-    check_tensors("rms_norm", x=x, residual=residual, weight=weight)
-    check_shape("rms_norm", "weight", weight, tuple(x.shape[-1:]))
-    check_shape("rms_norm", "residual", residual, tuple(x.shape))
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -238,8 +204,8 @@ def rms_norm_forward_kernel(
 @triton.jit
 def rms_norm_backward_kernel(
     dy, h, weight, dh, dx, partial, rows, n, stride_dy, stride_h, stride_dh, eps, offset,
-    WEIGHT: tl.constexpr, ADD: tl.constexpr, WEIGHT_GRAD: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WEIGHT: tl.constexpr, ADD: tl.constexpr, WEIGHT_GRAD: tl.constexpr, EARLY: tl.constexpr,
+    TOGETHER: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Tiles of ROWS rows, strided over the grid; dx is contiguous, partial is [programs, n] float32."""
     program = tl.program_id(0).to(tl.int64)
@@ -254,14 +220,16 @@ def rms_norm_backward_kernel(
         value = tl.load(h + row * stride_h + col, mask, other=0.0).to(tl.float32)
         grad = tl.load(dy + row * stride_dy + col, mask, other=0.0).to(tl.float32)
         scaled = grad * gain
-        scale = tl.rsqrt(tl.sum(value * value, 1) / n + eps)[:, None]
-        dot = tl.sum(scaled * value, 1)[:, None]
-        result = scale * scaled - value * (scale * scale * scale * dot / n)
+        squares, dot = two_sums(value * value, scaled * value, TOGETHER)
+        scale = tl.rsqrt(squares / n + eps)[:, None]
+        result = scale * scaled - value * (scale * scale * scale * dot[:, None] / n)
         if ADD:
             result += tl.load(dh + row * stride_dh + col, mask, other=0.0).to(tl.float32)
         tl.store(dx + row * n + col, result.to(dx.dtype.element_ty), mask)
         if WEIGHT_GRAD:
             total += tl.sum(grad * value * scale, 0)[None, :]
+    if EARLY:
+        gdc_launch_dependents()
     if WEIGHT_GRAD:
         tl.store(partial + program * n + col, total, col < n)
 
@@ -277,5 +245,10 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     shape = {"ROWS": tile, "BLOCK": block, "WEIGHT": True, "ADD": True}
     return [
         (rms_norm_forward_kernel, forward, shape, {"num_warps": warps}),
-        (rms_norm_backward_kernel, backward, {**shape, "WEIGHT_GRAD": True, "STAGES": 3}, {"num_warps": warps}),
+        (
+            rms_norm_backward_kernel,
+            backward,
+            {**shape, "WEIGHT_GRAD": True, "EARLY": False, "TOGETHER": True, "STAGES": 3},
+            {"num_warps": warps},
+        ),
     ]

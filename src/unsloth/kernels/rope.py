@@ -173,7 +173,8 @@ def rope_forward(
     copied = 0 if q_out.data_ptr() == q.data_ptr() else d - tables.rotary_dim
     block, rows, warps = launch_shape(half)
     q_tiles = triton.cdiv(q_rows, rows)
-    k, k_out = (q, q_out) if k is None else (k, k_out)
+    if k is None or k_out is None:
+        k, k_out = q, q_out
     with launch_on(q):
         rope_kernel[(q_tiles + triton.cdiv(k_rows, rows),)](
             q, k, q_out, k_out, tables.cos, tables.sin, tables.positions, q_rows, k_rows, q_tiles, t, heads, k.shape[1],

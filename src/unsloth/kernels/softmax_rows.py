@@ -23,7 +23,7 @@ Bytes: the row is read twice and its gradient written once; with one row a multi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -64,6 +64,15 @@ class HeadOptions:
             raise ConfigError("label_smoothing must be in [0, 1)", got=self.label_smoothing, do="Use 0 for none.")
         if not self.z_loss >= 0:
             raise ConfigError("z_loss must not be negative", got=self.z_loss, do="Use 0 for none.")
+
+    @property
+    def factors(self) -> tuple[float, float, float]:
+        """What the kernels transform raw logits with: scale, soft cap, 1 / temperature."""
+        return self.logit_scale, self.softcap, 1.0 / self.temperature
+
+    def plain(self) -> HeadOptions:
+        """These options without label smoothing and z-loss, which are parts of a loss, not of a probability."""
+        return replace(self, label_smoothing=0.0, z_loss=0.0)
 
 
 @dataclass
@@ -297,9 +306,7 @@ def softmax_rows(
                 vocabulary,
                 logits.stride(0),
                 0 if grad is None else grad.stride(0),
-                options.logit_scale,
-                options.softcap,
-                1.0 / options.temperature,
+                *options.factors,
                 options.label_smoothing,
                 options.z_loss,
                 options.ignore_index,
@@ -334,7 +341,14 @@ def softmax_rows_backward(
         grad: (R, V) of any float dtype.
     """
     if not dispatch.can_launch(logits):
-        return _softmax_rows_backward_torch(logits, labels, statistics, options, up_logprob, up_entropy, grad)
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            again = softmax_rows_reference(leaf, labels, options.plain(), entropy=up_entropy is not None)
+            objective = -(up_logprob * again.loss).sum()
+            if up_entropy is not None:
+                objective = objective + (up_entropy * again.entropy).sum()
+            grad.copy_(torch.autograd.grad(objective, leaf)[0])
+        return
     rows, vocabulary = logits.shape
     if not rows:
         return
@@ -351,9 +365,7 @@ def softmax_rows_backward(
             vocabulary,
             logits.stride(0),
             grad.stride(0),
-            options.logit_scale,
-            options.softcap,
-            1.0 / options.temperature,
+            *options.factors,
             options.ignore_index,
             CAP=options.softcap > 0,
             ENTROPY=up_entropy is not None,
@@ -399,25 +411,6 @@ def _softmax_rows_torch(
             e *= counts[:, None] * (options.logit_scale / options.temperature)
             grad.copy_(e)
         return RowStatistics(torch.where(counts, loss, zero), torch.where(counts, lse, zero), spread, top1)
-
-
-def _softmax_rows_backward_torch(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    statistics: RowStatistics,
-    options: HeadOptions,
-    up_logprob: torch.Tensor,
-    up_entropy: torch.Tensor | None,
-    grad: torch.Tensor,
-) -> None:
-    with torch.enable_grad():
-        leaf = logits.detach().requires_grad_()
-        plain = HeadOptions(options.logit_scale, options.softcap, options.temperature, 0.0, 0.0, options.ignore_index)
-        again = softmax_rows_reference(leaf, labels, plain, entropy=up_entropy is not None)
-        objective = -(up_logprob * again.loss).sum()
-        if up_entropy is not None:
-            objective = objective + (up_entropy * again.entropy).sum()
-        grad.copy_(torch.autograd.grad(objective, leaf)[0])
 
 
 def compile_examples(float_dtype: str) -> list[tuple]:

@@ -44,6 +44,41 @@ class Keys:
     longest: int
 
 
+@dataclass(frozen=True, slots=True)
+class Branches:
+    """Documents of which some begin with keys of others: what each sees, gathered.
+
+    Attributes:
+        keys: Bounds of each document's keys among those that are gathered.
+        gathered: (Tk,) for each of them, its token.
+    """
+
+    keys: Keys
+    gathered: torch.Tensor
+
+    def mask(self, cu_seqlens: torch.Tensor, rows: int, window: int = 0) -> torch.Tensor:
+        """Which tokens each token sees, itself and those before it in its keys.
+
+        Args:
+            cu_seqlens: Of the queries.
+            rows: R, of the batch; a row's tokens see only their own row.
+            window: As for :func:`varlen_attention`.
+
+        Returns:
+            (R, 1, T / R, T / R) booleans.
+        """
+        bounds, key_bounds = cu_seqlens.tolist(), self.keys.cu_seqlens.tolist()
+        visible = torch.zeros(bounds[-1], bounds[-1], dtype=torch.bool, device=self.gathered.device)
+        for i, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+            seen = self.gathered[key_bounds[i] : key_bounds[i + 1]]
+            shape = torch.ones(last - first, len(seen), dtype=torch.bool, device=visible.device)
+            offset = len(seen) - (last - first)
+            allowed = shape.tril(offset)
+            visible[first:last, seen] = allowed & shape.triu(offset - window + 1) if window else allowed
+        blocks = visible.view(rows, bounds[-1] // rows, rows, -1)
+        return torch.stack([blocks[row, :, row] for row in range(rows)])[:, None]
+
+
 def varlen_attention_reference(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -159,14 +194,14 @@ def _sdpa(q, k, v, cu, cu_keys, scale):
         if first == last:
             continue
         its_keys = slice(key_bounds[i], key_bounds[i + 1])
-        heads = (t[None].transpose(1, 2) for t in (q[first:last], k[its_keys], v[its_keys]))
+        queries, keys, values = (t[None].transpose(1, 2) for t in (q[first:last], k[its_keys], v[its_keys]))
         count, key_count = last - first, its_keys.stop - its_keys.start
         visible = None
         if count != key_count:
             visible = torch.ones(count, key_count, dtype=torch.bool, device=q.device).tril(key_count - count)
         grouped = q.shape[1] != k.shape[1]
         out = scaled_dot_product_attention(
-            *heads, attn_mask=visible, is_causal=visible is None, scale=scale, enable_gqa=grouped
+            queries, keys, values, attn_mask=visible, is_causal=visible is None, scale=scale, enable_gqa=grouped
         )
         parts.append(out[0].transpose(0, 1))
     return torch.cat(parts)
@@ -254,8 +289,9 @@ def varlen_attention(
     elif backend is None:
         backend = choose_backend(q, window=window, softcap=softcap, sinks=sinks is not None)
     if backend == "reference":
-        kwargs = {"keys": keys, "scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
-        return varlen_attention_reference(q, k, v, cu_seqlens, **kwargs)
+        return varlen_attention_reference(
+            q, k, v, cu_seqlens, keys=keys, scale=scale, window=window, softcap=softcap, sinks=sinks
+        )
     if backend == "flex":
         return _flex(q, k, v, cu_seqlens, scale, window, softcap, sinks)
     cu = cu_seqlens.to(torch.int32)

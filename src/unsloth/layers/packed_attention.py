@@ -21,24 +21,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from unsloth.kernels.varlen_attention import Keys, choose_backend, varlen_attention
+from unsloth.kernels.varlen_attention import Branches, Keys, choose_backend, varlen_attention
 
 NAME = "unsloth"
 _KERNELS = ("flash_attn", "torch")
 _ATTRIBUTE = "unsloth_documents"
-
-
-@dataclass
-class Branches:
-    """What the parts of a batch see, where some of them are branches.
-
-    Attributes:
-        keys: Bounds of each part's keys among those that are gathered.
-        gathered: (Tk,) for each of them, its token in the flattened batch.
-    """
-
-    keys: Keys
-    gathered: torch.Tensor
 
 
 @dataclass
@@ -187,7 +174,7 @@ def masked(
     """Torch's attention, (B, H, T, D), with a mask only if documents or a window need one (0: no window)."""
     visible = None
     if documents.branches is not None:
-        visible = _branched_mask(documents, documents.branches, window)
+        visible = documents.branches.mask(documents.cu_seqlens, query.shape[0], window)
     elif not documents.single or window:
         position = torch.arange(query.shape[2], device=query.device)
         gap = position[:, None] - position
@@ -203,21 +190,6 @@ def masked(
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-
-
-def _branched_mask(documents: Documents, branches: Branches, window: int) -> torch.Tensor:
-    """(B, 1, T, T) booleans."""
-    rows, tokens = documents.number.shape
-    visible = torch.zeros(rows * tokens, rows * tokens, dtype=torch.bool, device=documents.number.device)
-    bounds, key_bounds = documents.cu_seqlens.tolist(), branches.keys.cu_seqlens.tolist()
-    for part, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        seen = branches.gathered[key_bounds[part] : key_bounds[part + 1]]
-        shape = torch.ones(last - first, len(seen), dtype=torch.bool, device=visible.device)
-        offset = len(seen) - (last - first)
-        allowed = shape.tril(offset)
-        visible[first:last, seen] = allowed & shape.triu(offset - window + 1) if window else allowed
-    blocks = visible.view(rows, tokens, rows, tokens)
-    return torch.stack([blocks[row, :, row] for row in range(rows)])[:, None]
 
 
 AttentionInterface.register(NAME, attend)

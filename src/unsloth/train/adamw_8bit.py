@@ -75,14 +75,15 @@ class AdamW8bit(torch.optim.Optimizer):
         """The group's parameters, by what one launch can take together; their step counters go up by one."""
         batches = defaultdict(list)
         for parameter in group["params"]:
-            if parameter.grad is None:
+            gradient = parameter.grad
+            if gradient is None:
                 continue
             state = self.state[parameter]
             if not state:
                 self._start(parameter, state)
             state["step"] += 1
-            eight_bit = state["state1"].dtype == torch.uint8
-            kind = (int(state["step"]), eight_bit, parameter.device, parameter.dtype, parameter.grad.dtype)
+            eight_bit = state["state1"].dtype is torch.uint8
+            kind = (int(state["step"]), eight_bit, parameter.device, parameter.dtype, gradient.dtype)
             batches[kind].append(parameter)
         return batches
 
@@ -109,7 +110,7 @@ class AdamW8bit(torch.optim.Optimizer):
             self._codes = self._codes.to(device)
             key = tuple(map(id, parameters))
             if device.type == "cuda" and key not in self._launches:
-                self._launches[key] = kernel.plan_launch(parameters)
+                self._launches[key] = kernel.Launch(parameters, self._codes)
             moments = [kernel.Moments(s["state1"], s["state2"], s["absmax1"], s["absmax2"]) for s in states]
             kernel.adamw_8bit(parameters, gradients, moments, self._codes, settings, launch=self._launches.get(key))
             return

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -15,7 +16,7 @@ from trl.trainer.kto_config import KTOConfig as TRLConfig
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 from trl.trainer.kto_trainer import KTOTrainer as TRLTrainer
 
-from unsloth.core.errors import ConfigError
+from unsloth.core.errors import ConfigError, DataError
 from unsloth.data.preference import prepare_rated
 from unsloth.data.prepare import Rows
 from unsloth.losses.preference import kto_divergence, kto_loss
@@ -83,11 +84,12 @@ class KTOTrainer(PreferenceTrainer, TRLTrainer):
 
     Raises:
         ConfigError: Arguments that contradict each other, or batches of one row.
-        DataError: Rows that cannot be trained on; names the row.
+        DataError: Rows that cannot be trained on (names the row), or all rated alike.
         TrainingError: The model has nothing to train.
     """
 
     _prepare_rows = staticmethod(prepare_rated)
+    _in_pairs = False
 
     def __init__(
         self,
@@ -127,6 +129,21 @@ class KTOTrainer(PreferenceTrainer, TRLTrainer):
             )
         self.settle_reference(own=ref_model is None)
         setup.show_progress(self)
+
+    def prepared(self, rows: Any, name: str) -> Any:
+        """As in the base; rows to train on must have both ratings.
+
+        Raises:
+            DataError: Rows that cannot be trained on, or all of them rated alike.
+        """
+        dataset = super().prepared(rows, name)
+        if name == "train" and isinstance(dataset, Dataset) and len(set(dataset["label"][:])) < 2:
+            said = "good" if dataset[0]["label"] else "bad"
+            raise DataError(
+                f"all {len(dataset)} answers are rated {said}, but KTO learns from the difference to the others",
+                do="Add answers of the other kind, or train on good ones alone with SFTTrainer.",
+            )
+        return dataset
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, None]:
         """Log-probabilities (B,) of the answers under the reference."""

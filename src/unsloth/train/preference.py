@@ -22,6 +22,7 @@ from unsloth.models import record
 from unsloth.train import config, setup, spellings
 from unsloth.train.follow import FollowsModel
 from unsloth.train.loop import ModelLoop
+from unsloth.train.packed_rows import PackedRows, pack
 from unsloth.train.reference import AdapterFree
 from unsloth.train.survival import SurvivalArguments
 from unsloth.train.token_logprobs import TokenLogprobs
@@ -31,6 +32,8 @@ from unsloth.train.token_logprobs import TokenLogprobs
 _Prepare = Callable[
     [Rows, PreTrainedTokenizerBase, PreferenceOptions], tuple[Dataset | IterableDataset, PreferenceReport | None]
 ]
+
+_ANSWERS = "completion_mask"  # not 0 for the tokens of the answers
 
 logger = get_logger(__name__)
 
@@ -44,11 +47,15 @@ class PreferenceArguments(SurvivalArguments, FollowsModel):
         max_completion_length: Longest answer in tokens; a longer one loses its end. None keeps all of it.
         fused_head: Compute the output head at the tokens of the answers only, in chunks, so that the logits never
             exist as a whole. None means yes; False computes them. The mathematics is the same.
+        packing: Lay the sequences of a batch end to end instead of padding them, and compute a prompt that two answers
+            share once. None means wherever the model's attention tells them apart, which is on a GPU
+            (``model.unsloth_plan`` lists it). The mathematics is the same. Reward models are always padded.
     """
 
     max_prompt_length: int | None = field(default=None, metadata={"help": "Longer prompts lose their beginning."})
     max_completion_length: int | None = field(default=None, metadata={"help": "Longer answers lose their end."})
     fused_head: bool | None = field(default=None, metadata={"help": "Compute no whole logits."})
+    packing: bool | None = field(default=None, metadata={"help": "No padding, and shared prompts once."})
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,17 @@ def accept(
     return Given(model, own, tokenizer, dict(more))
 
 
+def options_of(args: Any) -> PreferenceOptions:
+    """How rows become tokens, by a configuration of any of these trainers."""
+    return PreferenceOptions(
+        max_length=args.max_length,
+        max_prompt_length=args.max_prompt_length,
+        max_completion_length=args.max_completion_length,
+        keep_end=getattr(args, "truncation_mode", "keep_start") == "keep_end",
+        num_proc=args.dataset_num_proc,
+    )
+
+
 class PreferenceTrainer(ModelLoop):
     """A base for trainers on preferences, before TRL's class or transformers'.
 
@@ -111,6 +129,8 @@ class PreferenceTrainer(ModelLoop):
     """
 
     _prepare_rows: _Prepare = staticmethod(prepare_pairs)
+    _in_pairs = True  # the second half of a batch answers the prompts of the first
+    _packed: tuple[torch.Tensor, PackedRows] | None = None
     _metrics: dict[str, dict[str, list[float]]]
     _total_train_tokens: int
     ref_model: Any
@@ -119,15 +139,16 @@ class PreferenceTrainer(ModelLoop):
         """What the rows and the reference need, before the constructor below is called."""
         args = given.args
         self._tokenizer = given.tokenizer
-        self._options = PreferenceOptions(
-            max_length=args.max_length,
-            max_prompt_length=args.max_prompt_length,
-            max_completion_length=args.max_completion_length,
-            keep_end=getattr(args, "truncation_mode", "keep_start") == "keep_end",
-            num_proc=args.dataset_num_proc,
-        )
+        self._options = options_of(args)
         chunked = args.fused_head is not False
         self._policy = TokenLogprobs(given.model, chunked)
+        self._packing = args.packing is not False
+        if args.packing and not self._policy.packs:
+            raise ConfigError(
+                "packing needs a model whose attention tells packed sequences apart",
+                got=record.transformers_model(given.model).config._attn_implementation,
+                do="Leave packing out; it is used where it can be. It also needs fused_head.",
+            )
         self._reference = None
         if reference is not None and not isinstance(reference, AdapterFree):
             self._reference = TokenLogprobs(reference, chunked)
@@ -175,19 +196,35 @@ class PreferenceTrainer(ModelLoop):
             prefix: Of these names.
             labels: (B, T) the tokens that count; None means those of the answers.
         """
-        arguments, answers = _scored(inputs, prefix)
-        with self.accelerator.autocast():
-            return self._policy(model, arguments, answers if labels is None else labels)
+        return self._logprobs(self._policy, model, inputs, prefix, labels)
 
     @torch.no_grad()
     def reference_logprobs(self, inputs: Mapping[str, torch.Tensor], prefix: str = "") -> torch.Tensor:
         """As :meth:`token_logprobs`, under the reference."""
         reference = self.ref_model if self.ref_model is not None else self.model  # before the first step they agree
+        if isinstance(reference, AdapterFree):
+            with reference.model.disable_adapter():
+                return self._logprobs(self._policy, reference.model, inputs, prefix)
+        return self._logprobs(self._reference or self._policy, reference, inputs, prefix)
+
+    def _logprobs(
+        self,
+        compute: TokenLogprobs,
+        model: nn.Module,
+        inputs: Mapping[str, torch.Tensor],
+        prefix: str,
+        labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        ids, attended, answers = (inputs[f"{prefix}{name}"] for name in ("input_ids", "attention_mask", _ANSWERS))
+        packed = None
+        if self._packing and compute.packs:
+            if self._packed is None or self._packed[0] is not ids:  # policy and reference see the same batch
+                self._packed = ids, pack(ids, attended, answers == 0 if self._in_pairs else None)
+            packed = self._packed[1]
+        if labels is None:
+            labels = ids.masked_fill(answers == 0, IGNORED)
         with self.accelerator.autocast():
-            if isinstance(reference, AdapterFree):
-                with reference.model.disable_adapter():
-                    return self._policy(reference.model, *_scored(inputs, prefix))
-            return (self._reference or self._policy)(reference, *_scored(inputs, prefix))
+            return compute(model, {"input_ids": ids, "attention_mask": attended}, labels, packed)
 
     def count_tokens(self, inputs: Mapping[str, torch.Tensor]) -> None:
         """Keep the number of tokens seen in training."""
@@ -218,9 +255,3 @@ class PreferenceTrainer(ModelLoop):
     @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
-
-
-def _scored(inputs: Mapping[str, torch.Tensor], prefix: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """A model's arguments, and labels that are the answers' tokens."""
-    arguments = {name: inputs[f"{prefix}{name}"] for name in ("input_ids", "attention_mask")}
-    return arguments, arguments["input_ids"].masked_fill(inputs[f"{prefix}completion_mask"] == 0, IGNORED)

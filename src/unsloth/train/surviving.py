@@ -22,6 +22,7 @@ from transformers.trainer_utils import SaveStrategy
 from unsloth.core import artifact
 from unsloth.core.errors import ConfigError, TrainingError, UnslothError
 from unsloth.core.log import get_logger
+from unsloth.models import trained
 from unsloth.train import (
     checkpoint,
     differences,
@@ -131,7 +132,23 @@ class SurvivingTrainer(Trainer):
                 raise explained from error
             if self._listener.received is not None:
                 raise self._listener.leave()
+            trained.note(self.model, self._summary())
             return result
+
+    def _summary(self) -> trained.Trained:
+        """What the model's card will say of the run."""
+        logged = self.state.log_history
+        return trained.Trained(
+            method=type(self).__name__,
+            steps=self.state.global_step,
+            epochs=round(self.state.epoch or 0, 2),
+            rows=len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None,
+            batch_size=self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+            learning_rate=self.args.learning_rate,
+            optimizer=str(getattr(self.args.optim, "value", self.args.optim)),
+            losses=tuple((entry["step"], entry["loss"]) for entry in logged if "loss" in entry),
+            held_out=tuple((entry["step"], entry["eval_loss"]) for entry in logged if "eval_loss" in entry),
+        )
 
     def _start_anew(self) -> None:
         self._guard = StepGuard(self.args.max_skipped_steps)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedConfig
@@ -18,7 +19,9 @@ from unsloth.core.log import get_logger
 from unsloth.data.masking import IGNORED
 from unsloth.kernels.logprobs import logprobs
 from unsloth.kernels.softmax_rows import HeadOptions, transform_logits
+from unsloth.layers import packed_attention
 from unsloth.models import record
+from unsloth.train.packed_rows import PackedRows
 
 # Legend: B sequences, T tokens of the longest, N positions that count, H hidden, V vocabulary.
 
@@ -39,16 +42,26 @@ class TokenLogprobs:
     """
 
     def __init__(self, model: nn.Module, chunked: bool = True) -> None:
+        self._model = model
         self._inner = record.transformers_model(model)
         self._options = head_options(self._inner.config)
         self.chunked = chunked and self._can_be_chunked()
         self._tried = False
+
+    @property
+    def packs(self) -> bool:
+        """Whether the model tells rows that are laid end to end apart, and branches of them."""
+        configs = self._model.peft_config.values() if isinstance(self._model, PeftModel) else ()
+        if not self.chunked or any(config.is_prompt_learning for config in configs):
+            return False
+        return self._inner.config._attn_implementation == packed_attention.NAME
 
     def __call__(
         self,
         model: nn.Module,
         inputs: dict[str, torch.Tensor],
         labels: torch.Tensor,
+        packed: PackedRows | None = None,
     ) -> torch.Tensor:
         """Log-probability of every label; to be called under the autocast of the run.
 
@@ -56,6 +69,7 @@ class TokenLogprobs:
             model: What to call: the model, or a wrapper around it.
             inputs: Its arguments, of shape (B, T).
             labels: (B, T), not shifted; ``IGNORED`` marks those that do not count.
+            packed: The inputs as one row, to be computed in their place.
 
         Returns:
             (B, T - 1) of float32 (float64 for a model of that dtype), at position t that of label t + 1; zero where
@@ -63,7 +77,7 @@ class TokenLogprobs:
         """
         targets = labels[:, 1:]
         if self.chunked:
-            values = self._from_hidden(model, inputs, targets)
+            values = self._from_hidden(model, inputs, targets, packed)
             if values is not None:
                 return values
         logits = model(**inputs, use_cache=False).logits[:, -labels.shape[1] : -1]
@@ -72,11 +86,17 @@ class TokenLogprobs:
         return torch.where(targets != IGNORED, chosen, 0.0)
 
     def _from_hidden(
-        self, model: nn.Module, inputs: dict[str, torch.Tensor], targets: torch.Tensor
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        targets: torch.Tensor,
+        packed: PackedRows | None,
     ) -> torch.Tensor | None:
         """As ``__call__``; None if the model's head turns out to do more than is known of it."""
         seen: list[torch.Tensor] = []
         hook = self._inner.base_model.register_forward_hook(lambda _, __, output: seen.append(output[0]))
+        if packed is not None:
+            inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
         try:
             last_logits = model(**inputs, use_cache=False, logits_to_keep=1).logits
         finally:
@@ -85,10 +105,13 @@ class TokenLogprobs:
         head = self._inner.get_output_embeddings()
         if not self._tried and not self._head_is_known(hidden, head, last_logits):
             return None
-        hidden = hidden[:, -(targets.shape[1] + 1) : -1]  # prompt learning puts tokens of its own in front
         counts = targets != IGNORED
+        if packed is None:
+            scored = hidden[:, -(targets.shape[1] + 1) : -1][counts]  # prompt learning puts its own tokens in front
+        else:
+            scored = hidden[0, packed.index[:, :-1][counts]]
         found = logprobs(
-            hidden[counts], head.weight, targets[counts], getattr(head, "bias", None), options=self._options
+            scored, head.weight, targets[counts], getattr(head, "bias", None), options=self._options
         ).logprobs
         return found.new_zeros(targets.shape).masked_scatter(counts, found)
 

@@ -1,0 +1,49 @@
+"""CUDA graphs of decoding steps, captured when they are first worth it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+
+class Graphs:
+    """Graphs by key; all in one pool of memory, since only one runs at a time.
+
+    A function's first call with a key runs it as it is, which compiles kernels and chooses algorithms; the second
+    captures it. What the function returned then is returned by every later call, with new contents.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seen: set[Hashable] = set()
+        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
+        self._pool: Any = None
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def run(self, key: Hashable, function: Callable[[], Any]) -> Any:
+        """The function's result, by its graph from the second call on."""
+        if key not in self._seen:
+            self._seen.add(key)
+            return function()
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(function)
+        graph, result = self._graphs[key]
+        graph.replay()
+        return result
+
+    def clear(self) -> None:
+        """Forget all graphs: something that they read has moved."""
+        self._graphs.clear()
+        self._pool = None
+
+    def _capture(self, function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
+            result = function()
+        return graph, result

@@ -1,0 +1,121 @@
+"""A model's own layers, read for generation: the live tensors, whatever they are stored as.
+
+Nothing is copied. A projection is the module that the model has at the place that its family's spec names; under a
+layer of PEFT, the layer below it, whose adapter :mod:`unsloth.generate.adapter_bank` applies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch.nn.functional import linear
+
+from unsloth.core.errors import PlanError
+from unsloth.kernels.nf4 import NF4Weight
+from unsloth.kernels.nf4_matmul import nf4_linear
+
+# Layers of PEFT whose adapters are two linear layers on the input, added to the output.
+_PLAIN_LORA = {"Linear", "Linear4bit", "Linear8bitLt"}
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One linear layer.
+
+    Attributes:
+        path: Of the module, in the transformers model.
+        module: The layer without its adapter.
+        lora: The layer of PEFT around it, or None.
+        packed: Its weight if that is four bits wide.
+        opaque: Whether only the module itself knows how to multiply by its weight.
+    """
+
+    path: str
+    module: Any
+    lora: Any
+    packed: NF4Weight | None
+    opaque: bool
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return self.module.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return self.module.out_features
+
+    def multiply(self, x: torch.Tensor, fast: bool = True) -> torch.Tensor:
+        """(T, in) to (T, out), bias included, in the dtype of ``x``."""
+        if self.opaque:
+            return self.module(x).to(x.dtype)
+        bias = self.module.bias
+        if self.packed is not None:
+            y = nf4_linear(x, self.packed, fast=fast)
+            return y if bias is None else y.add_(bias)
+        weight = self.module.weight
+        if weight.dtype == x.dtype:
+            return linear(x, weight, bias)
+        return linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All that a product reads."""
+        yield from self.module.parameters(recurse=False)
+        if self.packed is not None:
+            yield from (self.packed.packed, self.packed.absmax)
+
+
+def read_projection(model: torch.nn.Module, path: str, biased: bool | None = None) -> Projection:
+    """The projection at ``path``.
+
+    Args:
+        model: The transformers model.
+        path: Of the module.
+        biased: Whether the spec says that it has a bias; None: it may have one.
+
+    Raises:
+        PlanError: It cannot be computed without calling the model; the message says why.
+    """
+    module = saved_module(model.get_submodule(path))
+    lora = None
+    if isinstance(module, LoraLayer):
+        lora, module = module, module.get_base_layer()
+        if type(lora).__name__ not in _PLAIN_LORA:
+            raise PlanError("the engine cannot apply this adapter", got=f"{type(lora).__name__} at {path}")
+    if not hasattr(module, "in_features"):
+        raise PlanError("the engine knows no such layer", got=f"{type(module).__name__} at {path}")
+    if biased is not None and (module.bias is not None) != biased:
+        raise PlanError("a bias is not where the family's spec has it", got=path)
+    if any(p.is_meta for p in module.parameters(recurse=False)):
+        raise PlanError("a weight is not in memory (offloaded)", got=path)
+    state = getattr(module.weight, "quant_state", None)
+    if type(module).__name__ == "Linear4bit" and state is not None:
+        return Projection(path, module, lora, NF4Weight.from_quant_state(module.weight, state), opaque=False)
+    return Projection(path, module, lora, None, opaque=type(module) is not torch.nn.Linear)
+
+
+def saved_module(module: torch.nn.Module) -> torch.nn.Module:
+    """The module itself, or its trained copy that is active (PEFT's ``modules_to_save``).
+
+    Raises:
+        PlanError: It is wrapped in another way.
+    """
+    if isinstance(module, ModulesToSaveWrapper):
+        active = module.active_adapters
+        if module.disable_adapters or not active or active[0] not in module.modules_to_save:
+            return module.original_module
+        return module.modules_to_save[active[0]]
+    if type(module).__module__.startswith("peft.") and not isinstance(module, LoraLayer):
+        raise PlanError("the engine cannot apply this adapter", got=type(module).__name__)
+    return module
+
+
+def storage_key(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """Changes whenever one of the tensors moves."""
+    return tuple(tensor.data_ptr() for tensor in tensors)

@@ -1,0 +1,203 @@
+"""Low-rank updates of one input's projections, for the few rows of a decoding step, added to their outputs.
+
+    low = x A^T            A holds the A of every projection and adapter, rank by rank
+    y_i += (m * low_i) B_i^T
+
+m is the mask (rows, adapters) that says which adapter a row has, each adapter's columns side by side; without it every
+row has every one. The first product is shared among programs along K, and their sums are added while the second reads
+them: two launches for all projections of one input. The low-rank values are rounded to x's dtype once, as torch's
+product would round them.
+
+Bytes: A and B once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from unsloth.core.errors import ConfigError
+from unsloth.kernels import dispatch
+from unsloth.kernels.rounding import must_round, nearest
+
+ROWS = 128
+MOST_OUTPUTS = 3
+_BLOCK_N = 64
+
+
+def lora_rows(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor],
+    mask: torch.Tensor | None = None,
+    *,
+    fast: bool = True,
+) -> None:
+    """Add the updates to ``outputs``; no gradient.
+
+    Args:
+        x: (T, K), adjacent columns.
+        a: (len(b) * W, K), contiguous: W rows for each output, divided evenly among the adapters.
+        b: (N_i, W) of each output, contiguous.
+        outputs: (T, N_i), adjacent columns, of the dtype of all others.
+        mask: (T, adapters), 1 where the row has the adapter, else 0; None: every row has every one.
+        fast: False takes the plain-torch reference.
+    """
+    width = b[0].shape[1]
+    if a.shape != (len(b) * width, x.shape[1]) or len(outputs) != len(b):
+        got = (tuple(a.shape), [tuple(m.shape) for m in b], len(outputs))
+        raise ConfigError("lora_rows: matrices do not fit", got=got, do="Pass A of (outputs * W, K) and B of (N, W).")
+    if not fast or not fits(x, a, [*b, *outputs]):
+        lora_rows_reference(x, a, b, outputs, mask)
+        return
+    rows, k = x.shape
+    tile, splits = _shares(rows, k)
+    low = torch.empty(splits, rows, a.shape[0], dtype=torch.float32, device=x.device)
+    sizes = [m.shape[0] for m in b]
+    tiles = list(itertools.accumulate(triton.cdiv(size, _BLOCK_N) for size in sizes))
+    three_b, three_y = ([*m, *[m[0]] * (MOST_OUTPUTS - len(m))] for m in (list(b), list(outputs)))
+    three_n = [*sizes, *[sizes[0]] * (MOST_OUTPUTS - len(sizes))]
+    block_w = 32 if width > 16 else 16
+    with dispatch.launch_on(x):
+        lora_shrink_kernel[(triton.cdiv(a.shape[0], 32), splits)](
+            x, a, low, rows, a.shape[0], k, triton.cdiv(k, splits), x.stride(0), UPCAST=dispatch.interpreting(),
+            BLOCK_T=tile, BLOCK_R=32, BLOCK_K=128 if tile <= 64 else 64, num_warps=4, num_stages=3,
+        )  # fmt: skip
+        lora_expand_kernel[(tiles[-1],)](
+            low, mask, *three_b, *three_y, *three_n, tiles[0], tiles[1] if len(tiles) > 1 else tiles[0],
+            *[y.stride(0) for y in three_y], rows, a.shape[0], width,
+            width // (1 if mask is None else mask.shape[1]), 1 if mask is None else mask.shape[1], splits,
+            MASKED=mask is not None, UPCAST=dispatch.interpreting(), ROUND=must_round(x.dtype), BLOCK_T=tile,
+            BLOCK_N=_BLOCK_N, BLOCK_W=block_w, num_warps=4, num_stages=2,
+        )  # fmt: skip
+
+
+def fits(x: torch.Tensor, a: torch.Tensor, others: Sequence[torch.Tensor]) -> bool:
+    """Whether the kernels can take these: few rows, one dtype, adjacent columns."""
+    same = all(t.dtype == x.dtype and t.stride(1) == 1 for t in (x, a, *others))
+    few = 0 < x.shape[0] <= ROWS and len(others) <= 2 * MOST_OUTPUTS and x.numel() > 0
+    return few and same and a.shape[0] % 16 == 0 and dispatch.can_launch(x, a, *others)
+
+
+def lora_rows_reference(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor],
+    mask: torch.Tensor | None = None,
+) -> None:
+    """The formula in plain torch."""
+    low = x.to(a.dtype) @ a.T
+    if mask is not None:
+        columns = low.view(x.shape[0], len(b), mask.shape[1], -1)
+        low = (columns * mask[:, None, :, None].to(low.dtype)).flatten(1)
+    for y, part, m in zip(outputs, low.chunk(len(b), 1), b, strict=True):
+        if y.dtype == m.dtype:
+            y.addmm_(part, m.T)
+        else:
+            y.add_(part @ m.T)
+
+
+def _shares(rows: int, k: int) -> tuple[int, int]:
+    """Rows of a tile, and programs that share the first product."""
+    tile = max(16, triton.next_power_of_2(rows))
+    most = 32 if rows <= 8 else 16 if rows <= 32 else 8
+    return tile, max(1, min(most, k // 128))
+
+
+@triton.jit
+def lora_shrink_kernel(
+    x, a, low, rows, ranks, k, share, x_stride, UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program computes a tile (BLOCK_T, BLOCK_R) of one share of x A^T; ``low`` is (shares, rows, ranks)."""
+    t = tl.arange(0, BLOCK_T)
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    split = tl.program_id(1)
+    start = split * share
+    stop = tl.minimum(start + share, k)
+    total = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    for at in range(start, stop, BLOCK_K):
+        c = at + tl.arange(0, BLOCK_K)
+        left = tl.load(x + t[:, None] * x_stride + c[None, :], (t[:, None] < rows) & (c[None, :] < stop), other=0.0)
+        right = tl.load(a + r[None, :] * k + c[:, None], (r[None, :] < ranks) & (c[:, None] < stop), other=0.0)
+        if UPCAST:
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        total = tl.dot(left, right, total, input_precision="ieee")
+    out = low + (split * rows + t[:, None]) * ranks + r[None, :]
+    tl.store(out, total, (t[:, None] < rows) & (r[None, :] < ranks))
+
+
+@triton.jit
+def add_update(
+    low, mask, b, y, n_first, n, y_stride, first, rows, ranks, width, rank, adapters, splits, MASKED: tl.constexpr,
+    UPCAST: tl.constexpr, ROUND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Add a tile (BLOCK_T, BLOCK_N) of one output; ``first`` is its first column of ``low``."""
+    t = tl.arange(0, BLOCK_T)
+    c = n_first + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    for start in range(0, width, BLOCK_W):
+        w = start + tl.arange(0, BLOCK_W)
+        inside = (t[:, None] < rows) & (w[None, :] < width)
+        part = tl.zeros((BLOCK_T, BLOCK_W), tl.float32)
+        for split in range(0, splits):
+            at = low + (split * rows + t[:, None]) * ranks + first + w[None, :]
+            part += tl.load(at, inside, other=0.0)
+        if MASKED:
+            part = part * tl.load(mask + t[:, None] * adapters + w[None, :] // rank, inside, other=0.0).to(tl.float32)
+        right = tl.load(b + c[None, :] * width + w[:, None], (c[None, :] < n) & (w[:, None] < width), other=0.0)
+        part = nearest(part, ROUND).to(b.dtype.element_ty)
+        if UPCAST:
+            part, right = part.to(tl.float32), right.to(tl.float32)
+        total = tl.dot(part, right, total, input_precision="ieee")
+    place = y + t[:, None] * y_stride + c[None, :]
+    live = (t[:, None] < rows) & (c[None, :] < n)
+    total += tl.load(place, live, other=0.0).to(tl.float32)
+    tl.store(place, nearest(total, ROUND), live)
+
+
+@triton.jit
+def lora_expand_kernel(
+    low, mask, b0, b1, b2, y0, y1, y2, n0, n1, n2, end0, end1, stride0, stride1, stride2, rows, ranks, width, rank,
+    adapters, splits, MASKED: tl.constexpr, UPCAST: tl.constexpr, ROUND: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """One program adds one tile of one of the outputs."""
+    tile = tl.program_id(0)
+    if tile < end0:
+        add_update(
+            low, mask, b0, y0, tile * BLOCK_N, n0, stride0, 0, rows, ranks, width, rank, adapters, splits, MASKED,
+            UPCAST, ROUND, BLOCK_T, BLOCK_N, BLOCK_W,
+        )  # fmt: skip
+    elif tile < end1:
+        add_update(
+            low, mask, b1, y1, (tile - end0) * BLOCK_N, n1, stride1, width, rows, ranks, width, rank, adapters,
+            splits, MASKED, UPCAST, ROUND, BLOCK_T, BLOCK_N, BLOCK_W,
+        )  # fmt: skip
+    else:
+        add_update(
+            low, mask, b2, y2, (tile - end1) * BLOCK_N, n2, stride2, 2 * width, rows, ranks, width, rank, adapters,
+            splits, MASKED, UPCAST, ROUND, BLOCK_T, BLOCK_N, BLOCK_W,
+        )  # fmt: skip
+
+
+def compile_examples(float_dtype: str) -> list[tuple]:
+    """Kernels with the argument types and options they are launched with, for compilation without a GPU."""
+    examples: list[tuple] = []
+    shrink = dict.fromkeys(("rows", "ranks", "k", "share", "x_stride"), "i32")
+    shrink |= {"x": f"*{float_dtype}", "a": f"*{float_dtype}", "low": "*fp32"}
+    names = [name for name in lora_expand_kernel.arg_names if not name.isupper()]
+    expand = dict.fromkeys(names, "i32") | {"low": "*fp32", "mask": f"*{float_dtype}"}
+    expand |= {name: f"*{float_dtype}" for name in ("b0", "b1", "b2", "y0", "y1", "y2")}
+    for tile in (16, 128):
+        shape = {"UPCAST": False, "BLOCK_T": tile, "BLOCK_R": 32, "BLOCK_K": 128 if tile <= 64 else 64}
+        examples.append((lora_shrink_kernel, shrink, shape, {"num_warps": 4, "num_stages": 3}))
+        shape = {"MASKED": tile == 16, "UPCAST": False, "ROUND": False, "BLOCK_T": tile, "BLOCK_N": 64, "BLOCK_W": 32}
+        examples.append((lora_expand_kernel, expand, shape, {"num_warps": 4, "num_stages": 2}))
+    return examples

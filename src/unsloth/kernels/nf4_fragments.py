@@ -1,0 +1,412 @@
+"""Products of a 4-bit matrix with up to 16 rows, written for the registers of the matrix units.
+
+    y[m, n] = sum over k of x[m, k] * code[nibble[n, k]] * scale[n, k // blocksize]
+
+A matrix-vector product reads W once, so it should take as long as reading it; what stands in the way is the number of
+instructions a value. Here a byte, which is two values, costs three: pick it out of its word, turn it into an address,
+load both values at once as a pair of 16-bit numbers from a table of 256 pairs in shared memory. Every lane has a copy
+of the table in its own bank, 32 KiB in all, so no two lanes ever wait for each other. The matrix units multiply the
+pairs with x as they lie, since the sum over k may run in any order: of a pair of blocks of 64 values, lane 4 g + t of a
+warp takes the bytes 16 t to 16 t + 15 in the rows g and g + 8, and the same 32 values of row g of x. The blocks have
+scales of their own, so the second block's sum is taken once more by itself, with the other lanes' x set to zero.
+Scales multiply these sums in float32: what is rounded is the table alone (to x's dtype), the output aside.
+
+A program goes through tiles of 16 rows of W. Its warps share K and add their sums through shared memory. The next
+words are on their way while the current ones are multiplied.
+
+Triton has no types for any of this, so scalars here are registers: they differ from thread to thread, and the
+instructions on them are written out. The layout of W is described in :mod:`unsloth.kernels.nf4`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from unsloth.kernels.dispatch import capability, interpreting, launch_on, processor_count
+from unsloth.kernels.nf4 import NF4Weight, scale_arguments, scale_signature
+
+MOST_ROWS = 16
+
+
+def takes_fragments(x: torch.Tensor, weight: NF4Weight) -> bool:
+    """Whether the kernel can take ``x`` [M, K]: at most 16 aligned rows, 16-bit, on a card with bfloat16 products."""
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(1) == 1
+    half = x.dtype in (torch.float16, torch.bfloat16) and not interpreting() and x.is_cuda
+    aligned = aligned and weight.packed.data_ptr() % 16 == 0
+    whole = weight.shape[1] % 64 == 0 and weight.blocksize >= 64
+    return half and aligned and whole and x.shape[0] <= MOST_ROWS and capability(x.device) >= (8, 0)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What is added to a product: ``scale * t @ b.T``.
+
+    Attributes:
+        projections: float32 [parts, M, R]; t is their sum over the parts, columns ``first`` to ``first + r``.
+        first: First column of t.
+        b: [N, r] of x's dtype, contiguous, r a multiple of 16.
+        scale: Its factor.
+    """
+
+    projections: torch.Tensor
+    first: int
+    b: torch.Tensor
+    scale: float
+
+
+def multiply_fragments(
+    x: torch.Tensor,
+    weight: NF4Weight,
+    *,
+    side: LowRank | None = None,
+    shape: tuple[int, int] | None = None,
+) -> torch.Tensor:
+    """``x @ W.T`` for x [M, K] that :func:`takes_fragments` accepts.
+
+    Args:
+        x: [M, K].
+        weight: The quantized matrix.
+        side: Added before the result is rounded, or None.
+        shape: Overrides :func:`launch_shape`.
+
+    Returns:
+        [M, N].
+    """
+    rows, (n, k) = x.shape[0], weight.shape
+    y = torch.empty((rows, n), dtype=x.dtype, device=x.device)
+    tiles = triton.cdiv(n, 16)
+    warps, programs = shape or launch_shape(rows, tiles, processor_count(x.device))
+    columns = triton.cdiv(rows, 8)
+    parts, _, ranks = (0, 0, 0) if side is None else side.projections.shape
+    with launch_on(x):
+        nf4_fragments_kernel[(min(tiles, programs * processor_count(x.device)),)](
+            x, weight.packed, *scale_arguments(weight), y, rows, n, k // 64, tiles, x.stride(0), y.stride(0),
+            None if side is None else side.projections, None if side is None else side.b,
+            0.0 if side is None else side.scale, parts, ranks, 0 if side is None else side.first,
+            RANK=0 if side is None else side.b.shape[1], BLOCKSIZE=weight.blocksize, NESTED=weight.nested,
+            NESTED_BLOCKSIZE=weight.nested_blocksize,
+            HALF=x.dtype == torch.float16, COLUMNS=columns, WARPS=warps, num_warps=warps,
+        )  # fmt: skip
+    return y
+
+
+def launch_shape(rows: int, tiles: int, processors: int) -> tuple[int, int]:
+    """Warps of a program (1, 2, 4 or 8), and programs a multiprocessor: more warps where tiles are few."""
+    if tiles < 4 * processors:
+        return 8, 3 if rows <= 8 else 2
+    return 4, 4 if rows <= 8 else 3
+
+
+def _assembly(*lines: str) -> tl.constexpr:
+    return tl.constexpr("\n".join(["{", *lines, "}"]))
+
+
+def _load_pairs() -> tl.constexpr:
+    """Outputs 0 to 3: 16 bytes of one row in each of two pairs of blocks; 4 to 7: of another row.
+
+    Inputs: addresses of the two rows, offsets of the two pairs.
+    """
+    lines = [".reg .b64 a, o;"]
+    for i in range(4):
+        lines += [f"cvt.u64.u32 o, ${10 + i % 2};", f"add.u64 a, ${8 + i // 2}, o;"]
+        lines.append(f"ld.global.v2.b64 {{${2 * i}, ${2 * i + 1}}}, [a];")
+    return _assembly(*lines)
+
+
+def _multiply_pair(columns: int, kind: str) -> tl.constexpr:
+    """Sums over a pair of blocks, 128 values, and over its second block alone, for 8 rows of x a column.
+
+    Outputs, for each column: c0 to c3 of the first sum's fragment, then of the second's. Inputs: 16 bytes of row g,
+    16 of row g + 8, this lane's place in the table, whether the lane's bytes belong to the second block, then for each
+    column the address of x's values and whether the row exists (where it does not, nobody reads the sums).
+    """
+    first = 8 * columns
+    lines = [".reg .pred later, p;", ".reg .f32 zero;", f".reg .b32 w<8>, a<4>, x<{16 * columns}>, y<2>;"]
+    lines += ["mov.f32 zero, 0f00000000;", f"setp.ne.u32 later, ${first + 5}, 0;"]
+    lines += [f"mov.b64 {{w{2 * i}, w{2 * i + 1}}}, ${first + i};" for i in range(4)]
+    for column in range(columns):
+        address, exists = first + 6 + 2 * column, first + 7 + 2 * column
+        if columns == 1:  # lanes without a row load nothing, which matters where there is but one row
+            lines += [f"setp.ne.u32 p, ${exists}, 0;", *(f"mov.b32 x{i}, 0;" for i in range(16))]
+        for i in range(4):
+            four = ", ".join(f"x{16 * column + 4 * i + j}" for j in range(4))
+            guard = "@p " if columns == 1 else ""
+            lines.append(f"{guard}ld.global.nc.v4.b32 {{{four}}}, [${address} + {16 * i}];")
+    for step in range(8):
+        for register in range(4):
+            byte, row = 2 * step + register // 2, register % 2
+            lines.append(f"prmt.b32 a{register}, w{4 * row + byte // 4}, 0, {0x4440 + byte % 4};")
+            lines.append(f"mad.lo.u32 a{register}, a{register}, 128, ${first + 4};")
+            lines.append(f"ld.shared.b32 a{register}, [a{register}];")
+        for column in range(columns):
+            pair = [f"x{16 * column + 2 * step + i}" for i in range(2)]
+            lines += [f"selp.b32 y{i}, {pair[i]}, 0, later;" for i in range(2)]
+            for part, (b0, b1) in enumerate((pair, ("y0", "y1"))):
+                sums = ", ".join(f"${8 * column + 4 * part + i}" for i in range(4))
+                before = "zero, zero, zero, zero" if step == 0 else sums
+                lines.append(
+                    f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{{sums}}}, {{a0, a1, a2, a3}}, "
+                    f"{{{b0}, {b1}}}, {{{before}}};"
+                )
+    return _assembly(*lines)
+
+
+def _add_side(kind: str) -> tl.constexpr:
+    """Fragment of 16 columns of B, rows at $4 (g) and $5 (g + 8), times the pairs $6 and $7 of t."""
+    loads = [f"ld.global.nc.b32 a{i}, [${4 + i % 2} + {i // 2 * 16}];" for i in range(4)]
+    product = (
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{$0, $1, $2, $3}}, {{a0, a1, a2, a3}}, {{$6, $7}}"
+    )
+    return _assembly(
+        ".reg .b32 a<4>;",
+        ".reg .f32 zero;",
+        "mov.f32 zero, 0f00000000;",
+        *loads,
+        f"{product}, {{zero, zero, zero, zero}};",
+    )
+
+
+THREAD = _assembly("mov.u32 $0, %tid.x;")
+TABLE = _assembly(".shared .align 128 .b8 table[32768];", "mov.u32 $0, table;")
+SUMS = tl.constexpr(
+    tuple(_assembly(f".shared .align 128 .b8 sums[{warps * 1024}];", "mov.u32 $0, sums;").value for warps in range(9))
+)
+NESTED_TABLE = _assembly(".shared .align 16 .b8 nested[1024];", "mov.u32 $0, nested;")
+STORE_ONE = _assembly("st.shared.f32 [$1], $2;", "mov.b32 $0, 0;")
+FILL = _assembly("st.shared.v4.b32 [$1], {$2, $2, $2, $2};", "mov.b32 $0, 0;")
+PAIR_BF16 = _assembly("cvt.rn.bf16x2.f32 $0, $2, $1;")
+PAIR_FP16 = _assembly("cvt.rn.f16x2.f32 $0, $2, $1;")
+STAY = _assembly("bar.warp.sync 0xffffffff;", "mov.b32 $0, 0;")  # loads before it are not moved behind it
+FROM_QUAD = _assembly("shfl.sync.idx.b32 $0, $1, $2, 0x1c1f, 0xffffffff;")
+STORE_SUMS = _assembly("st.shared.v2.f32 [$1], {$2, $3};", "st.shared.v2.f32 [$1 + 256], {$4, $5};", "mov.b32 $0, 0;")
+LOAD_SUM = _assembly("ld.shared.f32 $0, [$1];")
+STORE_BF16 = _assembly(
+    ".reg .pred p;", ".reg .b16 v;", "setp.ne.u32 p, $3, 0;", "cvt.rn.bf16.f32 v, $2;", "@p st.global.b16 [$1], v;",
+    "mov.b32 $0, 0;",
+)  # fmt: skip
+STORE_FP16 = _assembly(
+    ".reg .pred p;", ".reg .b16 v;", "setp.ne.u32 p, $3, 0;", "cvt.rn.f16.f32 v, $2;", "@p st.global.b16 [$1], v;",
+    "mov.b32 $0, 0;",
+)  # fmt: skip
+LOAD_PAIRS = _load_pairs()
+MULTIPLY_BF16 = tl.constexpr(tuple(_multiply_pair(c, "bf16").value if c in (1, 2) else "" for c in range(3)))
+MULTIPLY_FP16 = tl.constexpr(tuple(_multiply_pair(c, "f16").value if c in (1, 2) else "" for c in range(3)))
+ADD_SIDE_BF16, ADD_SIDE_FP16 = _add_side("bf16"), _add_side("f16")
+SUM_OF_FOUR = tl.constexpr((tl.float32,) * 4)
+EIGHT_WORDS = tl.constexpr((tl.int64,) * 8)
+SUM_TYPES = tl.constexpr(tuple((tl.float32,) * (8 * c) for c in range(3)))
+MULTIPLY_CONSTRAINTS = tl.constexpr(
+    tuple(",".join(["=&f"] * (8 * c) + ["l"] * 4 + ["r"] * 2 + ["l", "r"] * c) for c in range(3))
+)
+
+
+@triton.jit
+def assembly_int(text: tl.constexpr, constraints: tl.constexpr, operands):
+    """One int32 output of ``text``, which must run where it stands."""
+    return tl.inline_asm_elementwise(text, constraints, operands, dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def fill_table(code, HALF: tl.constexpr, THREADS: tl.constexpr):
+    """Lay out the table, 32 copies of each pair next to each other; returns its address in shared memory."""
+    table = assembly_int(TABLE, "=r,r", [0])
+    thread = assembly_int(THREAD, "=r,r", [0])
+    for start in tl.static_range(0, 256, THREADS):
+        byte = (start + thread) & 255
+        first = tl.load(code + (byte >> 4))
+        second = tl.load(code + (byte & 15))
+        pair = assembly_int(PAIR_FP16 if HALF else PAIR_BF16, "=r,f,f", [first, second])
+        for i in tl.static_range(8):  # each lane begins elsewhere, so that a warp's stores fall into different banks
+            assembly_int(FILL, "=r,r,r", [table + byte * 128 + ((thread + i) & 7) * 16, pair])
+    return table
+
+
+@triton.jit
+def sum_parts(projections, at, parts, stride, HALF: tl.constexpr):
+    """Two neighbouring entries of the projections, summed over the parts, as a pair of 16-bit numbers."""
+    first, second = 0.0, 0.0
+    for part in range(parts):
+        first += tl.load(projections + part * stride + at)
+        second += tl.load(projections + part * stride + at + 1)
+    return assembly_int(PAIR_FP16 if HALF else PAIR_BF16, "=r,f,f", [first, second])
+
+
+@triton.jit
+def load_pairs(words, row0, row1, first, k_blocks, t):
+    """This lane's 16 bytes of two pairs of blocks from ``first`` on, in two rows; clamped to the row's end."""
+    a0 = words.to(tl.int64) + row0.to(tl.int64) * k_blocks * 32
+    a1 = words.to(tl.int64) + row1.to(tl.int64) * k_blocks * 32
+    last = k_blocks * 32 - 16
+    offset = first * 32 + t * 16
+    return tl.inline_asm_elementwise(
+        LOAD_PAIRS, "=l,=l,=l,=l,=l,=l,=l,=l,l,l,r,r",
+        [a0, a1, tl.minimum(offset, last), tl.minimum(offset + 64, last)], dtype=EIGHT_WORDS, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def load_codes(
+    absmax, nested_absmax, row, first, k_blocks, t, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+):  # fmt: skip
+    """What the scale of block ``first + t`` of a row is made of: code and nested scale (or 0 and scale)."""
+    block = (row * k_blocks + tl.minimum(first + t, k_blocks - 1)) // (BLOCKSIZE // 64)
+    if NESTED:
+        return tl.load(absmax + block).to(tl.int32), tl.load(nested_absmax + block // NESTED_BLOCKSIZE)
+    else:
+        return 0, tl.load(absmax + block)
+
+
+@triton.jit
+def finish_scale(index, nested, shift, nested_table, exists, NESTED: tl.constexpr):
+    """The scale from what load_codes gave, 0 for a block that does not exist."""
+    scale = nested
+    if NESTED:
+        entry = tl.inline_asm_elementwise(
+            LOAD_SUM, "=f,r", [nested_table + index * 4], dtype=tl.float32, is_pure=False, pack=1
+        )
+        scale = entry * nested + shift
+    return tl.where(exists, scale, 0.0)
+
+
+@triton.jit
+def of_quad(value, lane: tl.constexpr):
+    """The float of another lane of this lane's four."""
+    return tl.inline_asm_elementwise(FROM_QUAD, "=f,f,r", [value, lane], dtype=tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
+def nf4_fragments_kernel(  # noqa: C901  its switches are compile-time constants
+    x, words, code, absmax, nested_code, nested_absmax, offset, y, m, n, k_blocks, tiles, stride_x, stride_y,
+    projections, side_b, side_scale, parts, ranks, first_rank, RANK: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, HALF: tl.constexpr,
+    COLUMNS: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """A program computes every tile of 16 outputs that is its own, for up to 8 * COLUMNS rows of x."""
+    thread = assembly_int(THREAD, "=r,r", [0])
+    lane, warp = thread & 31, thread >> 5
+    g, t = lane >> 2, lane & 3
+    steps = tl.cdiv(tl.cdiv(k_blocks, 4), WARPS)
+    tile = tl.program_id(0)
+    row0, row1 = tl.minimum(tile * 16 + g, n - 1), tl.minimum(tile * 16 + 8 + g, n - 1)
+    first = warp * 4
+    ahead = load_pairs(words, row0, row1, first, k_blocks, t)
+    code0, nested0 = load_codes(absmax, nested_absmax, row0, first, k_blocks, t, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE)
+    code1, nested1 = load_codes(absmax, nested_absmax, row1, first, k_blocks, t, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE)
+    shift, nested_table = 0.0, 0
+    if NESTED:
+        shift = tl.load(offset)
+        nested_table = assembly_int(NESTED_TABLE, "=r,r", [0])
+        for start in tl.static_range(0, 256, 32 * WARPS):
+            entry = (start + thread) & 255
+            assembly_int(STORE_ONE, "=r,r,f", [nested_table + entry * 4, tl.load(nested_code + entry)])
+    table = fill_table(code, HALF, 32 * WARPS) + lane * 4
+    sums = tl.inline_asm_elementwise(SUMS[WARPS], "=r,r", [0], dtype=tl.int32, is_pure=False, pack=1)
+    tl.debug_barrier()
+    inputs = tl.tuple(())
+    for column in tl.static_range(COLUMNS):
+        row = tl.minimum(column * 8 + g, m - 1)
+        inputs = inputs + (x.to(tl.int64) + row.to(tl.int64) * stride_x * 2,)
+    thin = tl.tuple(())
+    for column in tl.static_range(COLUMNS):
+        for i in tl.static_range(RANK // 8):
+            at = tl.minimum(column * 8 + g, m - 1) * ranks + first_rank + 8 * i + 2 * t
+            thin = thin + (sum_parts(projections, at, parts, m * ranks, HALF),)
+    parity = 0
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        total = (0.0,) * (4 * COLUMNS)
+        for step in range(steps):
+            current, place = ahead, first
+            scale0 = finish_scale(code0, nested0, shift, nested_table, place + t < k_blocks, NESTED)
+            scale1 = finish_scale(code1, nested1, shift, nested_table, place + t < k_blocks, NESTED)
+            # the next words: of this tile, or the first ones of the next tile, or any where there is none
+            ends = step + 1 == steps
+            following = tl.where(ends, tile + tl.num_programs(0), tile)
+            row0 = tl.minimum(following * 16 + g, n - 1)
+            row1 = tl.minimum(following * 16 + 8 + g, n - 1)
+            first = tl.where(ends, warp * 4, first + 4 * WARPS)
+            ahead = load_pairs(words, row0, row1, first, k_blocks, t)
+            code0, nested0 = load_codes(
+                absmax, nested_absmax, row0, first, k_blocks, t, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE
+            )
+            code1, nested1 = load_codes(
+                absmax, nested_absmax, row1, first, k_blocks, t, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE
+            )
+            assembly_int(STAY, "=r,r", [0])
+            for pair in tl.static_range(2):
+                at = tl.minimum((place + 2 * pair) * 128 + t * 64, k_blocks * 128 - 64)
+                operands = [current[2 * pair], current[2 * pair + 1], current[4 + 2 * pair], current[5 + 2 * pair],
+                            table, t >> 1]  # fmt: skip
+                for column in tl.static_range(COLUMNS):
+                    operands = operands + [inputs[column] + at, (column * 8 + g < m).to(tl.int32)]
+                part = tl.inline_asm_elementwise(
+                    MULTIPLY_FP16[COLUMNS] if HALF else MULTIPLY_BF16[COLUMNS], MULTIPLY_CONSTRAINTS[COLUMNS],
+                    operands, dtype=SUM_TYPES[COLUMNS], is_pure=False, pack=1,
+                )  # fmt: skip
+                first0, second0 = of_quad(scale0, 2 * pair), of_quad(scale0, 2 * pair + 1)
+                first1, second1 = of_quad(scale1, 2 * pair), of_quad(scale1, 2 * pair + 1)
+                grown = tl.tuple(())
+                for i in tl.static_range(4 * COLUMNS):
+                    both, second = part[8 * (i // 4) + i % 4], part[8 * (i // 4) + 4 + i % 4]
+                    value = total[i] + (first0 if i % 4 < 2 else first1) * (both - second)
+                    grown = grown + (value + (second0 if i % 4 < 2 else second1) * second,)
+                total = grown
+        for s in tl.static_range(RANK // 16):  # every warp computes it, one counts it
+            factor = tl.where(warp == s % WARPS, side_scale, 0.0)
+            b_row0 = side_b.to(tl.int64) + (tl.minimum(tile * 16 + g, n - 1) * RANK + 16 * s + 2 * t) * 2
+            b_row1 = side_b.to(tl.int64) + (tl.minimum(tile * 16 + 8 + g, n - 1) * RANK + 16 * s + 2 * t) * 2
+            for column in tl.static_range(COLUMNS):
+                part = tl.inline_asm_elementwise(
+                    ADD_SIDE_FP16 if HALF else ADD_SIDE_BF16, "=&f,=&f,=&f,=&f,l,l,r,r",
+                    [b_row0, b_row1, thin[column * (RANK // 8) + 2 * s], thin[column * (RANK // 8) + 2 * s + 1]],
+                    dtype=SUM_OF_FOUR, is_pure=False, pack=1,
+                )  # fmt: skip
+                grown = tl.tuple(())
+                for i in tl.static_range(4 * COLUMNS):
+                    grown = grown + (total[i] + factor * part[i % 4] if i // 4 == column else total[i],)
+                total = grown
+        for column in tl.static_range(COLUMNS):
+            base = sums + parity * (WARPS * 512)
+            assembly_int(
+                STORE_SUMS, "=r,r,f,f,f,f",
+                [base + warp * 512 + g * 32 + t * 8, total[4 * column], total[4 * column + 1], total[4 * column + 2],
+                 total[4 * column + 3]],
+            )  # fmt: skip
+            tl.debug_barrier()
+            for start in tl.static_range(0, 128, 32 * WARPS):
+                row, batch = thread & 15, column * 8 + (((start + thread) >> 4) & 7)
+                value = 0.0
+                for other in tl.static_range(WARPS):
+                    value += tl.inline_asm_elementwise(
+                        LOAD_SUM, "=f,r", [base + other * 512 + row * 32 + (batch & 7) * 4], dtype=tl.float32,
+                        is_pure=False, pack=1,
+                    )  # fmt: skip
+                out = tile * 16 + row
+                wanted = ((start + thread < 128) & (out < n) & (batch < m)).to(tl.int32)
+                to = y.to(tl.int64) + (batch.to(tl.int64) * stride_y + out) * 2
+                assembly_int(STORE_FP16 if HALF else STORE_BF16, "=r,l,f,r", [to, value, wanted])
+            parity = 1 - parity
+
+
+def compile_examples(float_dtype: str) -> list[tuple]:
+    """Kernels with the argument types and options they are launched with, for compilation without a GPU.
+
+    The instructions need a card of compute capability 8.0, for which bfloat16 stands here.
+    """
+    if float_dtype != "bf16":
+        return []
+    signature = scale_signature() | {"x": "*bf16", "words": "*u8", "y": "*bf16"}
+    signature |= dict.fromkeys(("m", "n", "k_blocks", "tiles", "stride_x", "stride_y"), "i32")
+    signature |= {"projections": "*fp32", "side_b": "*bf16", "side_scale": "fp32"}
+    signature |= dict.fromkeys(("parts", "ranks", "first_rank"), "i32")
+    examples = []
+    for columns, nested in ((1, True), (2, False)):
+        constants = {"BLOCKSIZE": 64, "NESTED": nested, "NESTED_BLOCKSIZE": 256, "HALF": not nested}
+        constants |= {"COLUMNS": columns, "WARPS": 4, "RANK": 32}
+        types = signature if nested else {**signature, "x": "*fp16", "y": "*fp16", "side_b": "*fp16", "absmax": "*fp32"}
+        examples.append((nf4_fragments_kernel, types, constants, {"num_warps": 4}))
+    return examples

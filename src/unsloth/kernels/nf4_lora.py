@@ -1,0 +1,142 @@
+r"""Linears with 4-bit weights and adapters, for the few rows of a decoding step.
+
+Several linears of one input (q/k/v, gate/up), M rows of x, adapters A_i (r_i, K), B_i (N_i, r_i), scale s_i (Hu et al.
+2021, arXiv:2106.09685)::
+
+    t = x [A_0; A_1; ...]^T                 y_i = x W_i^T + s_i t_i B_i^T
+
+One launch makes t for all of them, in float32 and in parts of K that are added where they are read; one launch a linear
+multiplies with W_i and adds the adapter's part before y_i is rounded. Bytes: packed W once, A and B once; t is a few
+kilobytes. Separate products would launch two to three kernels more a linear, which take longer than their bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from unsloth.core.errors import ConfigError
+from unsloth.kernels.dispatch import as_rows, interpreting, launch_on
+from unsloth.kernels.nf4 import NF4Weight
+from unsloth.kernels.nf4_fragments import LowRank, multiply_fragments, takes_fragments
+from unsloth.kernels.nf4_matmul import nf4_linear
+
+PART = 512  # columns of x that one program multiplies
+
+
+@dataclass(frozen=True)
+class StackedAdapters:
+    """Adapters of linears that share their input, in the dtype of the activations.
+
+    Attributes:
+        a: [R, K], contiguous: A_0, A_1, ... on top of each other.
+        b: B_i [N_i, r_i], contiguous; the r_i add up to R.
+        scales: s_i.
+    """
+
+    a: torch.Tensor
+    b: tuple[torch.Tensor, ...]
+    scales: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        ranks = [b.shape[1] for b in self.b]
+        same = all(b.dtype == self.a.dtype and b.is_contiguous() for b in self.b)
+        if sum(ranks) != self.a.shape[0] or len(self.scales) != len(ranks) or not same or not self.a.is_contiguous():
+            got = (tuple(self.a.shape), [tuple(b.shape) for b in self.b], len(self.scales))
+            do = "Pass contiguous A [R, K] and B [N, r] of one dtype, with the ranks r adding up to R."
+            raise ConfigError("Stacked adapters do not fit together", got=got, do=do)
+
+
+def nf4_lora_linears(
+    x: torch.Tensor,
+    weights: Sequence[NF4Weight],
+    adapters: StackedAdapters | None,
+    *,
+    fast: bool = True,
+) -> list[torch.Tensor]:
+    """Multiply ``x`` by 4-bit matrices with adapters; no gradient.
+
+    Args:
+        x: [..., K].
+        weights: Matrices [N_i, K].
+        adapters: Of these linears, or None.
+        fast: False takes the plain-torch reference.
+
+    Returns:
+        One [..., N_i] a matrix, of x's dtype.
+    """
+    if adapters is not None and len(adapters.b) != len(weights):
+        got = (len(adapters.b), len(weights))
+        raise ConfigError("nf4_lora_linears: one adapter a matrix is needed", got=got, do="Stack as many as matrices.")
+    x = x.detach()
+    if adapters is None:
+        return [nf4_linear(x, weight, fast=fast) for weight in weights]
+    rows = as_rows(x)
+    fits = fast and adapters.a.dtype == x.dtype and all(b.shape[1] % 16 == 0 for b in adapters.b)
+    if not (fits and rows.shape[0] and all(takes_fragments(rows, weight) for weight in weights)):
+        return _one_by_one(x, weights, adapters, fast)
+    projections = project_few(rows, adapters.a)
+    outputs, first = [], 0
+    for weight, b, scale in zip(weights, adapters.b, adapters.scales, strict=True):
+        side = LowRank(projections, first, b, scale)
+        outputs.append(multiply_fragments(rows, weight, side=side).view(*x.shape[:-1], weight.shape[0]))
+        first += b.shape[1]
+    return outputs
+
+
+def _one_by_one(
+    x: torch.Tensor, weights: Sequence[NF4Weight], adapters: StackedAdapters, fast: bool
+) -> list[torch.Tensor]:
+    """The formula, a product at a time."""
+    outputs, first = [], 0
+    for weight, b, scale in zip(weights, adapters.b, adapters.scales, strict=True):
+        a = adapters.a[first : first + b.shape[1]].to(x.dtype)
+        outputs.append(nf4_linear(x, weight, fast=fast) + (x @ a.T) @ b.to(x.dtype).T * scale)
+        first += b.shape[1]
+    return outputs
+
+
+def project_few(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """Parts of ``x @ a.T`` over slices of K, which add up to it.
+
+    Args:
+        x: [M, K] with adjacent columns, M at most 16.
+        a: [R, K], contiguous.
+
+    Returns:
+        float32 [parts, M, R].
+    """
+    (m, k), r = x.shape, a.shape[0]
+    parts = triton.cdiv(k, PART)
+    t = torch.empty((parts, m, r), dtype=torch.float32, device=x.device)
+    with launch_on(x):
+        project_few_kernel[(triton.cdiv(r, 16), parts)](
+            x, a, t, m, r, k, x.stride(0), UPCAST=interpreting(), PART=PART, num_warps=4
+        )
+    return t
+
+
+@triton.jit
+def project_few_kernel(x, a, t, m, r, k, stride_x, UPCAST: tl.constexpr, PART: tl.constexpr):
+    """One program multiplies 16 rows of a with PART columns of all rows of x."""
+    rank = tl.program_id(0) * 16 + tl.arange(0, 16)
+    row = tl.arange(0, 16)
+    column = tl.program_id(1) * PART + tl.arange(0, PART)
+    left = tl.load(x + row[:, None] * stride_x + column[None, :], (row[:, None] < m) & (column[None, :] < k), other=0.0)
+    right = tl.load(a + rank[None, :] * k + column[:, None], (rank[None, :] < r) & (column[:, None] < k), other=0.0)
+    if UPCAST:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    part = tl.dot(left, right, input_precision="ieee")
+    at = (tl.program_id(1) * m + row[:, None]) * r + rank[None, :]
+    tl.store(t + at, part, (row[:, None] < m) & (rank[None, :] < r))
+
+
+def compile_examples(float_dtype: str) -> list[tuple]:
+    """Kernels with the argument types and options they are launched with, for compilation without a GPU."""
+    ptr = f"*{float_dtype}"
+    signature = {"x": ptr, "a": ptr, "t": "*fp32"} | dict.fromkeys(("m", "r", "k", "stride_x"), "i32")
+    return [(project_few_kernel, signature, {"UPCAST": False, "PART": PART}, {"num_warps": 4})]

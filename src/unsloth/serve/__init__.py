@@ -1,0 +1,1 @@
+"""A server with the OpenAI interface on the engine of :mod:`unsloth.generate`."""
