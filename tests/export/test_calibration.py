@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from unsloth import FastLanguageModel, SFTConfig, SFTTrainer
 from unsloth.core.errors import ConfigError, DataError
 from unsloth.data import calibration as shipped
 from unsloth.export import calibration
@@ -65,3 +66,22 @@ def test_every_conversation_that_ships_is_whole():
 def test_what_cannot_be_calibrated_on(rows, options, error, tokenizer):
     with pytest.raises(error):
         calibration.read(rows, tokenizer, **options)
+
+
+def test_after_a_run_its_rows_are_taken(tiny, conversations, tmp_path):
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(tiny()), max_seq_length=128, dtype=torch.float32, load_in_16bit=True
+    )
+    model = FastLanguageModel.get_peft_model(model, r=2)
+    assert calibration.of_model(model, None, tokenizer).source == calibration.SHIPPED
+    trainer = SFTTrainer(
+        model=model,
+        tokenizer=tokenizer,
+        train_dataset=conversations,
+        args=SFTConfig(output_dir=str(tmp_path), max_steps=1, report_to="none", use_cpu=True, save_strategy="no"),
+    )
+    trainer.train()
+    found = calibration.of_model(model, None, tokenizer, tokens=10**6)
+    assert found.source == calibration.TRAINED
+    assert found.tokens == sum(len(row["input_ids"]) for row in trainer.train_dataset)
+    assert calibration.of_model(model, [{"text": "other"}], tokenizer).source == "list"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -15,11 +15,15 @@ from unsloth.core.errors import ConfigError, DataError
 from unsloth.data import calibration, formats, sources
 from unsloth.data.encode import Encoder, PrepareOptions
 from unsloth.data.sources import Rows
+from unsloth.models import record
+from unsloth.models.record import transformers_model
 
 Source: TypeAlias = "Rows | str | os.PathLike[str]"
 """Rows in any layout that can be trained on, token ids among them; or the name of a file, folder or data set."""
 
 SHIPPED = "the calibration conversations that ship with unsloth"
+TRAINED = "the rows of the training run"
+_CHUNK = 512  # tokens
 _MOST_ROWS = 4096  # of a large data set are looked at
 
 
@@ -41,7 +45,32 @@ class Text:
         return sum(len(chunk) for chunk in self.chunks)
 
 
-def read(source: Source | None, tokenizer: PreTrainedTokenizerBase, *, tokens: int = 16_384, length: int = 512) -> Text:
+def of_model(
+    model: torch.nn.Module, source: Source | None, tokenizer: PreTrainedTokenizerBase, *, tokens: int = 16_384
+) -> Text:
+    """The text to measure a model on.
+
+    Args:
+        model: The model.
+        source: See :data:`Source`; None takes the rows that the model was trained on in this process, if it was, else
+            the set that ships.
+        tokenizer: Of the model.
+        tokens: The most tokens.
+
+    Raises:
+        UnslothError: As :func:`read` does.
+    """
+    longest = getattr(transformers_model(model).config.get_text_config(), "max_position_embeddings", None)
+    length = min(_CHUNK, longest or _CHUNK)
+    rows = record.kept_rows(model) if source is None else None
+    if rows is None:
+        return read(source, tokenizer, tokens=tokens, length=length)
+    return replace(read(rows, tokenizer, tokens=tokens, length=length), source=TRAINED)
+
+
+def read(
+    source: Source | None, tokenizer: PreTrainedTokenizerBase, *, tokens: int = 16_384, length: int = _CHUNK
+) -> Text:
     """Render and tokenize rows as training does, one after another, and cut what comes into chunks.
 
     Of more than 4,096 rows of a data set, as many are taken at equal distances.

@@ -30,7 +30,8 @@ class Importance:
         tokenizer: Of the model.
         wanted: The methods of all files.
         file: An importance matrix that was made before, for all files.
-        data: What to measure on, for all files; None measures on what ships, where a method needs it.
+        data: What to measure on, for all files; None measures where a method needs it, on what the model was trained
+            on in this process, or else on what ships.
         tokens: The most tokens to measure on.
 
     Raises:
@@ -63,7 +64,8 @@ class Importance:
             )
         needed = file is None and (data is not None or any(self._needs(method) for method in wanted))
         if measured or needed:
-            self._measure(calibration.read(data, tokenizer, tokens=tokens), backwards=measured)
+            text = calibration.of_model(conversion.model, data, tokenizer, tokens=tokens)
+            self._measure(text, backwards=measured)
 
     def _read(self, path: Path) -> None:
         found = quantize.read_imatrix(path)

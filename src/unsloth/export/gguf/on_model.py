@@ -59,7 +59,8 @@ def save_pretrained_gguf(
             takes the model's own.
         imatrix_file: An importance matrix in one of llama.cpp's formats, made from this model.
         calibration_data: Rows like those the model was trained on, or a file of them, from which an importance matrix
-            is made. Without either, methods that need one get one made from conversations that ship with the library.
+            is made. Without either, methods that need one get one made from the rows that the model was trained on in
+            this process, or else from conversations that ship with the library.
         calibration_tokens: The most tokens to take of them.
         pre_tokenizer: llama.cpp's name of the way in which the tokenizer cuts words, where it is not found.
         max_shard_size: Largest file, such as ``"4GB"``; None writes one file a method.
@@ -167,7 +168,8 @@ def save_imatrix(
         path: The file to write: ``.gguf``, or ``.dat`` for llama.cpp's older format.
         tokenizer: Of the model.
         data: Rows in any layout that can be trained on, such as ``trainer.train_dataset``, or a file of them; None
-            takes conversations that ship with the library.
+            takes the rows that the model was trained on in this process, or else conversations that ship with the
+            library.
         tokens: The most tokens to take of them.
 
     Raises:
@@ -178,5 +180,5 @@ def save_imatrix(
     """
     imatrix.check_suffix(path)
     conversion = convert.plan(self, tokenizer)
-    text = calibration.read(data, tokenizer, tokens=tokens)
+    text = calibration.of_model(self, data, tokenizer, tokens=tokens)
     imatrix.write(imatrix.measure(self, conversion, text), path)
