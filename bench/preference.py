@@ -121,6 +121,7 @@ def trainer_of(given: argparse.Namespace, model: torch.nn.Module, prompt: int, f
         max_steps=given.steps,
         learning_rate=1e-4,
         lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",  # the same rows in the same order
         bf16=DEVICE.type == "cuda",
         use_cpu=DEVICE.type != "cuda",
         gradient_checkpointing=True,

@@ -91,7 +91,7 @@ class FastLanguageModel:
             resize_model_vocab: Rows that the embedding and the head are to have at least.
             revision: Hub revision.
             use_exact_model_name: Accepted; a name is never exchanged for another one here.
-            offload_embedding: Hold the input embedding in host memory: without a GPU it is; on one, refused.
+            offload_embedding: Hold the input embedding in host memory, where it is frozen and not the head as well.
             offload_embeddings: The same.
             float32_mixed_precision: For full fine-tuning; False holds the weights in ``dtype`` too.
             random_state: Seed of the adapters' initial values.

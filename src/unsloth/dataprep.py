@@ -117,6 +117,14 @@ class SyntheticDataKit:
         """New rows after the user's own; see :func:`unsloth.data.synthetic.make_variations`."""
         return synthetic.make_variations(rows, self._generate, count)
 
+    def invent(self, task: str, columns: Sequence[str], count: int) -> list[dict[str, Any]]:
+        """Rows for a task, without any examples; see :func:`unsloth.data.synthetic.invent`."""
+        return synthetic.invent(task, columns, self._generate, count)
+
+    def restructure(self, rows: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
+        """Rows of any shape as conversations; see :func:`unsloth.data.synthetic.restructure`."""
+        return synthetic.restructure(rows, self._generate)
+
 
 def _local(model: Any, tokenizer: Any, max_new_tokens: int) -> Generate:
     def generate(prompts: list[str]) -> list[str]:

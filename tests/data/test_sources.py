@@ -1,5 +1,6 @@
 import gzip
 import json
+import logging
 import zipfile
 
 import pyarrow as pa
@@ -70,14 +71,14 @@ def test_text_that_looks_like_a_number_stays_text_in_a_mixed_column(tmp_path):
     assert listed(load_rows(tmp_path / "t.csv"))[0] == {"zip": "01234", "date": "2024-01-02", "id": "7"}
 
 
-def workbook(path, sheet, shared, styles=""):
+def workbook(path, sheet, shared, styles="", about=""):
     main = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
     links = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(
             "xl/workbook.xml",
-            f'<workbook xmlns="{main}" xmlns:r="{links}"><sheets><sheet name="Data" sheetId="1" r:id="rId1"/></sheets>'
-            "</workbook>",
+            f'<workbook xmlns="{main}" xmlns:r="{links}">{about}<sheets>'
+            '<sheet name="Data" sheetId="1" r:id="rId1"/></sheets></workbook>',
         )
         archive.writestr(
             "xl/_rels/workbook.xml.rels",
@@ -107,6 +108,42 @@ def test_excel_with_merged_cells_dates_and_gaps(tmp_path):
     ]
     with pytest.raises(ConfigError, match="Data"):
         load_rows(path, sheet="Other")
+
+
+@pytest.mark.parametrize(
+    ("about", "day"), [("", "2020-02-28"), ('<workbookPr date1904="1"/>', "2024-02-29")], ids=["1900", "1904"]
+)
+def test_excel_with_times_formulas_and_errors(tmp_path, caplog, monkeypatch, about, day):
+    monkeypatch.setattr(logging.getLogger("unsloth"), "propagate", True)
+    names = ["day", "time", "span", "money", "sum", "lost", "error"]
+    head = "".join(f'<c r="{chr(65 + i)}1" t="s"><v>{i}</v></c>' for i in range(7))
+    cells = (
+        '<c r="A2" s="1"><v>43889</v></c><c r="B2" s="2"><v>0.545138888888889</v></c><c r="C2" s="3"><v>1.25</v></c>'
+        '<c r="D2" s="4"><v>1.5</v></c><c r="E2"><f>1+1</f><v>2</v></c><c r="F2"><f>A2*2</f></c>'
+        '<c r="G2" t="e"><v>#N/A</v></c>'
+    )
+    styles = (
+        '<numFmts><numFmt numFmtId="164" formatCode="[$-409]d mmm yyyy"/><numFmt numFmtId="165" formatCode="h:mm"/>'
+        '<numFmt numFmtId="166" formatCode="[h]:mm:ss"/><numFmt numFmtId="167" formatCode="0.00 &quot;dollars&quot;"/>'
+        '</numFmts><cellXfs><xf numFmtId="0"/><xf numFmtId="164"/><xf numFmtId="165"/><xf numFmtId="166"/>'
+        '<xf numFmtId="167"/></cellXfs>'
+    )
+    path = tmp_path / "t.xlsx"
+    workbook(path, f"<sheetData><row>{head}</row><row>{cells}</row></sheetData>", names, styles, about)
+    row = load_rows(path)[0]
+    assert row == {
+        "day": day,
+        "time": "13:05:00",
+        "span": "30:00:00",
+        "money": 1.5,
+        "sum": 2,
+        "lost": None,
+        "error": None,
+    }
+    assert (
+        "2 cells are empty because they hold an error, or a formula whose result was not saved, such as F2"
+        in caplog.text
+    )
 
 
 def test_parquet_text_and_folders(tmp_path):

@@ -159,3 +159,44 @@ def test_a_local_model(tiny, tmp_path):
     kit = SyntheticDataKit.from_pretrained(str(tiny()), max_seq_length=512, max_generation_tokens=4, load_in_16bit=True)
     replies = kit._generate(["x"])
     assert len(replies) == 1 and isinstance(replies[0], str)
+
+
+def test_rows_from_a_description_alone():
+    replies = iter(
+        [
+            'Sure: [{"text": "Great!", "label": "positive"}, {"text": "Bad.", "label": "negative"}, {"text": "no"}]',
+            "nothing",
+            '[{"text": "great!", "label": "positive"}, {"text": "Fine.", "label": "neutral"}]',
+        ]
+    )
+    prompts = []
+
+    def generate(asked):
+        prompts.extend(asked)
+        return [next(replies)]
+
+    rows = synthetic.invent("reviews", ["text", "label"], generate, count=3)
+    assert [row["text"] for row in rows] == ["Great!", "Bad.", "Fine."]
+    assert "reviews" in prompts[0] and "Bad." in prompts[1]
+    with pytest.raises(DataError, match="no reply held rows of these columns"):
+        synthetic.invent("reviews", ["text"], lambda asked: ["no"], count=3)
+    with pytest.raises(ConfigError, match="at least one must be wanted"):
+        synthetic.invent("reviews", [], lambda asked: ["no"], count=3)
+
+
+def test_rows_of_another_shape_become_conversations():
+    def generate(asked):
+        pair = '{"question": "q", "answer": "a"}'
+        return [f"[{pair}, {pair}]" if "Tea" in prompt else f"[{pair}]" for prompt in asked]
+
+    rows, failed = synthetic.restructure([{"note": "Tea"}, {"note": "hot"}, {"x": 1}, {"x": 2}], generate, per_prompt=2)
+    assert (
+        rows
+        == [
+            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        ]
+        * 2
+    )
+    assert failed == [2, 3]
+    with pytest.raises(DataError, match="no reply held a pair for each row"):
+        synthetic.restructure([{"x": 1}], lambda asked: ["[]"])

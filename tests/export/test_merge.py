@@ -1,9 +1,16 @@
+import copy
 import math
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from unsloth import FastLanguageModel
 from unsloth.core.errors import AdapterError, ConfigError, ExportError
@@ -149,3 +156,36 @@ def test_an_adapter_with_a_bias_of_its_own(tiny):
         added = merged["model.layers.0.self_attn.q_proj.bias"] - layer.base_layer.bias
         assert torch.allclose(added, layer.scaling["default"] * layer.lora_B["default"].bias, atol=1e-6)
         assert check.count == 2
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_adapters_of_stacked_experts(kind, monkeypatch):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "eos_token_id": 1, "pad_token_id": None}
+    torch.manual_seed(0)
+    if kind == "qwen3_moe":
+        config = Qwen3MoeConfig(**sizes, **heads, moe_intermediate_size=16, num_experts=3, num_experts_per_tok=2)
+        plain = Qwen3MoeForCausalLM(config)
+    else:
+        plain = GptOssForCausalLM(GptOssConfig(**sizes, **heads, num_local_experts=3, num_experts_per_tok=2))
+    model = get_peft_model(
+        copy.deepcopy(plain),
+        LoraConfig(
+            r=2,
+            target_modules=["q_proj"],
+            target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            init_lora_weights=False,
+        ),
+    ).eval()
+    monkeypatch.setattr(merge, "_BLOCK", 1)  # one expert at a time
+    merged = dict(merge.model_tensors(model, torch.float32))
+    before = plain.model.layers[0].mlp.experts.down_proj.detach().clone()
+    plain.load_state_dict(merged)
+    assert not torch.equal(before, merged["model.layers.0.mlp.experts.down_proj"])
+    ids = torch.arange(4, 60)[None]
+    with torch.no_grad():
+        expected, actual = model(input_ids=ids).logits, plain.eval()(input_ids=ids).logits
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+    half = dict(merge.model_tensors(model, torch.float32, MergeOptions(adapter_scale=0.5)))
+    middle = (before + merged["model.layers.0.mlp.experts.down_proj"]) / 2
+    assert torch.allclose(half["model.layers.0.mlp.experts.down_proj"], middle, atol=1e-6)

@@ -93,5 +93,6 @@ def test_a_thread_that_dies_leaves_nobody_waiting(make_engine, monkeypatch):
         monkeypatch.setattr(inner, "step", lambda: 1 / 0)
         with pytest.raises(GenerationError, match="has stopped"):
             await engine.answer([5, 6], drawn(1))
+        await asyncio.to_thread(engine._thread.join)  # so that its warning comes within this test
 
     asyncio.run(asyncio.wait_for(main(), 60))

@@ -16,8 +16,9 @@ from transformers import (
 
 from unsloth.core.errors import ConfigError
 from unsloth.generate import sampling
-from unsloth.generate.sampler import Controls, Kind, adjust, keys_of, sample, threshold
+from unsloth.generate.sampler import Controls, Kind, adjust, keys_of, sample
 from unsloth.generate.sampling import SamplingParams
+from unsloth.kernels.cut_rows import cut_rows
 
 ROWS, SIZE = 6, 97
 
@@ -47,8 +48,9 @@ def test_cuts_leave_what_transformers_leaves(temperature, top_k, top_p, min_p):
     chain += [MinPLogitsWarper(min_p)] if min_p else []
     expected = LogitsProcessorList(chain)(ids, logits())
     c = controls(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    z = logits() / temperature
-    ours = z.masked_fill(z < threshold(z, c, Kind(cuts=True, min_p=min_p > 0)), float("-inf"))
+    z = logits() * (1 / c.temperature)[:, None]
+    bound = cut_rows(logits(), c.temperature, c.top_k, c.top_p, c.min_p)
+    ours = z.masked_fill(z < bound[:, None], float("-inf"))
     assert torch.equal(ours > float("-inf"), expected > float("-inf"))
     torch.testing.assert_close(ours, expected)
 
@@ -103,7 +105,7 @@ def test_greedy_rows_beside_drawn_ones():
 def test_a_cut_does_not_change_which_random_numbers_are_used():
     """So a request draws the same tokens whether or not others in the batch are cut."""
     plain = sample(logits(), controls(), Kind())
-    cut = sample(logits(), controls(), Kind(cuts=True, min_p=True, bias=True))
+    cut = sample(logits(), controls(), Kind(cuts=True, bias=True))
     assert torch.equal(plain.tokens, cut.tokens)
     seeds = np.repeat(np.array([0, 1, 2**62, 2**64 - 5], np.uint64), 50)
     assert len({*zip(*keys_of(seeds, np.tile(np.arange(50, dtype=np.uint64), 4)).tolist(), strict=True)}) == 200

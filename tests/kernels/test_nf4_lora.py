@@ -45,11 +45,11 @@ def test_without_adapters_and_shapes(device):
     assert nf4_lora_linears(x[:0], weights, adapters)[0].shape == (0, 3, 24)
 
 
-@pytest.mark.parametrize(("rows", "rank", "k"), [(1, 16, 64), (16, 40, 700), (3, 5, 1030)])
+@pytest.mark.parametrize(("rows", "rank", "k"), [(1, 16, 64), (16, 40, 700), (3, 5, 5000)])
 def test_projection_in_parts(device, rows, rank, k):
     x, a = torch.randn(rows, k, device=device).bfloat16(), torch.randn(rank, k, device=device).bfloat16()
     parts = project_few(x, a)
-    assert parts.shape == (-(-k // 512), rows, rank)
+    assert parts.shape[0] <= 8 and parts.shape[1:] == (rows, rank)
     torch.testing.assert_close(parts.sum(0).double(), x.double() @ a.double().T, rtol=1e-5, atol=1e-3)
 
 

@@ -55,6 +55,7 @@ TRAINING = {
         _TRL,
         ClassSource("trl", "trainer/sft_config.py", "SFTConfig"),
         *_COMMON,
+        ClassSource("unsloth", "train/row_arguments.py", "RowArguments"),
         ClassSource("unsloth", "train/config.py", "SFTConfig"),
     ),
     "dpo": (_PLAIN, _TRL, ClassSource("trl", "trainer/dpo_config.py", "DPOConfig"), *_PREFERENCE),

@@ -41,3 +41,9 @@ def grid(title: str, headings: Sequence[str], rows: Sequence[Sequence[object]]) 
 def shows_colors(on: Console) -> bool:
     """Whether what is printed on ``on`` can be told apart by color."""
     return on.is_terminal and not on.no_color and on.color_system is not None
+
+
+def visible(text: str) -> str:
+    """Text with its white space and control characters shown; a line break still breaks the line."""
+    shown = text.replace(" ", "\u00b7").replace("\t", "\u2192").replace("\r", "\u240d").replace("\n", "\u21b5\n")
+    return "".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in shown)

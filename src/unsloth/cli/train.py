@@ -220,7 +220,7 @@ def first_row(console: Console, run: Run) -> Text:
         if trained != inside and not colors:
             text.append("[[" if trained else "]]")
         inside = trained
-        text.append(_visible(run.tokenizer.decode([token])), style=trained_style if trained else other_style)
+        text.append(screen.visible(run.tokenizer.decode([token])), style=trained_style if trained else other_style)
     text.append("]]" if inside and not colors else "")
     return text
 
@@ -236,12 +236,6 @@ def _tokens_of(rows: Rows | methods.PreferenceRows) -> list[tuple[int, bool]]:
     for name in rows.answers:
         found += [(token, False) for token in row["prompt_ids"]] + [(token, True) for token in row[name]]
     return found
-
-
-def _visible(token: str) -> str:
-    """A token with its white space and control characters shown; a line break still breaks the line."""
-    shown = token.replace(" ", "\u00b7").replace("\t", "\u2192").replace("\r", "\u240d").replace("\n", "\u21b5\n")
-    return "".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in shown)
 
 
 def _console() -> Console:
@@ -281,6 +275,10 @@ def _prepared(rows: sources.Rows, tokens: PreTrainedTokenizerBase, training: SFT
         text_field=training.dataset_text_field,
         responses=markers,
         num_proc=training.dataset_num_proc,
+        layout=training.layout,  # type: ignore[arg-type] # both are checked there
+        long_rows=training.long_rows,  # type: ignore[arg-type]
+        escape_control_tokens=training.escape_control_tokens,
+        cache=training.cache_tokens,
     )
     training.assistant_only_loss = False  # the labels say so already
     dataset, report = prepare.prepare(rows, tokens, how)

@@ -28,6 +28,9 @@ ROLE_ALIASES = {
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 """The roles that chat templates know."""
 
+_ROLES = frozenset(ROLES)
+_ESSENTIAL = {"role", "content"}
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -87,6 +90,10 @@ def parse_json(text: str, number: int, column: str) -> Any:
 
 
 def _message(message: Any, number: int, position: int) -> dict[str, Any]:
+    if type(message) is dict and message.keys() == _ESSENTIAL:
+        role, content = message["role"], message["content"]
+        if type(role) is str and role in _ROLES and type(content) is str:
+            return {"role": role, "content": content}
     where = f"row {number}, message {position}"
     if not isinstance(message, Mapping):
         raise DataError(

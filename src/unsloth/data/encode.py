@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
@@ -10,8 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from unsloth.core.errors import ConfigError, DataError, TokenizerError
 from unsloth.data import formats, masking, render
+from unsloth.data.assembly import Form
+from unsloth.data.batch_tokenizer import BatchTokenizer
 from unsloth.data.conversation import Conversation
 from unsloth.data.formats import Detection, Layout
+from unsloth.data.forms import Forms, Masking
 from unsloth.data.masking import IGNORED, ResponseMarkers
 from unsloth.data.turns import TurnReader, is_silent
 
@@ -42,6 +45,10 @@ class PrepareOptions:
             several rows of it, of which each begins with the last token of the one before, so that every token is
             trained once; ``"drop"`` leaves it out; ``"error"`` names it.
         escape_control_tokens: Tokenize names of control tokens that occur within messages as the text they are.
+        pack_length: Tokens of a packed row, where it may be longer than a document; None is ``max_length``.
+        cache: Keep the result on the disk, and find it there (:mod:`unsloth.data.token_cache`).
+        outlines: Work out once for each sequence of roles what the template writes, where this gives the same tokens
+            (:mod:`unsloth.data.outline`, :mod:`unsloth.data.assembly`). False renders each row.
     """
 
     max_length: int | None
@@ -56,12 +63,19 @@ class PrepareOptions:
     layout: Layout | None = None
     long_rows: LongRows = "truncate"
     escape_control_tokens: bool = False
+    pack_length: int | None = None
+    cache: bool = False
+    outlines: bool = True
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 2:
             raise ConfigError("max_length must be at least 2 tokens", got=self.max_length)
         if self.packing and self.max_length is None:
             raise ConfigError("packing needs a row length", got=None, do="Set max_length=...")
+        if self.pack_length is not None and self.pack_length < (self.max_length or 2):
+            raise ConfigError("pack_length must not be below max_length", got=self.pack_length)
+        if self.layout is not None and self.layout not in get_args(Layout):
+            raise ConfigError(f"layout must be one of {', '.join(get_args(Layout))}", got=self.layout)
         for name, known in (("train_on", TrainOn), ("long_rows", LongRows)):
             if getattr(self, name) not in get_args(known):
                 raise ConfigError(f"{name} must be one of {', '.join(get_args(known))}", got=getattr(self, name))
@@ -84,6 +98,66 @@ class Piece:
     trained: list[tuple[int, int]] | None
     begin: bool = False
     flags: int = 0
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A row whose tokens are put together.
+
+    Attributes:
+        form: How.
+        texts: What its messages say.
+        flags: What was noticed.
+    """
+
+    form: Form
+    texts: list[str]
+    flags: int = 0
+
+
+class Work:
+    """The rows of a batch on their way to token ids.
+
+    Args:
+        items: What is to be tokenized, row by row; finished rows have their ids, labels and flags instead.
+        numbers: Which rows they are.
+        tokenizer: Makes the ids.
+    """
+
+    def __init__(self, items: Sequence[Any], numbers: Sequence[int], tokenizer: BatchTokenizer) -> None:
+        self.items = items
+        self.numbers = numbers
+        self.tokenizer = tokenizer
+        # Texts by whether they get a beginning, and whether it will be asked where in them tokens come from.
+        self._texts: dict[tuple[bool, bool], list[str]] = {(a, b): [] for a in (False, True) for b in (False, True)}
+        self._ways: list[list[tuple[bool, bool]]] = []
+        self._encodings: dict[tuple[bool, bool], list[Any]] = {}
+        for item in items:
+            self._ways.append(self._ask(item))
+
+    def _ask(self, item: Any) -> list[tuple[bool, bool]]:
+        if isinstance(item, Piece):
+            ways = [(item.begin, item.trained is not None)]
+            self._texts[ways[0]].append(item.text)
+            return ways
+        if not isinstance(item, Filled):
+            return []
+        ways = []
+        for text, looked_up in item.form.texts(item.texts):
+            ways.append((False, looked_up))
+            self._texts[False, looked_up].append(text)
+        return ways
+
+    def tokenize(self) -> None:
+        """Call the tokenizer; may be done in another thread, which then uses the other cores."""
+        for (begin, offsets), texts in self._texts.items():
+            self._encodings[begin, offsets] = self.tokenizer.encode(texts, begin, offsets)
+
+    def encodings(self) -> Iterator[tuple[Any, list[Any]]]:
+        """Each item with its encodings."""
+        left = {way: iter(found) for way, found in self._encodings.items()}
+        for item, ways in zip(self.items, self._ways, strict=True):
+            yield item, [next(left[way]) for way in ways]
 
 
 class RowEncoder(Protocol):
@@ -119,6 +193,7 @@ class Encoder:
         self.options = options
         self.markers = options.responses
         self._eos = tokenizer.eos_token if options.append_eos else None
+        self._bos = tokenizer.bos_token_id
         self._ends = tuple(
             t for t in tokenizer.all_special_tokens if t not in (tokenizer.pad_token, tokenizer.bos_token)
         )
@@ -130,6 +205,11 @@ class Encoder:
             self.reader = TurnReader.of(self.renderer)
         if options.train_on != "all":
             self._choose_mask()
+        self.batch_tokenizer = BatchTokenizer(tokenizer)
+        self.forms: Forms | None = None
+        if self.renderer is not None and options.outlines:
+            mask = Masking(self.reader, options.train_on != "all", options.train_on == "last_response")
+            self.forms = Forms(tokenizer, self.batch_tokenizer, self.renderer, mask)
         if detection.layout == "completion" and not tokenizer.is_fast:
             raise TokenizerError("rows with a completion need a fast tokenizer", got=type(tokenizer).__name__)
 
@@ -168,12 +248,24 @@ class Encoder:
 
     def encode(self, rows: Sequence[Mapping[str, Any]], numbers: Sequence[int]) -> dict[str, list[Any]]:
         """Encode ``rows``; returns the columns input_ids, labels, flags, and seq_lengths if padding-free."""
+        work = self.begin(rows, numbers)
+        work.tokenize()
+        return self.finish(work)
+
+    def begin(self, rows: Sequence[Mapping[str, Any]], numbers: Sequence[int]) -> Work:
+        """The part of :meth:`encode` before the tokenizer is called."""
+        items: Sequence[Any]
         if self.detection.layout == "tokens" and not self.options.formatting:
-            encoded = [(*given_tokens(row, number), 0) for row, number in zip(rows, numbers, strict=True)]
+            items = [(*given_tokens(row, number), 0) for row, number in zip(rows, numbers, strict=True)]
         else:
-            encoded = self._tokenized(self.pieces(rows, numbers))
+            items = self.pieces(rows, numbers)
+        return Work(items, numbers, self.batch_tokenizer)
+
+    def finish(self, work: Work) -> dict[str, list[Any]]:
+        """The part of :meth:`encode` after the tokenizer was called."""
         result: dict[str, list[Any]] = {"input_ids": [], "labels": [], "flags": []}
-        for (ids, labels, flags), number in zip(encoded, numbers, strict=True):
+        for (item, encodings), number in zip(work.encodings(), work.numbers, strict=True):
+            ids, labels, flags = item if isinstance(item, tuple) else self._labelled(item, encodings)
             for part_ids, part_labels, part_flags in self._fitted(ids, labels, flags, number):
                 result["input_ids"].append(part_ids)
                 result["labels"].append(part_labels)
@@ -182,7 +274,7 @@ class Encoder:
             result["seq_lengths"] = [[len(ids)] for ids in result["input_ids"]]
         return result
 
-    def pieces(self, rows: Sequence[Mapping[str, Any]], numbers: Sequence[int]) -> list[Piece]:
+    def pieces(self, rows: Sequence[Mapping[str, Any]], numbers: Sequence[int]) -> Sequence[Piece | Filled]:
         """The texts of ``rows``, and what of them is trained."""
         if self.options.formatting:
             texts = render.formatted(self.options.formatting, rows, numbers[0])
@@ -203,15 +295,24 @@ class Encoder:
             trained = trained[-1:]
         return Piece(text, trained, begin=not (bos and text.startswith(bos)))
 
-    def _conversation(self, row: Mapping[str, Any], number: int) -> Piece:
+    def _conversation(self, row: Mapping[str, Any], number: int) -> Piece | Filled:
         return self._rendered(formats.conversation_of(row, number, self.detection), number)
 
-    def _rendered(self, conversation: Conversation, number: int, first: int = 0) -> Piece:
+    def _rendered(self, conversation: Conversation, number: int, first: int = 0) -> Piece | Filled:
         assert self.renderer is not None
-        rendered = self.renderer.render(conversation, number)
-        flags = CONTROL if self.renderer.has_control_tokens(conversation) else 0
-        if any(m["role"] == "assistant" and is_silent(m) for m in conversation.messages):
-            flags |= SILENT
+        flags = 0
+        for message in conversation.messages:
+            if not message["content"] and message["role"] == "assistant" and is_silent(message):
+                flags = SILENT
+        match = self.forms.find(conversation, first) if self.forms is not None else None
+        if match is None:
+            rendered = self.renderer.render(conversation, number)
+        elif isinstance(match.known, Form):
+            return Filled(match.known, match.texts, flags)
+        else:
+            rendered = match.known.rendered(match.texts)
+        if match is None and self.renderer.has_control_tokens(conversation):
+            flags |= CONTROL
         trained = None
         last_only = self.options.train_on == "last_response"
         if self.options.train_on != "all" or first:
@@ -221,7 +322,7 @@ class Encoder:
                 trained = masking.response_spans(rendered.text, self.markers)[-1 if last_only else 0 :]
         return Piece(rendered.text, trained, flags=flags)
 
-    def _completion(self, row: Mapping[str, Any], number: int) -> Piece:
+    def _completion(self, row: Mapping[str, Any], number: int) -> Piece | Filled:
         prompt, completion = formats.completion_of(row, number, self.detection)
         if isinstance(prompt, str):
             whole = self._plain(prompt + completion)
@@ -230,27 +331,14 @@ class Encoder:
             render.require_template(self.tokenizer)
         return self._rendered(Conversation(prompt + completion, row.get("tools") or None), number, len(prompt))
 
-    def _tokenized(self, pieces: list[Piece]) -> list[tuple[list[int], list[int], int]]:
-        """Ids, labels and flags of each text; those with and without a begin-of-text token are one call each."""
-        encoded: list[Any] = [None] * len(pieces)
-        for begin in (False, True):
-            which = [i for i, piece in enumerate(pieces) if piece.begin == begin]
-            if not which:
-                continue
-            batch = self.tokenizer(
-                [pieces[i].text for i in which],
-                add_special_tokens=begin,
-                return_attention_mask=False,
-                verbose=False,
-            )
-            encodings = batch.encodings or [None] * len(which)
-            for i, ids, encoding in zip(which, batch["input_ids"], encodings, strict=True):
-                encoded[i] = self._labelled(pieces[i], ids, encoding)
-        return encoded
-
-    def _labelled(self, piece: Piece, ids: list[int], encoding: Any) -> tuple[list[int], list[int], int]:
-        labels = list(ids) if piece.trained is None else masking.label_encoding(ids, encoding, piece.trained)
-        flags, bos = piece.flags, self.tokenizer.bos_token_id
+    def _labelled(self, item: Piece | Filled, encodings: list[Any]) -> tuple[list[int], list[int], int]:
+        if isinstance(item, Filled):
+            ids, labels = item.form.assembled(item.texts, encodings, self.batch_tokenizer)
+        else:
+            encoding = encodings[0]
+            ids = encoding.ids
+            labels = list(ids) if item.trained is None else masking.label_encoding(ids, encoding, item.trained)
+        flags, bos = item.flags, self._bos
         if bos is not None and ids[:2] == [bos, bos]:
             ids, labels, flags = ids[1:], labels[1:], flags | DOUBLE_BOS
         return ids, labels, flags

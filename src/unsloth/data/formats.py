@@ -22,12 +22,16 @@ ACCEPTED = (
 # Names that other libraries and data sets use for the two columns of a completion.
 _PROMPTS = ("prompt",)
 _COMPLETIONS = ("completion", "response")
-_OTHER_TRAINERS = {
+# Of questions whose answers are compared with, not learned.
+_QUESTIONS = ("prompt", "question", "problem", "query")
+_ANSWERS = ("answer", "solution", "ground_truth", "target", "expected_answer")
+TRAINERS: Mapping[str, str] = {
     "preference": "These rows are pairs for preference training: use DPOTrainer or ORPOTrainer.",
     "unpaired": "These rows are judged answers: use KTOTrainer.",
     "prompt": "These rows have no answer to learn by heart: use GRPOTrainer, or rename the columns to "
     "'instruction' and 'output'.",
 }
+"""Which trainer rows are for that supervised fine-tuning does not take."""
 
 
 @dataclass(frozen=True)
@@ -92,15 +96,18 @@ def _candidates(columns: list[str], text_field: str) -> list[Detection]:
     if {"chosen", "rejected"} <= have:
         add("preference", "the columns 'chosen' and 'rejected'", prompt=_first(_PROMPTS, have))
     prompt, completion = _first(_PROMPTS, have), _first(_COMPLETIONS, have)
-    if prompt and completion and "label" in have:
-        add("unpaired", f"the columns '{prompt}', '{completion}' and 'label'", prompt=prompt, completion=completion)
+    if completion and "label" in have:
+        beside = f"the columns '{prompt}', '{completion}' and 'label'" if prompt else f"'{completion}' beside 'label'"
+        add("unpaired", beside, prompt=prompt, completion=completion)
     if {"instruction", "output"} <= have:
         add("alpaca", "the columns 'instruction' and 'output'", input=_first(("input",), have))
     if prompt and completion:
         add("completion", f"the columns '{prompt}' and '{completion}'", prompt=prompt, completion=completion)
-    question = _first(("prompt", "question"), have)
+    question = _first(_QUESTIONS, have)
     if question:
-        add("prompt", f"the column '{question}' without a completion", prompt=question)
+        answer = _first(_ANSWERS, have)
+        beside = f"'{question}' with '{answer}'" if answer else f"the column '{question}' without a completion"
+        add("prompt", beside, prompt=question, answer=answer)
     return found
 
 
@@ -110,11 +117,11 @@ def _first(names: Sequence[str], have: set[str]) -> str | None:
 
 def refuse_for_sft(detection: Detection, columns: Sequence[str]) -> None:
     """Raise :class:`DataError` if rows of this layout belong to another trainer."""
-    if detection.layout in _OTHER_TRAINERS:
+    if detection.layout in TRAINERS:
         raise DataError(
             f"rows with {detection.reason} are not for supervised fine-tuning",
             got=list(columns),
-            do=f"{_OTHER_TRAINERS[detection.layout]} Accepted here are {ACCEPTED}.",
+            do=f"{TRAINERS[detection.layout]} Accepted here are {ACCEPTED}.",
         )
 
 

@@ -22,7 +22,8 @@ from unsloth.core.log import get_logger
 from unsloth.data.conversation import Conversation, parse_messages
 from unsloth.data.encode import rows_of
 from unsloth.data.formats import template_variables, tools_of
-from unsloth.data.prepare import encoded, encoded_stream, opened
+from unsloth.data.passes import encoded, encoded_stream
+from unsloth.data.prepare import opened
 from unsloth.data.render import ChatRenderer
 from unsloth.data.sources import Rows
 
@@ -265,11 +266,9 @@ class _EncodeApart(_Encode):
 
 class _EncodeRated(_Encode):
     def rows(self, row: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
-        label = row["label"]
-        if not isinstance(label, bool | int) or label not in (0, 1):
-            raise DataError(f"row {number}: 'label' must be true or false", got=label, do=_REPAIR)
+        label = label_of(row, number)
         prompt, answer = rated_of(row, number)
-        return [{**_columns(self.tokens(prompt, [answer], row, number)), "label": bool(label)}]
+        return [{**_columns(self.tokens(prompt, [answer], row, number)), "label": label}]
 
 
 def _same(pair: _Row) -> bool:
@@ -371,6 +370,14 @@ def rated_of(row: Mapping[str, Any], number: int) -> tuple[Any, Any]:
         raise DataError(f"row {number}: 'completion' has no prompt", got=sorted(row), do="Add a 'prompt' column.")
     _check_answer(turns, "completion", row, number)
     return _prompt_turns(prompt, number), turns
+
+
+def label_of(row: Mapping[str, Any], number: int) -> bool:
+    """Whether the answer of row ``number`` is a good one; raise :class:`DataError` unless that is said."""
+    label = row.get("label")
+    if not isinstance(label, bool | int) or label not in (0, 1):
+        raise DataError(f"row {number}: 'label' must be true or false", got=label, do=_REPAIR)
+    return bool(label)
 
 
 def _side(row: Mapping[str, Any], name: str, number: int) -> str | _Messages:

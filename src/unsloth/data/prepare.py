@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -16,17 +16,17 @@ from transformers import PreTrainedTokenizerBase
 
 from unsloth.core.errors import ConfigError, DataError
 from unsloth.core.log import get_logger
-from unsloth.data import encode, formats, masking, packing, render, sources
-from unsloth.data.encode import Encoder, PrepareOptions, RowEncoder
+from unsloth.data import encode, formats, masking, packing, render, sources, token_cache
+from unsloth.data.encode import Encoder, PrepareOptions
 from unsloth.data.json_rows import LazyRows, as_row
+from unsloth.data.passes import encoded, encoded_stream, of_table
 from unsloth.data.sources import Rows
 from unsloth.data.turns import end_token
 
 __all__ = ["PrepareOptions", "PrepareReport", "Rows", "prepare"]
 
-_BATCH = 256  # rows tokenized at a time
-_STREAMED_BATCH = 16  # of a stream, where an error loses the batch that is being read
 _LOOK_AT = 8  # rows looked at before the work begins
+_PACKED_ROWS = 4096  # joined at a time
 
 logger = get_logger(__name__)
 
@@ -99,7 +99,14 @@ def prepare(
     _look_at_first_rows(encoder, first)
     if isinstance(rows, IterableDataset):
         return _streamed(rows, encoder, first), None
-    return _finish(encoded(rows, encoder), len(rows), encoder, first)
+    kept_as = token_cache.key(rows, tokenizer, options) if options.cache else None
+    found = token_cache.find(kept_as) if kept_as else None
+    if found is not None:
+        return found[0], PrepareReport(**found[1])
+    dataset, report = _finish(encoded(rows, encoder), len(rows), encoder, first)
+    if kept_as:
+        token_cache.keep(kept_as, dataset, asdict(report))
+    return dataset, report
 
 
 def opened(rows: Rows | str | os.PathLike[str]) -> tuple[Rows, list[Mapping[str, Any]]]:
@@ -198,52 +205,6 @@ def _is_trained(row: Mapping[str, Any]) -> bool:
     return masking.count_trained(row["labels"]) > 0
 
 
-def encoded_stream(rows: IterableDataset, encoder: RowEncoder, columns: list[str]) -> IterableDataset:
-    """What ``encoder`` makes of a streamed data set with these columns, as it is read."""
-    source = IterableDataset.from_generator(render.guarded, gen_kwargs={"rows": rows})
-    return source.map(encoder, with_indices=True, batched=True, batch_size=_STREAMED_BATCH, remove_columns=columns)
-
-
-def encoded(rows: Rows, encoder: RowEncoder) -> Dataset:
-    """What ``encoder`` makes of the rows of a data set or a list."""
-    return _mapped(rows, encoder) if isinstance(rows, Dataset) else _collected(rows, encoder)
-
-
-def _mapped(rows: Dataset, encoder: RowEncoder) -> Dataset:
-    workers = encoder.num_proc
-    try:
-        return rows.map(
-            encoder,
-            with_indices=True,
-            batched=True,
-            batch_size=_BATCH,
-            num_proc=workers if workers and workers > 1 else None,
-            remove_columns=rows.column_names,
-            desc="Tokenizing",
-        )
-    except RuntimeError as error:
-        if "abruptly died" not in str(error):
-            raise
-        raise DataError(
-            "a worker process that tokenized rows died",
-            do=f"Often memory ran out: lower dataset_num_proc (now {workers}).",
-        ) from error
-
-
-def _collected(rows: Sequence[Mapping[str, Any]], encoder: RowEncoder) -> Dataset:
-    """Encode a list, in this process; its rows need no common schema."""
-    columns: dict[str, list[pa.Array]] = {}
-    for start in range(0, len(rows), _BATCH):
-        batch = encoder.encode(rows[start : start + _BATCH], range(start, min(start + _BATCH, len(rows))))
-        for name, column in batch.items():
-            columns.setdefault(name, []).append(_arrow(column))
-    return Dataset(pa.table({name: pa.chunked_array(chunks) for name, chunks in columns.items()}))
-
-
-def _arrow(column: list[Any]) -> pa.Array:
-    return pa.array(column, type=pa.list_(pa.int32()) if column and isinstance(column[0], list) else None)
-
-
 def _finish(
     encoded: Dataset, received: int, encoder: Encoder, first: list[Mapping[str, Any]]
 ) -> tuple[Dataset, PrepareReport]:
@@ -251,7 +212,7 @@ def _finish(
     options = encoder.options
     flags = np.array(encoded["flags"][:])
     encoded = encoded.remove_columns("flags")
-    lengths, trained = _measure(encoded)
+    lengths, trained = measure(encoded)
     too_long = (flags & encode.DROPPED) > 0
     kept = np.flatnonzero((trained > 0) & ~too_long)
     if not len(kept):
@@ -261,7 +222,7 @@ def _finish(
         encoded = encoded.select(kept)
     lengths = lengths[kept]
     if options.packing and options.max_length is not None:
-        encoded = _pack(encoded, lengths.tolist(), options.max_length)
+        encoded = _pack(encoded, lengths, options.pack_length or options.max_length)
     report = PrepareReport(
         rows=received,
         dropped=dropped,
@@ -277,7 +238,7 @@ def _finish(
     return encoded, report
 
 
-def _measure(encoded: Dataset) -> tuple[np.ndarray, np.ndarray]:
+def measure(encoded: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """Of each row the number of tokens, and of trained tokens (its first one never is)."""
     lengths, trained = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for chunk in encoded.data.column("labels").chunks:
@@ -290,20 +251,25 @@ def _measure(encoded: Dataset) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(lengths), np.concatenate(trained)
 
 
-def _pack(encoded: Dataset, lengths: list[int], capacity: int) -> Dataset:
-    ids, labels = encoded["input_ids"][:], encoded["labels"][:]
+def _pack(encoded: Dataset, lengths: np.ndarray, capacity: int) -> Dataset:
+    """Documents joined to rows, some thousand rows at a time, so that little is held beside the result."""
+    rows = packing.pack(lengths.tolist(), capacity)
+    tables = []
+    for start in range(0, len(rows), _PACKED_ROWS):
+        part = rows[start : start + _PACKED_ROWS]
+        documents = np.array([document for row in part for document in row])
+        taken = encoded.with_format("arrow")[documents]
+        ends = np.cumsum([0, *map(len, part)])
+        sizes = lengths[documents].astype(np.int32)
+        tokens = np.concatenate([[0], np.cumsum(sizes)])[ends]
+        columns = {name: _joined(taken.column(name), tokens) for name in ("input_ids", "labels")}
+        columns["seq_lengths"] = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(sizes))
+        tables.append(pa.table(columns))
+    return of_table(pa.concat_tables(tables))
 
-    def join(column: list[list[int]], row: list[int]) -> list[int]:
-        return [token for document in row for token in column[document]]
 
-    rows = packing.pack(lengths, capacity)
-    return Dataset.from_dict(
-        {
-            "input_ids": [join(ids, row) for row in rows],
-            "labels": [join(labels, row) for row in rows],
-            "seq_lengths": [[lengths[document] for document in row] for row in rows],
-        }
-    )
+def _joined(column: pa.ChunkedArray, ends: np.ndarray) -> pa.Array:
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), column.combine_chunks().flatten())
 
 
 def _nothing_to_train(encoder: Encoder, first: list[Mapping[str, Any]]) -> DataError:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unsloth.core.errors import ConfigError, DataError
 from unsloth.data.encode import PrepareOptions
-from unsloth.data.prepare import Rows, prepare
+from unsloth.data.prepare import Rows, measure, prepare
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Statistics:
         shortest: Tokens of the shortest row.
         median: Tokens of the row in the middle.
         longest: Tokens of the longest row.
+        longer: Rows longer than the maximum length that was asked for; 0 if none was.
         duplicates: Rows that repeat an earlier one.
         suggested_max_length: The smallest multiple of 64 that holds 99% of the rows.
     """
@@ -39,6 +40,7 @@ class Statistics:
     shortest: int
     median: int
     longest: int
+    longer: int
     duplicates: int
     suggested_max_length: int
 
@@ -51,14 +53,15 @@ def statistics(
     Args:
         rows: The rows.
         tokenizer: The tokenizer.
-        options: How rows become tokens; maximum length and packing are left aside.
+        options: How rows become tokens; nothing is cut off or packed here.
 
     Raises:
         DataError: No rows, or one that cannot be used; names it.
     """
-    encoded, report = prepare(rows, tokenizer, replace(options, max_length=None, packing=False))
+    limit = options.max_length
+    encoded, report = prepare(rows, tokenizer, replace(options, max_length=None, packing=False, pack_length=None))
     assert report is not None and isinstance(encoded, Dataset)
-    lengths = np.array([len(ids) for ids in encoded["input_ids"]])
+    lengths, _ = measure(encoded)
     enough = int(np.quantile(lengths, 0.99, method="higher"))
     return Statistics(
         rows=report.rows,
@@ -67,6 +70,7 @@ def statistics(
         shortest=int(lengths.min()),
         median=int(np.median(lengths)),
         longest=int(lengths.max()),
+        longer=int((lengths > limit).sum()) if limit is not None else 0,
         duplicates=len(rows) - len(unique(rows)),
         suggested_max_length=-(-enough // 64) * 64,
     )

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unsloth.core.errors import DataError, TokenizerError
 from unsloth.data.conversation import Conversation
+from unsloth.data.outline import Outline, Tracer
 from unsloth.data.template_engine import CompiledTemplate, LimitError, Rendered, RenderLimits
 
 FormattingFunction = Callable[[Mapping[str, Any]], str | list[str]]
@@ -62,11 +63,12 @@ class ChatRenderer:
         names = sorted({*tokenizer.all_special_tokens, *_control_tokens(tokenizer)}, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, names))) if names else None
         self._compiled: dict[str, CompiledTemplate] = {}
+        self._tracers: dict[str, Tracer] = {}
         self._takes_parts: bool | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Compiled templates are left behind: a worker process compiles its own."""
-        return {**self.__dict__, "_compiled": {}}
+        return {**self.__dict__, "_compiled": {}, "_tracers": {}}
 
     def render(self, row: Conversation, number: int, add_generation_prompt: bool = False) -> Rendered:
         """Row ``number`` as the text that the chat template makes of it, and who wrote what.
@@ -78,19 +80,30 @@ class ChatRenderer:
         messages = self.escaped(row.messages) if self._escape else row.messages
         if any(not isinstance(message["content"], str) for message in messages):
             messages = self._with_parts(messages, number, row.tools is not None)
-        variables = {
-            **self.tokenizer.special_tokens_map,
-            "tools": row.tools,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-            **(row.variables or {}),
-        }
+        variables = self._variables(row, add_generation_prompt)
         try:
             return self._template(row.tools is not None).render(messages, variables)
         except SecurityError as error:
             raise _forbidden(error, number) from error
         except Exception as error:
             raise _refused(error, row, number) from error
+
+    def outline(self, row: Conversation) -> Outline | None:
+        """What is written around the texts of ``row`` and of rows that differ in nothing else; None if unknown."""
+        source = self._source(row.tools is not None)
+        if source not in self._tracers:
+            self._template(row.tools is not None)  # says what is wrong with a template
+            self._tracers[source] = Tracer(source, self._limits)
+        return self._tracers[source].trace(row.messages, self._variables(row, add_generation_prompt=False))
+
+    def _variables(self, row: Conversation, add_generation_prompt: bool) -> dict[str, Any]:
+        return {
+            **self.tokenizer.special_tokens_map,
+            "tools": row.tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **(row.variables or {}),
+        }
 
     def _with_parts(self, messages: Sequence[Mapping[str, Any]], number: int, tools: bool) -> list[dict[str, Any]]:
         """Messages in parts as this template takes them: as they are, or as text if they are nothing else."""
@@ -136,15 +149,19 @@ class ChatRenderer:
         return value
 
     def _template(self, with_tools: bool) -> CompiledTemplate:
+        source = self._source(with_tools)
+        if source not in self._compiled:
+            self._compiled[source] = _compile(source, self._limits)
+        return self._compiled[source]
+
+    def _source(self, with_tools: bool) -> str:
         source = self._given or self.tokenizer.chat_template
         if isinstance(source, dict):
             name = "tool_use" if with_tools and "tool_use" in source else "default"
             if name not in source:
                 raise TokenizerError("none of the tokenizer's chat templates is the default", got=sorted(source))
             source = source[name]
-        if source not in self._compiled:
-            self._compiled[source] = _compile(source, self._limits)
-        return self._compiled[source]
+        return str(source)
 
 
 def _text_of(content: Any) -> str:

@@ -10,11 +10,14 @@ from typing import Any, TypeAlias
 import datasets
 from datasets import Dataset, IterableDataset
 
+from unsloth.core import artifact
 from unsloth.core.errors import DataError
 from unsloth.data import json_rows, tables
 from unsloth.data.json_rows import LazyRows
 
 Rows: TypeAlias = "Dataset | IterableDataset | Sequence[Mapping[str, Any]]"
+
+_NOT_DATA = ("readme.md", "license.txt", "license.md", artifact.MANIFEST)
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".xlsx", ".parquet", ".txt", ".md")
 
@@ -134,7 +137,7 @@ def _folder(path: Path, split: str, sheet: str | None, delimiter: str | None) ->
 def _readable(path: Path) -> bool:
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     plain = suffixes[:-1] if suffixes[-1:] == [".gz"] else suffixes
-    hidden = path.name.startswith(".") or path.name.lower() in ("readme.md", "license.txt", "license.md")
+    hidden = path.name.startswith(".") or path.name.lower() in _NOT_DATA
     return bool(plain) and plain[-1] in SUFFIXES and not hidden
 
 

@@ -37,6 +37,17 @@ _VARY = """Here are examples of rows of a data set, as JSON:
 
 Write {count} new rows of the same structure on other topics of the same kind. Do not repeat the examples.
 Reply with nothing but a JSON list of rows."""
+_INVENT = """Write {count} rows of a data set for this task: {task}
+Each row is a JSON object with the keys {columns}, all of them text. Cover different cases, and do not repeat these \
+that are there already:
+{rows}
+Reply with nothing but a JSON list of rows."""
+_RESTRUCTURE = """Turn each of these {count} rows into a question of a user and the answer of an assistant, without \
+adding anything that is not in the row:
+{rows}
+Reply with nothing but JSON, one pair for each row in order: [{{"question": "...", "answer": "..."}}]"""
+
+_PATIENCE = 3  # replies without a new row before giving up
 
 logger = get_logger(__name__)
 
@@ -162,6 +173,79 @@ def make_variations(
         raise DataError("no reply held rows of the same columns", got=sorted(columns), do="Use a larger model.")
     repeated = set(quality.leaks(rows, written))
     return [written[i] for i in quality.unique(written) if i not in repeated][:count]
+
+
+def invent(
+    task: str, columns: Sequence[str], generate: Generate, count: int, per_prompt: int = 5
+) -> list[dict[str, Any]]:
+    """Let a model write rows from nothing but the description of a task.
+
+    Args:
+        task: What the rows are for, such as ``"product reviews, each positive, negative or neutral"``.
+        columns: The columns of a row.
+        generate: Calls the model.
+        count: How many rows are wanted.
+        per_prompt: Rows that one prompt asks for. Each prompt shows a few of the rows written so far.
+
+    Returns:
+        Rows without repetitions; fewer than wanted if three replies in a row bring nothing new.
+
+    Raises:
+        ConfigError: No columns, or fewer than one row wanted.
+        DataError: No reply held rows of these columns.
+    """
+    if not columns or count < 1:
+        raise ConfigError("rows need columns, and at least one must be wanted", got=(list(columns), count))
+    written: list[dict[str, Any]] = []
+    fruitless = 0
+    while len(written) < count and fruitless < _PATIENCE:
+        shown = "\n".join(json.dumps(row, ensure_ascii=False) for row in written[-per_prompt:]) or "(none)"
+        prompt = _INVENT.format(count=per_prompt, task=task, columns=", ".join(columns), rows=shown)
+        found = _json_list(_replies(generate, [prompt])[0]) or []
+        both = written + [row for row in found if isinstance(row, dict) and set(row) == set(columns)]
+        kept = [both[number] for number in quality.unique(both)]
+        fruitless = 0 if len(kept) > len(written) else fruitless + 1
+        written = kept
+    if not written:
+        raise DataError("no reply held rows of these columns", got=list(columns), do="Use a larger model.")
+    return written[:count]
+
+
+def restructure(
+    rows: Sequence[Mapping[str, Any]], generate: Generate, per_prompt: int = 5
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """Let a model turn rows of any shape into conversations of one question and one answer.
+
+    Args:
+        rows: The rows.
+        generate: Calls the model.
+        per_prompt: Rows that one prompt shows.
+
+    Returns:
+        Rows with ``messages``; and the numbers of the rows of which the model made none.
+
+    Raises:
+        DataError: No rows, or no readable reply.
+    """
+    if not rows:
+        raise DataError("there are no rows to restructure")
+    starts = range(0, len(rows), per_prompt)
+    prompts = []
+    for start in starts:
+        shown = [json.dumps(row, ensure_ascii=False, default=str) for row in rows[start : start + per_prompt]]
+        prompts.append(_RESTRUCTURE.format(rows="\n".join(shown), count=len(shown)))
+    made: list[dict[str, Any]] = []
+    failed: list[int] = []
+    for start, reply in zip(starts, _replies(generate, prompts), strict=True):
+        pairs = _pairs(reply)
+        expected = min(per_prompt, len(rows) - start)
+        if len(pairs) == expected:
+            made += [_row(pair) for pair in pairs]
+        else:  # it cannot be told which pair belongs to which row
+            failed += range(start, start + expected)
+    if not made:
+        raise DataError("no reply held a pair for each row", do="Use a larger model, or a smaller per_prompt.")
+    return made, failed
 
 
 def _write_and_rate(texts: list[str], generate: Generate, options: PairOptions) -> list[dict[str, Any]]:

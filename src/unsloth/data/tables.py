@@ -8,6 +8,7 @@ import io
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ _WHOLE = re.compile(r"[+-]?(0|[1-9]\d{0,17})")
 _CELL = re.compile(r"([A-Z]+)(\d+)")
 _MAIN = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
 _LINK = "{http://schemas.openxmlformats.org/officeDocument/2006/relationships}id"
-_DATE_FORMATS = {*range(14, 23), *range(45, 48)}
+_DATE_FORMATS = {*range(14, 23), 45, 47}
+_SPAN_FORMAT = 46
 
 logger = get_logger(__name__)
 
@@ -139,7 +141,9 @@ def read_parquet(path: Path) -> Dataset:
 def read_excel(path: Path, sheet: str | None = None) -> list[dict[str, Any]]:
     """The rows of a sheet of an Excel file (.xlsx); the first row has the column names.
 
-    The value of merged cells stands in each of them, which is said in the log. Empty rows are left out.
+    The value of merged cells stands in each of them, which is said in the log, and so is how many cells hold an error
+    or a formula without its result, and are empty. Empty rows are left out. Dates and times are text as in ISO 8601,
+    spans of time are hours, minutes and seconds.
 
     Args:
         path: The file.
@@ -151,7 +155,7 @@ def read_excel(path: Path, sheet: str | None = None) -> list[dict[str, Any]]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            cells, merged = _sheet(archive, sheet)
+            cells, merged, lost = _sheet(archive, sheet)
     except (zipfile.BadZipFile, KeyError, ElementTree.ParseError) as error:
         raise DataError(
             f"{path} is no Excel file of the present format: {error}", do="Save it as .xlsx or as CSV UTF-8."
@@ -162,6 +166,14 @@ def read_excel(path: Path, sheet: str | None = None) -> list[dict[str, Any]]:
                 cells.setdefault((row, column), cells.get(first))
     if merged:
         logger.info("%s: %d groups of merged cells; each of their cells has the value now", path, len(merged))
+    if lost:
+        logger.warning(
+            "%s: %d cells are empty because they hold an error, or a formula whose result was not saved, such as %s. "
+            "Open the file in a spreadsheet program and save it, or fill them in",
+            path,
+            len(lost),
+            lost[0],
+        )
     return _rows(cells, path)
 
 
@@ -180,8 +192,8 @@ def _rows(cells: Mapping[tuple[int, int], Any], path: Path) -> list[dict[str, An
     return rows
 
 
-def _sheet(archive: zipfile.ZipFile, name: str | None) -> tuple[dict[tuple[int, int], Any], list[Any]]:
-    """Cells by row and column, both from 0, and the corners of merged ranges."""
+def _sheet(archive: zipfile.ZipFile, name: str | None) -> tuple[dict[tuple[int, int], Any], list[Any], list[str]]:
+    """Cells by row and column, both from 0; the corners of merged ranges; and which cells lost their value."""
     book = _xml(archive, "xl/workbook.xml")
     sheets = {sheet.get("name"): sheet.get(_LINK) for sheet in book.iter(f"{_MAIN}sheet")}
     if name is not None and name not in sheets:
@@ -193,17 +205,21 @@ def _sheet(archive: zipfile.ZipFile, name: str | None) -> tuple[dict[tuple[int, 
     shared: list[str] = []
     if "xl/sharedStrings.xml" in archive.namelist():
         shared = [_text(item) for item in _xml(archive, "xl/sharedStrings.xml").iter(f"{_MAIN}si")]
-    dates = _date_styles(archive)
-    cells = {}
+    settings = book.find(f"{_MAIN}workbookPr")
+    is_1904 = settings is not None and settings.get("date1904", "0") in ("1", "true")
+    times = _Times(_time_styles(archive), datetime(1904, 1, 1) if is_1904 else datetime(1899, 12, 30))
+    cells, lost = {}, []
     for cell in sheet.iter(f"{_MAIN}c"):
-        value = _value(cell, shared, dates)
+        value = _value(cell, shared, times)
         if value is not None:
             cells[_place(cell.get("r", ""))] = value
+        elif cell.get("t") == "e" or cell.find(f"{_MAIN}f") is not None:
+            lost.append(cell.get("r", ""))
     merged = [
         tuple(_place(corner) for corner in (area.get("ref", "").split(":") * 2)[:2])
         for area in sheet.iter(f"{_MAIN}mergeCell")
     ]
-    return cells, merged
+    return cells, merged, lost
 
 
 def _xml(archive: zipfile.ZipFile, name: str) -> ElementTree.Element:
@@ -219,7 +235,24 @@ def _text(item: ElementTree.Element) -> str:
     return "".join(part.text or "" for run in runs for part in run.iter(f"{_MAIN}t"))
 
 
-def _value(cell: ElementTree.Element, shared: Sequence[str], dates: set[int]) -> Any:
+@dataclass(frozen=True)
+class _Times:
+    """How a workbook writes times: as days since its beginning, in cells of certain styles."""
+
+    styles: Mapping[int, str]
+    beginning: datetime
+
+    def text(self, days: float, style: int) -> str:
+        seconds = round(days * 86400)
+        if self.styles[style] == "span":
+            return f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+        moment = self.beginning + timedelta(seconds=seconds)
+        if 0 <= days < 1:
+            return moment.time().isoformat(timespec="seconds")
+        return moment.date().isoformat() if seconds % 86400 == 0 else moment.isoformat(sep=" ", timespec="seconds")
+
+
+def _value(cell: ElementTree.Element, shared: Sequence[str], times: _Times) -> Any:
     kind = cell.get("t", "n")
     if kind == "inlineStr":
         return _text(cell) or None
@@ -230,28 +263,30 @@ def _value(cell: ElementTree.Element, shared: Sequence[str], dates: set[int]) ->
         return shared[int(found.text)] or None
     if kind == "n":
         number = float(found.text)
-        if int(cell.get("s", 0)) in dates:
-            moment = datetime(1899, 12, 30) + timedelta(days=number)
-            return moment.date().isoformat() if number.is_integer() else moment.isoformat(sep=" ", timespec="seconds")
+        style = int(cell.get("s", 0))
+        if style in times.styles:
+            return times.text(number, style)
         return int(number) if number.is_integer() else number
     if kind == "b":
         return found.text == "1"
     return None if kind == "e" else found.text
 
 
-def _date_styles(archive: zipfile.ZipFile) -> set[int]:
-    """The cell styles that show a number as a date."""
+def _time_styles(archive: zipfile.ZipFile) -> dict[int, str]:
+    """The cell styles that show a number as a ``"date"`` (or time of day), or as a ``"span"`` of time."""
     if "xl/styles.xml" not in archive.namelist():
-        return set()
+        return {}
     styles = _xml(archive, "xl/styles.xml")
-    own = {
-        int(entry.get("numFmtId", 0))
-        for entry in styles.iter(f"{_MAIN}numFmt")
-        if re.search(r"[ymdhs]", re.sub(r'"[^"]*"|\[[^\]]*\]', "", entry.get("formatCode", "").lower()))
-    }
+    kinds = {**dict.fromkeys(_DATE_FORMATS, "date"), _SPAN_FORMAT: "span"}
+    for entry in styles.iter(f"{_MAIN}numFmt"):
+        code = re.sub(r'"[^"]*"|\\.', "", entry.get("formatCode", "").lower())
+        if re.search(r"\[(h+|m+|s+)\]", code):
+            kinds[int(entry.get("numFmtId", 0))] = "span"
+        elif re.search(r"[ymdhs]", re.sub(r"\[[^\]]*\]", "", code)):
+            kinds[int(entry.get("numFmtId", 0))] = "date"
     formats = styles.find(f"{_MAIN}cellXfs")
     ids = [int(entry.get("numFmtId", 0)) for entry in formats] if formats is not None else []
-    return {i for i, number in enumerate(ids) if number in _DATE_FORMATS | own}
+    return {i: kinds[number] for i, number in enumerate(ids) if number in kinds}
 
 
 def _place(reference: str) -> tuple[int, int]:

@@ -65,7 +65,7 @@ class Rendered:
     generated: list[tuple[int, int]]
 
 
-class _Meter:
+class Meter:
     """What the rendering under way has used, and where it stands."""
 
     def __init__(self, limits: RenderLimits) -> None:
@@ -73,6 +73,7 @@ class _Meter:
         self.start([])
 
     def start(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Forget the rendering before."""
         self.deadline = time.monotonic() + self.limits.seconds
         self.steps = self.emitted = self.position = 0
         self.number = {id(message): i for i, message in enumerate(messages)}
@@ -80,6 +81,7 @@ class _Meter:
         self.generated: list[list[int]] = []
 
     def tick(self) -> None:
+        """Count a step."""
         self.steps += 1
         if self.steps > self.limits.steps:
             raise LimitError(f"more than {self.limits.steps:,} loop iterations and calls")
@@ -87,10 +89,12 @@ class _Meter:
             raise LimitError(f"more than {self.limits.seconds:g} seconds")
 
     def allow(self, characters: int) -> None:
+        """Raise :class:`LimitError` if a text may not be as long as this."""
         if characters > self.limits.characters:
             raise LimitError(f"a text of more than {self.limits.characters:,} characters")
 
     def emit(self, characters: int) -> None:
+        """Count characters that are written."""
         self.emitted += characters
         self.allow(self.emitted)
 
@@ -124,6 +128,7 @@ class _Meter:
         return ""
 
     def turns(self, length: int) -> list[tuple[int, int, int]]:
+        """Which message wrote what of a text of this length."""
         ends = [position for position, _ in self.marks][1:] + [length] * bool(self.marks)
         spans = zip(self.marks, ends, strict=True)
         return [(number, start, end) for (start, number), end in spans if number >= 0 and end > start]
@@ -141,10 +146,11 @@ class _Generation(Extension):
         return [begins, *body, ends]
 
 
-class _Loops(NodeTransformer):
+class Loops(NodeTransformer):
     """Makes each loop say which item it is at."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:  # noqa: N802
+        """Put a mark at the beginning and at the end of the loop's body."""
         self.generic_visit(node)
         target = node.target
         item: nodes.Expr = nodes.Const(None)
@@ -157,6 +163,7 @@ class _Loops(NodeTransformer):
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:  # noqa: N802
+        """Make ``a ~ b`` a call that can be metered."""
         self.generic_visit(node)
         return nodes.Filter(nodes.List(node.nodes), "__concat", [], [], None, None)
 
@@ -166,12 +173,12 @@ def _call_output(name: str, arguments: list[nodes.Expr], line: int) -> nodes.Out
     return nodes.Output([call], lineno=line)
 
 
-class _Environment(ImmutableSandboxedEnvironment):
+class Sandbox(ImmutableSandboxedEnvironment):
     """Jinja's immutable sandbox with a meter on calls, operators, filters and loops."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
-    def __init__(self, meter: _Meter) -> None:
+    def __init__(self, meter: Meter) -> None:
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -194,6 +201,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         )
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        """Call something of the template's, metered."""
         if getattr(__obj, "__self__", None) is __self.meter:
             return __obj(*args)
         __self.meter.tick()
@@ -204,6 +212,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return __self._check_result(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Apply an operator, if its result is not too large."""
         if operator == "+":
             if isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
                 self.meter.allow(len(left) + len(right))
@@ -264,9 +273,9 @@ class CompiledTemplate:
     """
 
     def __init__(self, source: str, limits: RenderLimits | None = None) -> None:
-        self._meter = _Meter(limits or RenderLimits())
-        environment = _Environment(self._meter)
-        tree = _Loops().visit(environment.parse(source))
+        self._meter = Meter(limits or RenderLimits())
+        environment = Sandbox(self._meter)
+        tree = Loops().visit(environment.parse(source))
         tree.set_environment(environment)
         self._template = environment.from_string(tree)
 

@@ -11,11 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from unsloth.core.errors import AdapterError
-from unsloth.export import four_bit as four_bit_weights
-from unsloth.export import layout, shards
+from unsloth.export import four_bit, layout, shards
 from unsloth.models import adapter_config, full_layers, load, source, weight_files
 
-_FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: codes, 8-bit scales, and scales of those
 _WIDTH = torch.bfloat16
 
 
@@ -81,9 +79,10 @@ def forecast(
         config = load.read_config(load.LoadOptions(model_name=name, trust_remote_code=trust_remote_code))
         outline = _outline(config, saved, trust_remote_code)
         planned = layout.plan(outline)
-        sizes = _sizes(outline, planned, four_bit=method.startswith("merged_4bit"))
+        sizes = [tensor.nbytes for tensor in planned]
         count, files = len(planned), len(shards.split(planned, limit))
         if method.startswith("merged_4bit"):
+            sizes = four_bit.sizes(four_bit.quantized_names(outline), planned)
             files = max(1, -(-sum(sizes) // limit))
     nearest = next(path for path in (Path(folder).resolve(), *Path(folder).resolve().parents) if path.exists())
     return Forecast(found.adapter_base or name, method, count, sum(sizes), files, shutil.disk_usage(nearest).free)
@@ -103,13 +102,3 @@ def _outline(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=_WIDTH, trust_remote_code=trust_remote_code)
     return layout.skeleton(model, _WIDTH, own_head=len(whole) == 1)
-
-
-def _sizes(outline: PreTrainedModel, planned: list[layout.Planned], four_bit: bool) -> list[int]:
-    if not four_bit:
-        return [tensor.nbytes for tensor in planned]
-    linear = four_bit_weights.quantized_names(outline)
-    return [
-        round(tensor.nbytes / _WIDTH.itemsize * _FOUR_BIT) if tensor.name in linear else tensor.nbytes
-        for tensor in planned
-    ]

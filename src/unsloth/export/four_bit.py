@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -11,6 +11,8 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from unsloth.core.errors import ExportError
 from unsloth.export import layout
 from unsloth.quant import nf4
+
+_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # of a weight: its code, and its part of the 8-bit scales and of their scales
 
 
 def quantized_names(skeleton: PreTrainedModel) -> set[str]:
@@ -33,6 +35,14 @@ def quantized_names(skeleton: PreTrainedModel) -> set[str]:
             do='Use save_method="merged_16bit".',
         )
     return names
+
+
+def sizes(names: set[str], planned: Sequence[layout.Planned]) -> list[int]:
+    """Bytes of each planned tensor once the named ones are quantized (without tables of some hundred bytes each)."""
+    return [
+        round(tensor.nbytes / tensor.dtype.itemsize * _BYTES) if tensor.name in names else tensor.nbytes
+        for tensor in planned
+    ]
 
 
 def configure(skeleton: PreTrainedModel, dtype: torch.dtype) -> None:

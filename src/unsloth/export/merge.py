@@ -170,7 +170,9 @@ def _of_module(path: str, module: torch.nn.Module, options: MergeOptions) -> Ite
     """The module's own tensors, each with what identifies it where it is tied to another; None for a new one."""
     if isinstance(module, ModulesToSaveWrapper):
         yield from _trained_in_full(path, module, options)
-    elif isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
+    elif isinstance(module, ParamWrapper):
+        yield from _of_parameters(path, module, options)
+    elif isinstance(module, LoraLayer):
         yield from _of_lora(path, module, options)
     elif isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
         raise ExportError(f"the adapter at {path} cannot be merged", got=type(module).__name__)
@@ -256,6 +258,25 @@ def _of_lora(path: str, module: LoraLayer, options: MergeOptions) -> Iterator[tu
         raise ExportError(f"the adapter at {path} has a bias, and the layer that it adapts has none")
 
 
+def _of_parameters(path: str, module: ParamWrapper, options: MergeOptions) -> Iterator[tuple[int | None, _Entry]]:
+    """Tensors of a module whose parameters (such as the experts of a layer) have adapters, one wrapper each."""
+    wrappers: dict[str, ParamWrapper] = {}
+    inner = module
+    while isinstance(inner, ParamWrapper):
+        wrappers[inner.parameter_name] = inner
+        inner = inner.base_layer
+    for name, tensor in (*inner.named_parameters(), *inner.named_buffers()):
+        full = _join(path, name)
+        if name in wrappers:
+            yield None, _Entry(full, partial(_merged_parameter, wrappers[name], options, full))
+        else:
+            yield id(tensor), _plain(full, tensor.detach)
+
+
+def _merged_parameter(module: ParamWrapper, options: MergeOptions, name: str, dtype: torch.dtype) -> torch.Tensor:
+    return merged_weight(module, dtype, options, name=name)
+
+
 @torch.no_grad()
 def merged_bias(module: LoraLayer, options: MergeOptions = UNCHANGED) -> torch.Tensor:
     """The float32 bias that a LoRA layer with a bias amounts to, on the layer's device."""
@@ -293,7 +314,7 @@ def merged_weight(
     Raises:
         ExportError: The result has values that are not finite.
     """
-    base = _values(module.get_base_layer())
+    base = module.get_param().detach() if isinstance(module, ParamWrapper) else _values(module.get_base_layer())
     shares = {} if module.merged else factors(module, options)
     changes = [_change(module, adapter, factor, base) for adapter, factor in shares.items()]
     result = torch.empty(base.shape, dtype=dtype)
@@ -316,6 +337,8 @@ def _change(module: LoraLayer, adapter: str, factor: float, base: torch.Tensor) 
     if variant is not None:
         whole = variant.merge_safe(module, adapter, base.float().clone()) - base.float()
         return lambda rows: factor * whole[rows].float()
+    if isinstance(module, ParamWrapper) and module.num_experts > 1:
+        return partial(_experts_change, module, adapter, scale)
     if adapter in module.lora_A and base.ndim == 2 and not getattr(module, "fan_in_fan_out", False):
         down, up = module.lora_A[adapter].weight.float(), module.lora_B[adapter].weight.float()
         return lambda rows: scale * (up[rows] @ down)
@@ -324,6 +347,15 @@ def _change(module: LoraLayer, adapter: str, factor: float, base: torch.Tensor) 
         return lambda rows: scale * (first[:, rows].T @ second.T)
     delta = module.get_delta_weight(adapter).float()  # type: ignore[operator]
     return lambda rows: factor * delta[rows]
+
+
+def _experts_change(module: ParamWrapper, adapter: str, scale: float, experts: slice) -> torch.Tensor:
+    """The change [experts, ...] of stacked matrices, whose adapters PEFT keeps as A [E * r, in] and B [out, r * E]."""
+    down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+    down = down.reshape(module.num_experts, -1, down.shape[-1])[experts].float()
+    up = up.reshape(up.shape[0], -1, module.num_experts)[:, :, experts].float()
+    change = scale * torch.einsum("ore,eri->eoi", up, down)
+    return change if module._did_swap_in_out_features else change.transpose(1, 2)
 
 
 def _values(module: torch.nn.Module) -> torch.Tensor:

@@ -56,13 +56,13 @@ def write(
     dtype = merged_dtype(model)
     outline = merge.skeleton(model, dtype)
     planned = layout.plan(outline)
-    size = sum(tensor.nbytes for tensor in planned)
+    names = four_bit.quantized_names(outline) if request.four_bit else set()
+    size = sum(four_bit.sizes(names, planned))
     method = "merged_4bit" if request.four_bit else "merged_16bit"
     report = {"method": method, "dtype": str(dtype).removeprefix("torch."), **describe(model, request.options)}
     check = verify.LayerCheck(dtype, inner.dtype, request.options)
     with artifact.stage(folder, kind=method, details=report, needed_bytes=size + _BESIDE_WEIGHTS) as staging:
         tensors = merge.merged_tensors(model, dtype, request.options, observe=check)
-        names = four_bit.quantized_names(outline) if request.four_bit else set()
         if request.four_bit:
             four_bit.configure(outline, dtype)
         outline.save_pretrained(staging, state_dict={})  # the configuration, and code of the model's own
@@ -72,7 +72,8 @@ def write(
             shards.write(staging, planned, tensors, request.max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(staging))
-        reload = verify.way_to_reload(model, size, request.maximum_memory_usage)
+        # bitsandbytes does not read its layers from files one by one; in 4 bits the whole model is small.
+        reload = "whole" if request.four_bit else verify.way_to_reload(model, size, request.maximum_memory_usage)
         comparison = verify.compare_reloaded(
             model, staging, tokenizer, options=request.options, reload=reload, limit=_limit(request)
         )

@@ -129,8 +129,10 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """See :meth:`unsloth.generate.protocol.Engine.step`.
 
+        If the device fails, every request is over, and its last output says why (``error``).
+
         Raises:
-            GenerationError: The device failed; every request that was running is over, and its last output says so.
+            GenerationError: The engine was shut down.
         """
         self._check_open()
         try:
@@ -191,7 +193,10 @@ class Engine:
             self._drop(names)
         broken = next((out.error for out in found.values() if out.error), None)
         if broken is not None:
-            raise GenerationError(f"generation failed: {broken}", do="See the documentation of EngineOptions.")
+            raise GenerationError(
+                f"generation failed: {broken}",
+                do="If memory ran out, lower gpu_memory_utilization, or max_num_seqs in EngineOptions.",
+            )
         return [found[name] for name in names]
 
     def stream(self, prompt: Prompt, params: Any = None, *, lora: Lora = None) -> Iterator[RequestOutput]:

@@ -38,6 +38,7 @@ class Graphs:
     def clear(self) -> None:
         """Forget all graphs: something that they read has moved."""
         self._graphs.clear()
+        self._seen.clear()
         self._pool = None
 
     def _capture(self, function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:

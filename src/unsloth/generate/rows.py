@@ -148,8 +148,9 @@ class RowTable:
             ids = on_device(torch.tensor(list(params.logit_bias)), self.device)
             values = on_device(torch.tensor(list(params.logit_bias.values()), dtype=torch.float32), self.device)
             row.index_copy_(0, ids, values)
-        if generated < params.min_tokens and sequence.request.stop_ids:
-            ids = on_device(torch.tensor(sorted(sequence.request.stop_ids)), self.device)
+        ends = [i for i in sorted(sequence.request.stop_ids) if i < self.vocabulary]
+        if generated < params.min_tokens and ends:
+            ids = on_device(torch.tensor(ends), self.device)
             row.index_fill_(0, ids, float("-inf"))
 
     def _count(self, sequence: Sequence, row: int) -> None:

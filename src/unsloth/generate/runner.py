@@ -278,8 +278,7 @@ def kind_of(sequences: Iterable[Sequence]) -> Kind:
     """What sampling for these sequences needs."""
     params = [sequence.request.params for sequence in sequences]
     return Kind(
-        cuts=any(not p.greedy and (p.top_k > 0 or p.top_p < 1) for p in params),
-        min_p=any(not p.greedy and p.min_p > 0 for p in params),
+        cuts=any(not p.greedy and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0) for p in params),
         penalties=any(p.penalized for p in params),
         bias=any(bool(p.logit_bias) or p.min_tokens > 0 for p in params),
         logprobs=max((-1 if p.logprobs is None else p.logprobs for p in params), default=-1),

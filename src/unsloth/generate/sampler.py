@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from unsloth.kernels.cut_rows import cut_rows
 from unsloth.kernels.sample_rows import sample_rows
 
 _MASK = 0xFFFFFFFF
@@ -25,15 +26,13 @@ class Kind:
     """What the rows of a batch need, so that the rest is not computed.
 
     Attributes:
-        cuts: Some row has top_k or top_p.
-        min_p: Some row has it.
+        cuts: Some row has top_k, top_p or min_p.
         penalties: Some row has penalties on tokens so far.
         bias: Some row has biases.
         logprobs: Number of most likely tokens to report; 0 reports the drawn token's rank only, -1 nothing.
     """
 
     cuts: bool = False
-    min_p: bool = False
     penalties: bool = False
     bias: bool = False
     logprobs: int = -1
@@ -95,9 +94,9 @@ def sample(logits_BV: torch.Tensor, controls: Controls, kind: Kind, fast: bool =
     """Draw a token for every row of logits."""
     adjusted = adjust(logits_BV, controls, kind)
     bound = None
-    if kind.cuts or kind.min_p:
-        heat = torch.where(controls.temperature == 0, 1.0, controls.temperature)
-        bound = threshold(adjusted.float() / heat[:, None], controls, kind)[:, 0]
+    if kind.cuts:
+        c = controls
+        bound = cut_rows(adjusted, c.temperature, c.top_k, c.top_p, c.min_p, fast=fast)
     drawn = sample_rows(logits_BV, adjusted, controls.temperature, bound, controls.keys, fast=fast)
     if kind.logprobs < 0:
         return Sampled(*drawn)
@@ -119,28 +118,6 @@ def adjust(z: torch.Tensor, controls: Controls, kind: Kind) -> torch.Tensor:
         z = torch.where(z > 0, z / r, z * r)
         z = z - controls.presence[:, None] * generated - controls.frequency[:, None] * controls.counts
     return z
-
-
-def threshold(z: torch.Tensor, controls: Controls, kind: Kind) -> torch.Tensor:
-    """(B, 1): logits below it are left out by top_k, top_p and min_p, in this order.
-
-    Every one of them keeps the largest, so together they keep those above a bound; of equal ones all.
-    """
-    bound = torch.full_like(z[:, :1], float("-inf"))
-    if kind.cuts:
-        ordered = z.sort(-1, descending=True).values
-        size = z.shape[1]
-        k = torch.where(controls.top_k > 0, controls.top_k.clamp(max=size), size).long()[:, None]
-        kth = ordered.gather(1, k - 1)
-        ordered = ordered.masked_fill(ordered < kth, float("-inf"))
-        before = ordered.softmax(-1).cumsum(-1).roll(1, -1)
-        before[:, 0] = 0
-        kept = ((before < controls.top_p[:, None]) & (ordered > float("-inf"))).sum(-1, keepdim=True)
-        bound = ordered.gather(1, (kept - 1).clamp(min=0))
-    if kind.min_p:
-        lowest = z.amax(-1, keepdim=True) + torch.log(controls.min_p)[:, None]
-        bound = torch.maximum(bound, lowest)
-    return bound
 
 
 def keys_of(seeds: np.ndarray, numbers: np.ndarray) -> np.ndarray:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from unsloth.generate.pages import PagePool
@@ -131,15 +130,6 @@ class Scheduler:
             self._running.remove(sequence)
         self._give_up(sequence)
         sequence.state = "finished"
-
-    def sequences(self) -> Iterator[Sequence]:
-        """All of them."""
-        yield from self._running
-        for group, lead in self._prefill:
-            yield lead
-            yield from group.members
-        for group in self._waiting.values():
-            yield from group.members
 
     def schedule(self, may_preempt: bool = True) -> Plan | None:
         """The next step; None if a sequence must give its pages up first, and may not yet."""

@@ -133,8 +133,10 @@ def adapter_gradients(
     grads: Sequence[torch.Tensor],
     g_projected: torch.Tensor,
     needs: Sequence[bool],
+    *,
+    scaled: bool = True,
 ) -> list[torch.Tensor | None]:
-    """dA_0, dB_0, dA_1, ... in float32 (None where not needed), the dA in one product.
+    """dA_0, dB_0, dA_1, ... in float32 (None where not needed), the dA in one product; dB without s if not ``scaled``.
 
     The dB are one product in the padded form, whose blocks off the diagonal are not used: reading g once counts more.
     """
@@ -148,7 +150,7 @@ def adapter_gradients(
             found.append(None)
             continue
         db = matmul_wide(grads[i].t(), projected[:, ranks]) if all_b is None else all_b[columns, ranks]
-        found.append(db * adapter.scale)
+        found.append(db * adapter.scale if scaled else db)
     return found
 
 

@@ -15,6 +15,7 @@ The activation's kernels make t_d and the adapter gradients that need h, de or d
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -81,34 +82,75 @@ class _LoraMlp(torch.autograd.Function):
         x, t_gu, gated, t_d, *pairs = ctx.saved_tensors
         adapters, needs = gather_adapters(pairs, ctx.scales), ctx.needs_input_grad
         with torch.autocast(x.device.type, enabled=False):
-            group = _down_group(ctx.down, adapters, ctx.dtype, gated.shape[1] // 2, again=False)
             flat = grad.to(ctx.dtype).reshape(x.shape[0], grad.shape[-1])
-            wide, p = project_gradients([flat], group)
-            dh = group.input_gradient(wide, p)
-            db_d = matmul_wide(flat.t(), t_d) if needs[12] else None
-            p = p.clone() if group.room else p
-            del wide
-
+            group = _down_group(ctx.down, adapters, ctx.dtype, gated.shape[1] // 2, again=False)
+            dh, p, db_d = down_gradients(group, t_d, flat, needs[12])
             group = LoraGroup(ctx.gate_up, adapters[:2], ctx.dtype, again=False)
-            ranks = group.rank_slices()
-            width = gated.shape[1]
-            wide = torch.empty(x.shape[0], width + group.room, dtype=ctx.dtype, device=x.device)
-            thin = (t_gu[:, ranks[0]], t_gu[:, ranks[1]])
-            da_d, db_g, db_u = glu_backward(dh, gated, ctx.activation, p, thin, wide[:, :width])
-            del dh
-            p_gu = _project_gated(wide, width, group)
-            grads = [wide] if group.room else [wide[:, part] for part in group.out_slices()]
-            dx = group.input_gradient(grads, p_gu).view(ctx.shape).to(ctx.x_dtype) if needs[0] else None
-            da_gu = matmul_wide(p_gu.t(), x) if needs[7] or needs[9] else None
-        found = [
-            None if da_gu is None else da_gu[ranks[0]],
-            db_g.t(),
-            None if da_gu is None else da_gu[ranks[1]],
-            db_u.t(),
-            da_d,
-            db_d,
-        ]
-        return dx, *[None] * 6, *_finish(found, pairs, ctx.scales, needs[7:])
+            dx, found = gate_up_gradients(
+                group, GateUpKept(x, t_gu, gated), dh, p, ctx.activation, needs=(needs[0], *needs[7:11])
+            )
+        found = [*found, db_d]
+        dx = None if dx is None else dx.view(ctx.shape).to(ctx.x_dtype)
+        return dx, *[None] * 6, *finish_gradients(found, pairs, ctx.scales, needs[7:])
+
+
+@dataclass(frozen=True, slots=True)
+class GateUpKept:
+    """What the backward of gate and up reads of the forward.
+
+    Attributes:
+        x: (M, K).
+        t_gu: (M, columns) x A^T of gate and up.
+        gated: (M, 2 I) gate(x) and up(x), or with room for the projections of their gradients behind.
+    """
+
+    x: torch.Tensor
+    t_gu: torch.Tensor
+    gated: torch.Tensor
+
+
+def down_gradients(
+    group: LoraGroup, t_d: torch.Tensor, grad: torch.Tensor, needs_b: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(dh (M, I), g sB (M, columns), dB of down in float32 and not yet scaled, or None) of ``grad`` (M, H)."""
+    wide, p = project_gradients([grad], group)
+    dh = group.input_gradient(wide, p)
+    return dh, p.clone() if group.room else p, matmul_wide(grad.t(), t_d) if needs_b else None
+
+
+def gate_up_gradients(
+    group: LoraGroup,
+    kept: GateUpKept,
+    dh: torch.Tensor,
+    p: torch.Tensor,
+    activation: str,
+    needs: Sequence[bool],
+    *,
+    overwrite: bool = False,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """(dx or None, dA and dB of gate and up, and dA of down, in float32, not yet scaled).
+
+    Args:
+        group: Of gate and up.
+        kept: Of the forward.
+        dh: (M, I).
+        p: (M, columns) g sB of down.
+        activation: As in the forward.
+        needs: Whether x, and A and B of gate and of up, want a gradient.
+        overwrite: Write the gradients of gate(x) and up(x) over ``kept.gated``, which has room behind them.
+        out: (M, K) to write dx into.
+    """
+    ranks, width = group.rank_slices(), sum(group.outs)
+    wide = kept.gated if overwrite else dh.new_empty(dh.shape[0], width + group.room)
+    thin = (kept.t_gu[:, ranks[0]], kept.t_gu[:, ranks[1]])
+    da_d, db_g, db_u = glu_backward(dh, kept.gated[:, :width], activation, p, thin, wide[:, :width])
+    p_gu = _project_gated(wide, width, group)
+    grads = [wide] if group.room else [wide[:, part] for part in group.out_slices()]
+    dx = group.input_gradient(grads, p_gu, out=out) if needs[0] else None
+    da_gu = matmul_wide(p_gu.t(), kept.x) if needs[1] or needs[3] else None
+    da_g, da_u = (None, None) if da_gu is None else (da_gu[ranks[0]], da_gu[ranks[1]])
+    return dx, [da_g, db_g.t(), da_u, db_u.t(), da_d]
 
 
 def _down_group(
@@ -138,7 +180,7 @@ def _project_gated(wide: torch.Tensor, width: int, group: LoraGroup) -> torch.Te
     return tail
 
 
-def _finish(
+def finish_gradients(
     found: Sequence[torch.Tensor | None],
     pairs: Sequence[torch.Tensor | None],
     scales: Sequence[float],
@@ -146,14 +188,19 @@ def _finish(
 ) -> list[torch.Tensor | None]:
     """Gradients cut to their adapter's rank, B's scaled, at the adapters' dtypes; None where not needed."""
     grads: list[torch.Tensor | None] = []
+    scaled, factors = [], []
     for i, (grad, master, needed) in enumerate(zip(found, pairs, needs, strict=True)):
         if grad is None or master is None or not needed:
             grads.append(None)
-        elif i % 2:
-            grads.append((grad[:, : master.shape[1]] * scales[i // 2]).to(master.dtype))
-        else:
-            grads.append(grad[: master.shape[0]].to(master.dtype))
-    return grads
+            continue
+        grad = grad[:, : master.shape[1]] if i % 2 else grad[: master.shape[0]]
+        grads.append(grad)
+        if i % 2 and scales[i // 2] != 1.0:
+            scaled.append(grad)
+            factors.append(scales[i // 2])
+    if scaled:
+        torch._foreach_mul_(scaled, factors)
+    return [None if g is None or m is None else g.to(m.dtype) for g, m in zip(grads, pairs, strict=True)]
 
 
 def lora_mlp(

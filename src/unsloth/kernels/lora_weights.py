@@ -337,18 +337,25 @@ class LoraGroup:
         assert self.padded is not None
         return self.padded.buffer[: self.padded.out_features, self.in_features : self.in_features + self.columns]
 
-    def forward(self, x: torch.Tensor, projected: torch.Tensor, biases: Sequence[torch.Tensor | None]) -> torch.Tensor:
-        """Stacked outputs (M, O) of ``x`` (M, K + room) and ``projected`` = x A^T (M, columns)."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        projected: torch.Tensor,
+        biases: Sequence[torch.Tensor | None],
+        *,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Stacked outputs (M, O) of ``x`` (M, K + room) and ``projected`` = x A^T (M, columns); written to ``out``."""
         if self.padded is not None:
             weight = self.padded.buffer[: self.padded.out_features, : self.in_features + self.room].t()
             if all(bias is None for bias in biases):
-                return torch.mm(x, weight)
+                return torch.mm(x, weight, out=out)
             stacked = [
-                torch.zeros(out, dtype=x.dtype, device=x.device) if bias is None else bias.to(x.dtype)
-                for out, bias in zip(self.outs, biases, strict=True)
+                torch.zeros(size, dtype=x.dtype, device=x.device) if bias is None else bias.to(x.dtype)
+                for size, bias in zip(self.outs, biases, strict=True)
             ]
-            return torch.addmm(torch.cat(stacked) if len(stacked) > 1 else stacked[0], x, weight)
-        y = torch.empty(x.shape[0], sum(self.outs), dtype=x.dtype, device=x.device)
+            return torch.addmm(torch.cat(stacked) if len(stacked) > 1 else stacked[0], x, weight, out=out)
+        y = torch.empty(x.shape[0], sum(self.outs), dtype=x.dtype, device=x.device) if out is None else out
         for i, (columns, ranks) in enumerate(zip(self.out_slices(), self.rank_slices(), strict=True)):
             bias, part = biases[i], y[:, columns]
             if bias is None:
@@ -359,15 +366,27 @@ class LoraGroup:
                 part.addmm_(projected[:, ranks], self.sb(i, x.dtype).t())
         return y
 
-    def input_gradient(self, grads: Sequence[torch.Tensor], projected: torch.Tensor) -> torch.Tensor:
+    def add_forward(
+        self, residual: torch.Tensor, x: torch.Tensor, projected: torch.Tensor, *, out: torch.Tensor
+    ) -> torch.Tensor:
+        """Into ``out``, :meth:`forward` of a group of one linear plus ``residual`` (M, O), rounded as one sum."""
+        if self.padded is not None:
+            weight = self.padded.buffer[: self.padded.out_features, : self.in_features + self.room].t()
+            return torch.addmm(residual, x, weight, out=out)
+        y = torch.addmm(residual, x, self.weights[0].t(), out=out)
+        return y.addmm_(projected, self.sb(0, x.dtype).t()) if self.columns else y
+
+    def input_gradient(
+        self, grads: Sequence[torch.Tensor], projected: torch.Tensor, *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """(M, K) gradient; ``grads`` is one (M, O + room) in the padded form, one (M, out_i) a linear in the plain one.
 
-        ``projected`` is g sB (M, columns).
+        ``projected`` is g sB (M, columns); written to ``out`` if given.
         """
         if self.padded is not None:
             rows = self.padded.out_features + self.room
-            return torch.mm(grads[0], self.padded.buffer[:rows, : self.in_features])
-        dx = torch.mm(grads[0], self.weights[0])
+            return torch.mm(grads[0], self.padded.buffer[:rows, : self.in_features], out=out)
+        dx = torch.mm(grads[0], self.weights[0], out=out)
         for g, weight in zip(grads[1:], self.weights[1:], strict=True):
             dx.addmm_(g, weight)
         if self.columns:

@@ -25,7 +25,8 @@ from unsloth.kernels.nf4 import NF4Weight
 from unsloth.kernels.nf4_fragments import LowRank, multiply_fragments, takes_fragments
 from unsloth.kernels.nf4_matmul import nf4_linear
 
-PART = 512  # columns of x that one program multiplies
+STEP = 512  # columns of x that a program multiplies at a time
+MOST_PARTS = 8  # every program of the products adds up so many
 
 
 @dataclass(frozen=True)
@@ -111,26 +112,31 @@ def project_few(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         float32 [parts, M, R].
     """
     (m, k), r = x.shape, a.shape[0]
-    parts = triton.cdiv(k, PART)
+    share = triton.cdiv(triton.cdiv(k, STEP), MOST_PARTS) * STEP
+    parts = triton.cdiv(k, share)
     t = torch.empty((parts, m, r), dtype=torch.float32, device=x.device)
     with launch_on(x):
         project_few_kernel[(triton.cdiv(r, 16), parts)](
-            x, a, t, m, r, k, x.stride(0), UPCAST=interpreting(), PART=PART, num_warps=4
+            x, a, t, m, r, k, share, x.stride(0), UPCAST=interpreting(), STEP=STEP, num_warps=4, num_stages=2
         )
     return t
 
 
 @triton.jit
-def project_few_kernel(x, a, t, m, r, k, stride_x, UPCAST: tl.constexpr, PART: tl.constexpr):
-    """One program multiplies 16 rows of a with PART columns of all rows of x."""
+def project_few_kernel(x, a, t, m, r, k, share, stride_x, UPCAST: tl.constexpr, STEP: tl.constexpr):
+    """One program multiplies 16 rows of a with a share of the columns of all rows of x."""
     rank = tl.program_id(0) * 16 + tl.arange(0, 16)
     row = tl.arange(0, 16)
-    column = tl.program_id(1) * PART + tl.arange(0, PART)
-    left = tl.load(x + row[:, None] * stride_x + column[None, :], (row[:, None] < m) & (column[None, :] < k), other=0.0)
-    right = tl.load(a + rank[None, :] * k + column[:, None], (rank[None, :] < r) & (column[:, None] < k), other=0.0)
-    if UPCAST:
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    part = tl.dot(left, right, input_precision="ieee")
+    first = tl.program_id(1) * share
+    part = tl.zeros((16, 16), tl.float32)
+    for start in range(first, tl.minimum(first + share, k), STEP):
+        column = start + tl.arange(0, STEP)
+        left_mask, right_mask = (row[:, None] < m) & (column[None, :] < k), (rank[None, :] < r) & (column[:, None] < k)
+        left = tl.load(x + row[:, None] * stride_x + column[None, :], left_mask, other=0.0)
+        right = tl.load(a + rank[None, :] * k + column[:, None], right_mask, other=0.0)
+        if UPCAST:
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        part = tl.dot(left, right, part, input_precision="ieee")
     at = (tl.program_id(1) * m + row[:, None]) * r + rank[None, :]
     tl.store(t + at, part, (row[:, None] < m) & (rank[None, :] < r))
 
@@ -138,5 +144,5 @@ def project_few_kernel(x, a, t, m, r, k, stride_x, UPCAST: tl.constexpr, PART: t
 def compile_examples(float_dtype: str) -> list[tuple]:
     """Kernels with the argument types and options they are launched with, for compilation without a GPU."""
     ptr = f"*{float_dtype}"
-    signature = {"x": ptr, "a": ptr, "t": "*fp32"} | dict.fromkeys(("m", "r", "k", "stride_x"), "i32")
-    return [(project_few_kernel, signature, {"UPCAST": False, "PART": PART}, {"num_warps": 4})]
+    signature = {"x": ptr, "a": ptr, "t": "*fp32"} | dict.fromkeys(("m", "r", "k", "share", "stride_x"), "i32")
+    return [(project_few_kernel, signature, {"UPCAST": False, "STEP": STEP}, {"num_warps": 4, "num_stages": 2})]

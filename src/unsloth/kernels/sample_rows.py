@@ -42,7 +42,7 @@ def sample_rows(
         raw: (B, V), adjacent columns.
         adjusted: Like ``raw``, of any float dtype.
         temperature: (B,) float32.
-        bound: (B,) float32, on the scale of ``adjusted / temperature``; None for none.
+        bound: (B,) float32, on the scale of ``adjusted * (1 / temperature)``; None for none.
         keys: (2, B) int32.
         fast: False takes the plain-torch reference.
 
@@ -81,7 +81,7 @@ def sample_rows_reference(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The formula in plain torch."""
     greedy = temperature == 0
-    z = adjusted.float() / torch.where(greedy, 1.0, temperature)[:, None]
+    z = adjusted.float() * (1 / torch.where(greedy, 1.0, temperature))[:, None]
     if bound is not None:
         z = z.masked_fill((z < bound[:, None]) & ~greedy[:, None], float("-inf"))
     token = torch.where(greedy, z.argmax(-1), (z - exponential(keys, z.shape[1]).log()).argmax(-1))

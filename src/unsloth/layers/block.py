@@ -20,6 +20,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from unsloth.layers.fast import Fast, is_untouched
 from unsloth.layers.norm import NormOptions, add_and_normalize
+from unsloth.layers.read_block import read_block
+from unsloth.layers.whole_block import whole_block
+from unsloth.memory.keeper import Keeper
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,9 @@ class BlockOptions:
         residual_scale: s.
         attention_dropout: Between attention and the residual stream, or None.
         mlp_dropout: Between the MLP and the residual stream, or None.
+        keeper: Decides on the memory of blocks that train as one function (:mod:`unsloth.layers.whole_block`), as this
+            one does in calls that allow it; None: never.
+        number: Of the block, from 0.
     """
 
     attention: str
@@ -51,6 +57,16 @@ class BlockOptions:
     residual_scale: float = 1.0
     attention_dropout: str | None = None
     mlp_dropout: str | None = None
+    keeper: Keeper | None = None
+    number: int = 0
+
+    def peculiarity(self) -> str | None:
+        """Why a block like this cannot be one function, or None."""
+        plain = self.attention_norm is None and self.mlp_norm is None and not self.parallel
+        plain = plain and self.residual_scale == 1.0 and not self.attention_dropout and not self.mlp_dropout
+        if not plain or self.norm is None or self.norm.kind != "rms" or self.input_norm is None:
+            return "a block of another structure"
+        return None
 
 
 def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -60,7 +76,14 @@ def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -
     fast: Fast = self.unsloth_fast
     if args:
         return fast.decline(self, "positional arguments", hidden_states, *args, **kwargs)
-    fast.took()
+    if fast.options.keeper is None or not torch.is_grad_enabled():
+        fast.took()
+    else:
+        parts = read_block(self, hidden_states, kwargs)
+        if not isinstance(parts, str):
+            fast.took()
+            return whole_block(hidden_states, parts)
+        fast.took(but=f"not as one function: {parts}")
     if _must_checkpoint(self):
         # a block that is computed twice must not write to a cache; transformers says so to the user
         kwargs = {name: value for name, value in kwargs.items() if not isinstance(value, Cache)} | {"use_cache": False}

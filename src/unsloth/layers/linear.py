@@ -46,6 +46,27 @@ class Frozen:
         return self.base.bias
 
 
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Which tensors frozen layers are made of, to ask later whether they still are.
+
+    Attributes:
+        key: Equal for the same tensors at the same places.
+        objects: Keeps them alive, without which others could take their places.
+    """
+
+    key: tuple
+    objects: tuple
+
+    @classmethod
+    def of(cls, linears: Sequence[Frozen]) -> Identity:
+        """Of the weights of ``linears`` as they are now."""
+        weights = [linear.base.weight for linear in linears]
+        states = [getattr(weight, "quant_state", None) for weight in weights]
+        key = tuple((id(w), w.data_ptr(), w._version, id(s)) for w, s in zip(weights, states, strict=True))
+        return cls(key, (*weights, *states))
+
+
 def read(module: torch.nn.Module) -> Frozen | str:
     """The frozen layer that ``module`` amounts to in this very call, or why it must be called itself."""
     return read_called(module) if is_untouched(module) else "hooks on a linear layer"

@@ -8,27 +8,39 @@ from __future__ import annotations
 
 from typing import Literal, cast
 
+import torch
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from unsloth.core.errors import ConfigError
+from unsloth.memory.budget import Budget
 
-Policy = Literal["unsloth", True, False]
+Policy = Literal["unsloth", True, False] | Budget
+_ATTRIBUTE = "unsloth_memory"
 
 
 def validate(policy: object) -> Policy:
-    """Return ``policy`` if it is one of ``"unsloth"``, True, False; raise :class:`ConfigError` otherwise."""
-    if isinstance(policy, bool) or policy == "unsloth":
+    """Return ``policy`` if it is ``"unsloth"``, True, False or a budget; raise :class:`ConfigError` otherwise."""
+    if isinstance(policy, bool | Budget) or policy == "unsloth":
         return cast(Policy, policy)
     raise ConfigError(
-        "unknown use_gradient_checkpointing", got=policy, do='Use "unsloth" (the default), True or False.'
+        "unknown use_gradient_checkpointing",
+        got=policy,
+        do='Use "unsloth" (the default), True, False, or a Budget of bytes.',
     )
 
 
 def apply(model: PreTrainedModel, policy: Policy) -> None:
     """Switch checkpointing of ``model``'s layers on or off.
 
-    ``"unsloth"`` and True recompute every layer; False keeps everything.
+    True recomputes every layer; False keeps everything. ``"unsloth"`` and a budget do as memory allows in layers
+    that train as one function (:mod:`unsloth.layers.whole_block`), and recompute others.
     """
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.__dict__.pop(_ATTRIBUTE, None)
+            if policy is not False:
+                module.__dict__[_ATTRIBUTE] = policy
     # transformers renamed these methods during 5.x
     if policy:
         options = {"use_reentrant": False}
@@ -41,6 +53,13 @@ def apply(model: PreTrainedModel, policy: Policy) -> None:
             model.activation_checkpointing_disable()
         else:
             model.gradient_checkpointing_disable()
+
+
+def policy_of(layer: torch.nn.Module) -> Policy:
+    """The policy of one layer, as it is now: False unless its checkpointing is on, whoever switched it."""
+    if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
+        return False
+    return layer.__dict__.get(_ATTRIBUTE, True)
 
 
 def is_on(model: PreTrainedModel) -> bool:

@@ -88,6 +88,8 @@ def load(options: LoadOptions) -> tuple[PreTrainedModel | PeftModel, PreTrainedT
     )
     if options.resize_model_vocab is not None:
         vocabulary.resize(model, options.resize_model_vocab)
+    if options.offload_embedding:
+        placement.offload_embedding(model)
     adapted = saved_adapter.load(model, found, options.use_gradient_checkpointing) if base is not found else model
     vocabulary.check(model, loaded_tokenizer)
     tokenizer.share_special_tokens(model, loaded_tokenizer)
@@ -190,8 +192,6 @@ def _load_base(
     found: source.Source, config: PretrainedConfig, more: Mapping[str, Any], options: LoadOptions
 ) -> PreTrainedModel:
     target = placement.target_device(options.device_map)
-    if options.offload_embedding:
-        placement.check_offloaded_embedding(options.device_map)
     dtype = options.dtype or device.default_dtype(target)
     form = weight_format.choose(found, options.precision)
     form.prepare(config, dtype)

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import torch
+from transformers import PreTrainedModel
 
 from unsloth.core import device
 from unsloth.core.errors import ConfigError
 from unsloth.core.log import get_logger
+from unsloth.layers import host_embedding
 
 DeviceMap: TypeAlias = str | Mapping[str, Any] | torch.device | int | None
 _STRATEGIES = ("sequential", "auto", "balanced", "balanced_low_0")
@@ -54,13 +56,14 @@ def resolved(device_map: DeviceMap) -> Any:
     return device_map if isinstance(device_map, Mapping) or device_map in _STRATEGIES[1:] else {"": target}
 
 
-def check_offloaded_embedding(device_map: DeviceMap) -> None:
-    """Say that an embedding asked to be in host memory is there; refuse where it would not be."""
-    if target_device(device_map).type == "cpu":
+def offload_embedding(model: PreTrainedModel) -> None:
+    """Put the input embedding of ``model`` into host memory, if it is not there and can be; say what was done."""
+    if model.device.type == "cpu":
         logger.info("offload_embedding: the whole model is in host memory", extra={"once": True})
         return
-    raise ConfigError(
-        "offload_embedding is not available on a GPU in this version",
-        got=True,
-        do="Leave it out. The embedding takes rows * width * 2 bytes, about 1 GB for a model of 8 billion weights.",
-    )
+    reason = host_embedding.move(model)
+    if reason is None:
+        size = model.get_input_embeddings().weight.nbytes / 2**30
+        logger.info("offload_embedding: %.2f GiB of the input embedding are in host memory", size)
+    else:
+        logger.warning("offload_embedding: the input embedding stays on the GPU: %s", reason)

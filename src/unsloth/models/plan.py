@@ -20,6 +20,7 @@ from unsloth.core.errors import PlanError
 from unsloth.layers import attention as attention_layer
 from unsloth.layers import block, linear, mlp, norm
 from unsloth.layers.fast import Fast, has_foreign_forward, is_swapped
+from unsloth.memory.keeper import Keeper
 from unsloth.models import families, record, spec
 from unsloth.models.patch import AttentionSwap, ForwardSwap, LeftAlone, PatchPlan, Replacement
 
@@ -32,6 +33,8 @@ def plan(
     *,
     family: spec.ModelSpec | None = None,
     attention: bool | None = None,
+    whole: bool | None = None,
+    graphs: bool | None = None,
     also: Sequence[Replacement] = (),
 ) -> PatchPlan:
     """Make a plan for ``model``, which is not changed.
@@ -41,6 +44,10 @@ def plan(
         family: Its spec; None looks it up.
         attention: Whether to compute scores by :mod:`unsloth.layers.packed_attention` where the model is set to
             ``sdpa``; None means: on a GPU, where that has kernels.
+        whole: Whether blocks train as one function each (:mod:`unsloth.layers.whole_block`), in calls that allow it;
+            None means: on a GPU.
+        graphs: Whether such blocks are recorded as CUDA graphs (:mod:`unsloth.layers.block_graphs`), for batches of
+            shapes that come again; None means: on a GPU.
         also: Further replacements, such as of the output head.
 
     Raises:
@@ -58,8 +65,10 @@ def plan(
             "", inner, f"no spec for {inner.config.model_type} in this form: blocks run as transformers wrote them"
         )
     else:
-        _Family(draft, family).add()
-        if attention or (attention is None and inner.device.type == "cuda"):
+        on_gpu = inner.device.type == "cuda"
+        keeps = _keeper(draft.module(family.layers), on_gpu if whole is None else whole, graphs)
+        _Family(draft, family, keeps).add()
+        if attention or (attention is None and on_gpu):
             _add_scores(draft, family)
     _add_linears(draft)
     draft.replacements += also
@@ -163,8 +172,8 @@ class _Draft:
 class _Family:
     """Adds the parts of a family's blocks to a draft."""
 
-    def __init__(self, draft: _Draft, family: spec.ModelSpec) -> None:
-        self.draft, self.family, self.config = draft, family, draft.model.config
+    def __init__(self, draft: _Draft, family: spec.ModelSpec, keeper: Keeper | None) -> None:
+        self.draft, self.family, self.config, self.keeper = draft, family, draft.model.config, keeper
 
     def add(self) -> None:
         """Every block, then what surrounds them."""
@@ -174,7 +183,7 @@ class _Family:
             path = f"{family.layers}.{i}"
             self._add_attention(f"{path}.{family.attention.path}", i)
             self._add_mlp(f"{path}.{family.mlp.path}")
-            self._add_block(path)
+            self._add_block(path, i)
         self._add_norm(family.final_norm)
         self.draft.leave(family.embedding, self.draft.module(family.embedding), "a look-up")
         self.draft.leave(family.rotary, self.draft.module(family.rotary), "makes its tables once for all blocks")
@@ -188,7 +197,7 @@ class _Family:
         options = self._norm_options(path)
         self.draft.swap(path, norm.forward, options, f"{options.kind} norm", "one pass over memory")
 
-    def _add_block(self, path: str) -> None:
+    def _add_block(self, path: str, number: int) -> None:
         family, parts = self.family, self.family.block
         for name in (parts.input_norm, parts.attention_norm, parts.mlp_norm):
             if name is not None:
@@ -209,6 +218,8 @@ class _Family:
             residual_scale=spec.factor(self.config, parts.residual_scale),
             attention_dropout=parts.attention_dropout,
             mlp_dropout=parts.mlp_dropout,
+            keeper=self.keeper,
+            number=number,
         )
         covers = [] if second is None else [self.draft.module(second)]
         new = "block" if second is None else f"block, addition with {parts.mlp_input_norm}"
@@ -281,6 +292,10 @@ class _Family:
                     do=_REMEDY,
                 )
         return modules
+
+
+def _keeper(blocks: torch.nn.Module, whole: bool, graphs: bool | None) -> Keeper | None:
+    return Keeper(len(list(blocks.children())), captures=graphs is not False) if whole else None
 
 
 def _add_scores(draft: _Draft, family: spec.ModelSpec) -> None:

@@ -10,6 +10,7 @@ from trl.trainer.sft_config import SFTConfig as TRLConfig
 
 from unsloth.core.errors import ConfigError
 from unsloth.train.follow import FOLLOWING_THE_MODEL, FollowsModel
+from unsloth.train.row_arguments import RowArguments
 from unsloth.train.spellings import accepts_earlier_names
 from unsloth.train.survival import SurvivalArguments
 
@@ -26,12 +27,13 @@ class TrainingArguments(PlainArguments):
 
 @accepts_earlier_names
 @dataclass
-class SFTConfig(SurvivalArguments, FollowsModel, TRLConfig):
+class SFTConfig(RowArguments, SurvivalArguments, FollowsModel, TRLConfig):
     """TRL's ``SFTConfig``, with defaults that follow the model.
 
     Everything of ``trl.SFTConfig`` and ``transformers.TrainingArguments`` is accepted, under today's names or those
     of earlier releases (:mod:`unsloth.train.spellings`), and the fields of
-    :class:`unsloth.train.survival.SurvivalArguments`. What differs:
+    :class:`unsloth.train.row_arguments.RowArguments` and :class:`unsloth.train.survival.SurvivalArguments`. What
+    differs:
 
     Attributes:
         max_length: Longest row in tokens; longer rows are cut, and counted in the log. None means the

@@ -50,6 +50,7 @@ _HARMLESS = frozenset(
         "activation_offloading",
         "auto_find_batch_size",
         "batch_eval_metrics",
+        "cache_tokens",
         "bf16_full_eval",
         "dataset_kwargs",
         "dataset_num_proc",

@@ -17,8 +17,9 @@ import torch
 from peft import PeftModel
 from transformers import PretrainedConfig
 
+from unsloth.memory import checkpointing
 from unsloth.models import adapters, load, modes, record
-from unsloth.train import memory_error, skeleton
+from unsloth.train import block_memory, memory_error, skeleton
 from unsloth.train.allocations import Allocations
 from unsloth.train.config import SFTConfig
 
@@ -109,6 +110,7 @@ def estimate(
     sequence_length: int | None = None,
     padded: bool | None = None,
     on_gpu: bool | None = None,
+    whole_blocks: bool = True,
 ) -> MemoryEstimate:
     """Estimate the memory of supervised fine-tuning, for a batch of the largest size.
 
@@ -125,6 +127,7 @@ def estimate(
         padded: Whether rows of unequal length share a batch, for which attention needs a mask; None means: with
             batches of several rows, unless they are packed or padding-free.
         on_gpu: Whether the run uses a GPU, on which the loss is computed without the whole logits; None looks.
+        whole_blocks: Whether blocks train as one function each on a GPU, where they can.
 
     Raises:
         UnslothError: The model's configuration cannot be read, or the adapter does not fit it.
@@ -134,7 +137,8 @@ def estimate(
         built = built or skeleton.build(config or read_config(options), options, adapter)
     loaded = record.require(built.model)
     follows = training._checkpointing_follows_model
-    modes.for_training(built.model, loaded.gradient_checkpointing if follows else bool(training.gradient_checkpointing))
+    policy = loaded.gradient_checkpointing if follows else bool(training.gradient_checkpointing)
+    modes.for_training(built.model, policy)
     on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
     step = _Step(
         batch_size=training.per_device_train_batch_size,
@@ -144,8 +148,11 @@ def estimate(
         autocast=_autocast(training, loaded.dtype),
         fused_head=training.fused_head if training.fused_head is not None else on_gpu,
     )
+    optimizer = _Optimizer.of(training, on_gpu)
+    if on_gpu and whole_blocks and built.blocks is not None and not step.padded and step.fused_head:
+        return _from_rules(built, built.blocks, step, policy, optimizer)
     with _quietly():
-        return _measure(built, step, _Optimizer.of(training, on_gpu))
+        return _measure(built, step, optimizer)
 
 
 @dataclass(frozen=True)
@@ -215,13 +222,28 @@ def _quietly() -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class _Parameters:
+    """Of a model: what is trained, what is there, and what of it is the adapter."""
+
+    trained: list[torch.Tensor]
+    everything: list[torch.Tensor]
+    adapter: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> _Parameters:
+        named = dict(model.named_parameters())
+        adapted = isinstance(model, PeftModel)
+        return cls(
+            [parameter for parameter in named.values() if parameter.requires_grad],
+            [*named.values(), *model.buffers()],
+            [p for name, p in named.items() if adapted and (p.requires_grad or _is_adapter(name))],
+        )
+
+
 def _measure(built: skeleton.Skeleton, step: _Step, optimizer: _Optimizer) -> MemoryEstimate:
-    model = built.model
-    parameters = dict(model.named_parameters())
-    trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
-    everything = [*parameters.values(), *model.buffers()]
-    adapted = isinstance(model, PeftModel)
-    adapter = [p for name, p in parameters.items() if adapted and (p.requires_grad or _is_adapter(name))]
+    """From a step on shapes."""
+    model, parameters = built.model, _Parameters.of(built.model)
     vocabulary = record.transformers_model(model).config.get_text_config().vocab_size
 
     def label(tensor: torch.Tensor) -> str:
@@ -231,24 +253,49 @@ def _measure(built: skeleton.Skeleton, step: _Step, optimizer: _Optimizer) -> Me
         return _LOGITS if is_logits and tensor.numel() != 0 else _ACTIVATIONS
 
     allocations = Allocations(label)
-    allocations.exclude(everything)
+    allocations.exclude(parameters.everything)
     with built.shapes, allocations:
         inputs = _batch(step)
         for _ in range(2 if step.accumulates else 1):
             _forward(model, inputs, step).backward()
-            for parameter in trained:
+            for parameter in parameters.trained:
                 if parameter.grad is not None:
                     allocations.relabel(parameter.grad, _GRADIENTS)
-        for parameter in trained:
+        for parameter in parameters.trained:
             parameter.grad = None
-    peak = allocations.peak()
+    return _estimate(built, step, optimizer, parameters, allocations.peak())
+
+
+def _from_rules(
+    built: skeleton.Skeleton,
+    blocks: block_memory.Blocks,
+    step: _Step,
+    policy: checkpointing.Policy,
+    optimizer: _Optimizer,
+) -> MemoryEstimate:
+    """From the rules that blocks go by which train as one function."""
+    parameters = _Parameters.of(built.model)
+    inner = record.transformers_model(built.model)
+    dtype = step.autocast or record.require(built.model).dtype
+    vocabulary = inner.config.get_text_config().vocab_size
+    found = block_memory.measure(blocks, policy, step.batch_size * step.length, dtype.itemsize, vocabulary)
+    gradients = sum(parameter.nbytes for parameter in parameters.trained) if step.accumulates else 0
+    peak = Counter({_GRADIENTS: gradients, _LOGITS: found.logits, _ACTIVATIONS: found.activations})
+    return _estimate(built, step, optimizer, parameters, peak)
+
+
+def _estimate(
+    built: skeleton.Skeleton, step: _Step, optimizer: _Optimizer, parameters: _Parameters, peak: Counter[str]
+) -> MemoryEstimate:
+    """The larger of a peak in forward and backward, and what the update of the weights takes."""
+    trained, model = parameters.trained, built.model
     gradients = sum(parameter.nbytes for parameter in trained)
     updating = gradients + optimizer.working_bytes(trained) + memory_error.snapshot_bytes(trained)
     if updating > sum(peak.values()):
         peak = Counter({_GRADIENTS: gradients, _ACTIVATIONS: updating - gradients})
     return MemoryEstimate(
-        weights=_bytes(everything) - _bytes(adapter),
-        adapter=_bytes(adapter),
+        weights=_bytes(parameters.everything) - _bytes(parameters.adapter),
+        adapter=_bytes(parameters.adapter),
         optimizer=optimizer.state_bytes(trained),
         gradients=peak[_GRADIENTS],
         activations=peak[_ACTIVATIONS],

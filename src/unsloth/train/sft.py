@@ -94,6 +94,9 @@ class SFTTrainer(ModelLoop, TRLTrainer):
             },
         )
         args.follow(record.find(model))
+        args.check_tokens_per_batch(args.max_length)
+        if args.tokens_per_batch is not None:
+            args.packing = True
         if data_collator is not None and (args.packing or args.padding_free):
             logger.warning("a data_collator was passed: packing and padding-free batches are switched off")
             args.packing = args.padding_free = False
@@ -105,6 +108,11 @@ class SFTTrainer(ModelLoop, TRLTrainer):
             packing=args.packing,
             padding_free=args.padding_free,
             num_proc=args.dataset_num_proc,
+            layout=args.layout,  # type: ignore[arg-type] # both are checked there
+            long_rows=args.long_rows,  # type: ignore[arg-type]
+            escape_control_tokens=args.escape_control_tokens,
+            pack_length=args.tokens_per_batch,
+            cache=args.cache_tokens,
         )
         self._given = {"train": train_dataset, "eval": eval_dataset}
         if train_dataset is None:

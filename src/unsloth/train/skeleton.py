@@ -18,6 +18,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from unsloth.core import device
 from unsloth.models import adapters, load, plan, record
 from unsloth.models.patch import PatchPlan
+from unsloth.train import block_memory
 
 _ATTENTION = "unsloth_shapes"
 _BLOCK, _NESTED_BLOCK = 64, 256  # of NF4 with double quantization, see quant/nf4.py
@@ -31,11 +32,13 @@ class Skeleton:
         model: The model.
         shapes: The mode that its tensors belong to: operations on them must run under it.
         plan: What would be swapped in the loaded model, or None for nothing; the skeleton itself keeps its layers.
+        blocks: Its blocks, if they would train as one function each on a GPU.
     """
 
     model: PreTrainedModel | PeftModel
     shapes: FakeTensorMode
     plan: PatchPlan | None
+    blocks: block_memory.Blocks | None
 
 
 def build(
@@ -86,10 +89,11 @@ def build(
         adapted = model if precision == "full" else adapters.add(model, adapter or adapters.AdapterOptions())
     # while its weights are still of the classes that loaded ones have
     planned = plan.plan(adapted) if fast_layers else None
+    blocks = block_memory.find(plan.plan(adapted, whole=True), record.transformers_model(adapted)) if planned else None
     shapes = FakeTensorMode(allow_non_fake_inputs=True)
     with shapes:
         _give_shapes(adapted)
-    return Skeleton(adapted, shapes, planned)
+    return Skeleton(adapted, shapes, planned, blocks)
 
 
 def precision_of(config: PretrainedConfig, options: load.LoadOptions) -> record.Precision:

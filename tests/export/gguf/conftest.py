@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from unsloth.export.gguf import runtime
 
@@ -72,9 +72,3 @@ def ids() -> list[list[int]]:
 def logits(model: PreTrainedModel, ids: list[list[int]]) -> torch.Tensor:
     """Of all positions, float32 [T, V]."""
     return torch.cat([model(input_ids=torch.tensor([each])).logits[0].float() for each in ids])
-
-
-@pytest.fixture(scope="session")
-def byte_pairs(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The shared byte tokenizer."""
-    return tokenizer

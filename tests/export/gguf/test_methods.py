@@ -10,7 +10,7 @@ from unsloth.export.gguf import convert, methods, quantize, runtime
 from unsloth.export.gguf.file import Planned, Reader
 from unsloth.export.gguf.methods import METHODS, Shape
 
-QUICK = ("q8_0", "q4_0", "q5_1", "q4_k_m", "q3_k_m", "q2_k", "tq2_0", "f16", "bf16")  # the i-quants take their time
+QUICK = ("q8_0", "q4_0", "q4_k_m", "q3_k_m", "q2_k", "bf16")  # the i-quants take their time
 SHARED = {"num_hidden_layers": 16, "hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
 
 

@@ -1,8 +1,10 @@
 """``save_pretrained_gguf``: files, proof, Modelfile, and what happens when something is wrong."""
 
 import errno
+import importlib.util
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -69,7 +71,7 @@ def test_several_methods_share_one_conversion(adapted, tmp_path, engine, monkeyp
     assert len(conversions) == 1
     name = model.config._name_or_path.rpartition("/")[2]
     names = {f"{name}.{method}.gguf" for method in ("Q4_K_M", "Q8_0", "F32")}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {*names, "Modelfile", "manifest.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*names, "Modelfile", "README.md", "manifest.json"}
     assert artifact.verify(tmp_path / "out") == []
     assert (tmp_path / "out" / "Modelfile").read_text() == text == tokenizer._ollama_modelfile
     assert text.startswith(f"FROM ./{name}.Q4_K_M.gguf\n") and 'PARAMETER stop "<|im_end|>"' in text
@@ -173,11 +175,27 @@ def test_mistakes_are_known_before_anything_is_computed(adapted, tmp_path, monke
 
 def test_the_package_that_quantizes_is_named(adapted, tmp_path, monkeypatch):
     model, tokenizer = adapted
-    monkeypatch.setattr(quantize.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
+    monkeypatch.setitem(sys.modules, "libgguf", None)  # importing it fails
     monkeypatch.setattr(runtime, "available", lambda: None)
     with pytest.raises(ConfigError, match=r"libgguf.*unsloth\[export\]"):
         model.save_pretrained_gguf(tmp_path / "out", tokenizer, "q4_k_m")
     model.save_pretrained_gguf(tmp_path / "out", tokenizer, "f16", verify=False)
+
+
+def test_without_it_llama_cpps_own_quantizer_works(adapted, tmp_path, engine, monkeypatch):
+    model, tokenizer = adapted
+    model.save_pretrained_gguf(tmp_path / "first", tokenizer, "q4_k_m", verify=False)
+    found = importlib.util.find_spec
+    monkeypatch.setitem(sys.modules, "libgguf", None)
+    hidden = lambda name, *more: None if name == "libgguf" else found(name, *more)
+    monkeypatch.setattr(quantize.importlib.util, "find_spec", hidden)
+    model.save_pretrained_gguf(tmp_path / "second", tokenizer, "q4_k_m", verify=False)
+    (one,), (two,) = ((tmp_path / folder).glob("*.gguf") for folder in ("first", "second"))
+    ours, theirs = file.Reader(one), file.Reader(two)
+    others = {tensor.name: tensor for tensor in theirs}
+    assert all((ours.raw(tensor) == theirs.raw(others[tensor.name])).all() for tensor in ours)
+    with pytest.raises(ConfigError, match="libgguf"):
+        model.save_pretrained_gguf(tmp_path / "third", tokenizer, "q4_k_m", max_shard_size="1MB")
 
 
 def test_a_disk_that_becomes_full_leaves_nothing(adapted, tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 """Quantizing a GGUF file: one conversion in, a file of any method out, the same bits as llama.cpp's own quantizer.
 
-The arithmetic is ggml's, compiled, from the package ``libgguf`` (extra ``export``).
+The arithmetic is ggml's, compiled, from the package ``libgguf`` (extra ``export``); without it, llama.cpp's own
+quantizer does the work, where a package carries it.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType, Keys
 
 from unsloth.core.errors import ConfigError, ExportError
-from unsloth.export.gguf import methods
+from unsloth.export.gguf import methods, runtime
 from unsloth.export.gguf.file import Planned, Reader, Writer
 from unsloth.export.gguf.methods import Method, Shape
 
@@ -140,6 +142,20 @@ def read_imatrix(path: Path) -> dict[str, np.ndarray]:
     return found
 
 
+def check_possible(job: Job, shard_bytes: int) -> None:
+    """Raise :class:`ConfigError` unless something installed can carry the job out; before anything is written."""
+    if job.method.type in methods.PLAIN and not job.types:
+        return
+    if _by_llama_cpp() and not job.types and not shard_bytes:
+        return
+    library()
+
+
+def _by_llama_cpp() -> bool:
+    """Whether llama.cpp's own quantizer is to be used, for want of ``libgguf``."""
+    return importlib.util.find_spec("libgguf") is None and runtime.available() is not None
+
+
 def library() -> Any:
     """The package ``libgguf``."""
     try:
@@ -164,6 +180,9 @@ def write(source: Reader, target: Path, planned: list[Planned], job: Job, shard_
     Returns:
         The files written.
     """
+    if job.method.type not in methods.PLAIN and _by_llama_cpp():
+        runtime.quantize(source.path, target, job.method, job.imatrix)
+        return [target]
     header = source.header
     metadata = typed(header.metadata)
     metadata[Keys.General.FILE_TYPE] = (int(job.method.file_type), GGUFValueType.UINT32)

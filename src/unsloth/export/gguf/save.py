@@ -199,8 +199,10 @@ def wanted_methods(names: Sequence[str], first_conversion: str) -> list[Method]:
 def _importance(
     options: Options, conversion: Conversion, tokenizer: PreTrainedTokenizerBase, wanted: Sequence[Method]
 ) -> Importance:
-    if any(method.type not in methods.PLAIN for method in wanted):
-        quantize.library()  # its absence is known before anything is measured or written
+    for method in wanted:  # what is missing is known before anything is measured or written
+        quantize.check_possible(quantize.Job(method, types=options.types), shard_bytes(options.max_shard_size))
+        if method.measured:
+            quantize.library()
     return Importance(
         conversion,
         tokenizer,

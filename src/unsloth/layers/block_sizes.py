@@ -1,0 +1,65 @@
+"""How many bytes a block that is one function keeps, computes again and holds at once: what its memory policy asks.
+
+Counted from the shapes in :mod:`unsloth.layers.whole_block` and :mod:`unsloth.layers.block_mlp`; change them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from unsloth.kernels.lora_weights import padded_rank
+from unsloth.layers.linear import Frozen
+from unsloth.memory.arena import aligned
+from unsloth.memory.budget import LayerSizes
+
+TILE = 4096
+"""Rows of the MLP whose inner values exist at a time; fewer make its products slower."""
+LEAN_TILE = 2048
+"""The same where memory is short."""
+RECORDED_ROWS = 8192
+"""Blocks of more rows keep a GPU busy without being recorded as graphs, and their buffers would be large."""
+
+
+def block_sizes(
+    rows: int, width: int, heads: tuple[int, int, int], linears: Sequence[Frozen], itemsize: int
+) -> LayerSizes:
+    """Bytes for a batch of ``rows`` tokens.
+
+    Args:
+        rows: M.
+        width: K.
+        heads: (H, Hk, D).
+        linears: Projections, output, gate, up and down.
+        itemsize: Bytes of a value.
+    """
+    *qkv, output, gate, up, down = linears
+    inner = down.base.in_features
+    attended, projected = heads[0] * heads[2], (heads[0] + 2 * heads[1]) * heads[2]
+    thin = [_columns(group) for group in (qkv, [output], [gate, up], [down])]
+    again = rows * (projected + width + sum(thin[:2]))
+    of_mlp = (2 * inner + thin[2]) * (width + thin[2]), (width + thin[3]) * (inner + thin[3])
+    of_attention = (projected + thin[0]) * (width + thin[0]) + (width + thin[1]) * (attended + thin[1])
+
+    def mlp(tile: int) -> int:
+        """While the MLP's gradients are made: three values of the width of its input, and a tile of its inner ones."""
+        return again + rows * (4 * width + thin[2]) + min(tile, rows) * (3 * inner + thin[2] + width) + sum(of_mlp)
+
+    # while attention's are: those of q, k and v, of its output, and the sum of q's in float32
+    scores = again + rows * (2 * width + attended + projected) + rows * attended * 4 // itemsize
+    kept = again + rows * (3 * width + inner + thin[2]) + max(of_mlp)
+    recorded = 3 * rows * width if rows <= RECORDED_ROWS else 0  # buffers of recorded blocks
+    lean = max(mlp(LEAN_TILE), scores) + recorded
+    quick = max(mlp(TILE) + rows * width, scores) + of_attention + recorded
+    return LayerSizes(
+        least=aligned(rows * width * itemsize) + aligned(rows * attended * itemsize),
+        fixed=rows * (heads[0] * 4 + thin[3] * itemsize),
+        rest=(again + rows * (2 * inner + 2 * thin[2])) * itemsize,
+        working=lean * itemsize,
+        quick=(quick - lean) * itemsize,
+        keeping=max(0, kept - lean - again) * itemsize,
+        weights=(sum(of_mlp) + of_attention) * itemsize if all(linear.quantized for linear in linears) else 0,
+    )
+
+
+def _columns(group: Sequence[Frozen]) -> int:
+    return padded_rank(sum(0 if linear.adapter is None else linear.adapter.rank for linear in group))

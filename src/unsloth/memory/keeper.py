@@ -1,0 +1,134 @@
+"""Decides, for one model, what becomes of each layer's values between forward and backward, and moves those that go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from unsloth.core.device import free_memory
+from unsloth.core.log import get_logger
+from unsloth.memory.arena import Arena
+from unsloth.memory.budget import Assignment, Budget, LayerSizes, Place, assign
+from unsloth.memory.checkpointing import Policy
+from unsloth.memory.gauge import Gauge, Room
+from unsloth.memory.offload import Offloader, Parcel
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """For one layer of one forward pass.
+
+    Attributes:
+        place: Of its values.
+        lean: Whether memory is so short that time is spent to hold less of it at once.
+        holds_weights: Whether dequantized weights stay for the next pass.
+    """
+
+    place: Place
+    lean: bool
+    holds_weights: bool = False
+
+
+class Keeper:
+    """State that the layers of one model share: the places of the pass that is running, and what is on the host.
+
+    A copy starts anew, with nothing of the original's memory.
+
+    Args:
+        layers: How many there are.
+        captures: Whether layers may be recorded as CUDA graphs.
+
+    Attributes:
+        shapes: Of batches, with the graphs recorded for them; who records decides what is in it.
+    """
+
+    def __init__(self, layers: int, captures: bool = False) -> None:
+        self.layers, self.captures = layers, captures
+        self.shapes: dict[tuple, Any] = {}
+        self.assignment = Assignment((), lean=False)
+        self._offloader: Offloader | None = None
+        self._gauge = Gauge()
+        self._held: dict[int, dict[str, tuple[Any, Any]]] = {}
+        self._asked: tuple[Policy, LayerSizes, torch.device] | None = None
+
+    def __reduce__(self) -> tuple:
+        return Keeper, (self.layers, self.captures)
+
+    def decide(
+        self, layer: int, policy: Policy | None, sizes: LayerSizes, later: int, device: torch.device
+    ) -> Decision:
+        """The decision for layer number ``layer``; that of all is made when the first one asks.
+
+        Args:
+            layer: From 0.
+            policy: None keeps everything.
+            sizes: Of every layer, for this batch.
+            later: Bytes of the device that the rest of the step will need: gradients, optimizer state.
+            device: Where it computes.
+        """
+        if policy is None or policy is False:
+            self._held = {}
+            return Decision(Place.KEEP, lean=False)
+        if policy is True or device.type != "cuda" and policy == "unsloth":
+            return Decision(Place.RECOMPUTE, lean=False)
+        if layer == 0:
+            budget = policy if isinstance(policy, Budget) else Budget()
+            host, room = self._host_bytes(budget), self._room(budget, sizes, later, device)
+            self._asked = policy, sizes, device
+            self.assignment = assign(self.layers, sizes, room.size, host, keep=room.known)
+            self._held = {i: held for i, held in self._held.items() if i < self.assignment.holding}
+            self._prepare(host, sizes, device)
+        if self._asked != (policy, sizes, device):  # another device, or called on its own
+            return Decision(Place.RECOMPUTE, lean=True)
+        chosen = self.assignment
+        if self._offloader is not None and chosen.places[layer] is not Place.OFFLOAD:
+            self._offloader.progress()
+        return Decision(chosen.places[layer], chosen.lean, layer < chosen.holding)
+
+    def held(self, layer: int) -> dict[str, tuple[Any, Any]]:
+        """Where the dequantized weights of a layer stay, by name, with what they are of."""
+        return self._held.setdefault(layer, {})
+
+    def send(self, tensors: list[torch.Tensor]) -> Parcel | None:
+        """Move contiguous ``tensors`` to the host; None if there is no room."""
+        return None if self._offloader is None else self._offloader.send(tensors)
+
+    def _room(self, budget: Budget, sizes: LayerSizes, later: int, device: torch.device) -> Room:
+        """On the device: by the budget, or by what passes so far have left."""
+        if budget.device is not None:
+            return Room(budget.device, known=True)
+        if device.type != "cuda":
+            return Room(0, known=True)
+        if self._asked is not None and self._asked[2] == device:
+            before = self._asked[1]
+            self._gauge.learn(device, before.least, self.assignment.device_bytes(before))
+        return self._gauge.room(device, sizes.least, later, len(self._held) * sizes.weights)
+
+    def _host_bytes(self, budget: Budget) -> int:
+        """The limit of the arena, there or to come."""
+        if budget.host is not None:
+            return budget.host
+        if self._offloader is not None:
+            return self._offloader.arena.limit
+        return (free_memory(torch.device("cpu")) or 0) // 2
+
+    def _prepare(self, limit: int, sizes: LayerSizes, device: torch.device) -> None:
+        """Reserve host memory for what will go there."""
+        count = self.assignment.places.count(Place.OFFLOAD)
+        if not count:
+            return
+        if self._offloader is None or self._offloader.arena.limit != limit:
+            self._offloader = Offloader(Arena(limit, pin=device.type == "cuda"), device)
+        arena = self._offloader.arena
+        missing = count * sizes.least - (arena.reserved - arena.used)
+        if missing > 0 and arena.reserve(missing):
+            logger.info(
+                "activations: %d of %d layers wait in host memory, %.1f GiB pinned",
+                count,
+                self.layers,
+                arena.reserved / 2**30,
+            )

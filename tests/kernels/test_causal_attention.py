@@ -1,0 +1,60 @@
+"""Attention with its passes apart against torch's attention and autograd, for every implementation of this device."""
+
+import pytest
+import torch
+
+from unsloth.core.errors import ConfigError
+from unsloth.kernels.causal_attention import Visible, attention_backward, attention_forward, choose_backend
+from unsloth.kernels.varlen_attention import varlen_attention_reference
+
+ROWS = [[(0, 7), (7, 14)], [(0, 3), (3, 7), (7, 8), (8, 14)]]  # documents of two rows of 7 tokens
+
+
+def inputs(device, dtype, heads=(4, 2), size=16):
+    fused = torch.randn(2, 7, sum(heads) + heads[1], size, device=device, dtype=dtype)
+    return *fused.split((*heads, heads[1]), dim=2), torch.randn(2, 7, heads[0], size, device=device, dtype=dtype)
+
+
+def visible(documents, device, window=0):
+    cu = torch.tensor([0, *(stop for _, stop in documents)], dtype=torch.int32, device=device)
+    return Visible(cu, max(stop - start for start, stop in documents), len(documents) == 2, window)
+
+
+def exact(q, k, v, do, seen, scale):
+    """Output and gradients by autograd, in float64."""
+    leaves = [x.double().flatten(0, 1).requires_grad_() for x in (q, k, v)]
+    out = varlen_attention_reference(*leaves, seen.cu_seqlens, scale=scale, window=seen.window)
+    grads = torch.autograd.grad(out, leaves, do.double().flatten(0, 1))
+    return [x.detach().view(like.shape) for x, like in zip((out, *grads), (q, q, k, v), strict=True)]
+
+
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("documents", ROWS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_reference(device, dtype, documents, window):
+    q, k, v, do = inputs(device, dtype)
+    seen = visible(documents, device, window)
+    attended = attention_forward(q, k, v, seen, 0.3, "reference")
+    found = (attended.out, *attention_backward(do, q, k, v, attended, seen, 0.3))
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for x, expected in zip(found, exact(q, k, v, do, seen, 0.3), strict=True):
+        assert x.dtype == dtype and (x - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="these operators exist on GPUs only")
+@pytest.mark.parametrize(("backend", "documents"), [("cudnn", ROWS[0]), ("flash", ROWS[0]), ("flash", ROWS[1])])
+def test_operators_of_torch(device, backend, documents):
+    q, k, v, do = inputs(device, torch.bfloat16, size=64)
+    seen = visible(documents, device)
+    attended = attention_forward(q, k, v, seen, 0.1, backend)
+    found = (attended.out, *attention_backward(do, q, k, v, attended, seen, 0.1))
+    for x, expected in zip(found, exact(q, k, v, do, seen, 0.1), strict=True):
+        assert (x - expected).norm() <= 1e-2 * expected.norm()
+
+
+def test_choice():
+    seen = visible(ROWS[0], "cpu")
+    assert choose_backend(torch.device("cpu"), torch.float32, 64, seen) == "reference"
+    q, k, v, _ = inputs("cpu", torch.float32)
+    with pytest.raises(ConfigError, match="Unknown attention backend"):
+        attention_forward(q, k, v, seen, 1.0, "other")

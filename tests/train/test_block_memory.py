@@ -1,0 +1,65 @@
+"""The rules for the memory of whole blocks against peaks that were measured on a GPU (docs/performance-log.md)."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import LlamaConfig
+
+from unsloth.memory.budget import Budget, Place
+from unsloth.models.adapters import AdapterOptions
+from unsloth.models.load import LoadOptions
+from unsloth.train import block_memory, skeleton
+
+GIB = 2**30
+CONFIG = {
+    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "num_hidden_layers": 32,
+}  # fmt: skip
+
+
+def blocks(**changes):
+    # one layer has all that the rules read; the number of layers is put in afterwards
+    config = LlamaConfig(**{**CONFIG, **changes, "num_hidden_layers": 1})
+    return skeleton.build(config, LoadOptions("llama", precision="4bit"), AdapterOptions(r=32)).blocks
+
+
+@pytest.fixture(scope="module")
+def llama_8b():
+    found = blocks()
+    return block_memory.Blocks(32, found.width, found.heads, found.linears)
+
+
+# peak of allocated memory minus weights, adapters, gradients (of the accumulated ones) and optimizer state, in GiB
+MEASURED = [
+    (True, 4096, 9.18 - 6.10),
+    (False, 4096, 18.51 - 6.10),
+    (Budget(device=int(1.1 * GIB)), 4096, 6.21 - 5.12),
+    (True, 16384, 15.64 - 5.79),
+]
+
+
+@pytest.mark.parametrize(("policy", "rows", "measured"), MEASURED)
+def test_within_ten_percent_of_what_was_measured(llama_8b, policy, rows, measured):
+    found = block_memory.measure(llama_8b, policy, rows, 2, CONFIG["vocab_size"])
+    assert found.activations + found.logits == pytest.approx(measured * GIB, rel=0.1)
+
+
+def test_a_budget_is_kept_and_the_rest_is_on_the_host(llama_8b):
+    sizes = llama_8b.sizes(65536, 2)
+    found = block_memory.measure(llama_8b, Budget(device=16 * GIB), 65536, 2, CONFIG["vocab_size"])
+    assert found.activations <= 16 * GIB + 65536 * 4096 * 2
+    assert found.host % sizes.least == 0 and found.host > 0
+    assert block_memory.measure(llama_8b, "unsloth", 65536, 2, CONFIG["vocab_size"]).host == 30 * sizes.least
+
+
+def test_policies_take_less_and_less(llama_8b):
+    taken = [block_memory.measure(llama_8b, p, 4096, 2, CONFIG["vocab_size"]).activations for p in (False, True)]
+    least = block_memory.measure(llama_8b, "unsloth", 4096, 2, CONFIG["vocab_size"])
+    assert taken[0] > taken[1] > least.activations
+    chosen = block_memory._assignment(32, llama_8b.sizes(4096, 2), "unsloth")
+    assert chosen.places == (Place.OFFLOAD,) * 30 + (Place.RECOMPUTE,) * 2
+
+
+def test_models_whose_blocks_are_not_one_function_are_not_counted_so():
+    assert blocks() is not None
+    assert blocks(mlp_bias=True) is None
