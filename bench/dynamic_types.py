@@ -25,8 +25,8 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerB
 
 from unsloth import FastLanguageModel
 from unsloth.data import demo
-from unsloth.export import calibration, dynamic, sensitivity, verify
-from unsloth.export.gguf import convert, methods, quantize, runtime
+from unsloth.export import calibration, dynamic, kld, predict, sensitivity, verify
+from unsloth.export.gguf import convert, methods, quantize
 from unsloth.export.gguf.convert import Conversion
 from unsloth.export.gguf.file import Reader
 
@@ -44,8 +44,7 @@ class Row:
     bytes: int
     mean_kl: float
     median_kl: float
-    high_kl: float
-    top1: float
+    flips: float
     predicted: float | None
     types: dict[str, int]
 
@@ -79,8 +78,7 @@ def measure(name: str, wanted: Sequence[str], tokens: int, calibration_tokens: i
     if name == "widened":
         model = widened(model)
     held_out = held_out_text(tokenizer, tokens)
-    with torch.no_grad():
-        expected = [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0] for ids in held_out]
+    base = predict.ModelPredictor(model, name, 0)
     conversion = convert.plan(model, tokenizer, "f16")
     started = time.perf_counter()
     matrix, terms = sensitivity.measure(model, conversion, calibration.read(None, tokenizer, tokens=calibration_tokens))
@@ -90,7 +88,7 @@ def measure(name: str, wanted: Sequence[str], tokens: int, calibration_tokens: i
         conversion.write(source)
         for method in wanted:
             for kind, job, predicted in jobs(method, conversion, Reader(source), matrix.means(), terms):
-                row = tried(Path(folder) / "tried.gguf", source, conversion, job, held_out, expected)
+                row = tried(Path(folder) / "tried.gguf", source, conversion, job, held_out, base)
                 yield replace(row, model=name, method=method, kind=kind, predicted=predicted)
 
 
@@ -112,36 +110,19 @@ def tried(
     conversion: Conversion,
     job: quantize.Job,
     held_out: Sequence[Sequence[int]],
-    expected: Sequence[torch.Tensor],
+    base: predict.Predictor,
 ) -> Row:
     """Write one file, run it, and delete it."""
     shape = replace(conversion.shape, imatrix=job.imatrix is not None)
     planned, _ = quantize.plan({t.name: (t.shape, t.type) for t in conversion.planned}, shape, job)
     quantize.write(Reader(source), path, planned, job)
-    answer = runtime.ask(runtime.Request(path, ids=held_out))
-    divergence, same = [], []
-    for theirs, ours in zip(answer.logits, expected, strict=True):
-        log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
-        divergence.append((log_p.exp() * (log_p - log_q)).sum(-1))
-        same.append((ours.argmax(-1) == theirs.argmax(-1)).float())
-    kl = torch.cat(divergence)
+    found = kld.divergence(base, predict.GgufPredictor(path), held_out)
     types: dict[str, int] = {}
     for tensor in planned:
         types[tensor.type.name] = types.get(tensor.type.name, 0) + 1
     size = path.stat().st_size
     path.unlink()
-    return Row(
-        model="",
-        method="",
-        kind="",
-        bytes=size,
-        mean_kl=kl.mean().item(),
-        median_kl=kl.median().item(),
-        high_kl=kl.quantile(0.99).item(),
-        top1=torch.cat(same).mean().item(),
-        predicted=None,
-        types=types,
-    )
+    return Row("", "", "", size, found.mean, found.median, found.flips, None, types)
 
 
 def held_out_text(tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[list[int]]:
@@ -196,9 +177,9 @@ def widened(model: PreTrainedModel) -> PreTrainedModel:
 
 def table(rows: Sequence[Row]) -> str:
     """As Markdown."""
-    lines = ["| model | size of | type | bytes | mean KL | median | 99 % | same first token |", "|" + "---|" * 8]
+    lines = ["| model | as large as | type | bytes | mean KL | median | other first token |", "|" + "---|" * 7]
     for row in rows:
-        numbers = f"{row.bytes:,} | {row.mean_kl:.4f} | {row.median_kl:.4f} | {row.high_kl:.3f} | {row.top1:.1%}"
+        numbers = f"{row.bytes:,} | {row.mean_kl:.4f} | {row.median_kl:.4f} | {row.flips:.1%}"
         lines.append(f"| {row.model} | {row.method} | {row.kind} | {numbers} |")
     return "\n".join(lines)
 
