@@ -1,9 +1,11 @@
 """DPO of a QLoRA model of Llama-3.1-8B's shape with random weights: ours and TRL's, side by side.
 
-    python bench/preference.py [--shape 8b] [--pairs 4] [--length 1024] [--prompts 512 64] [--steps 8] [--dry-run]
+    python bench/preference.py [--shape 8b] [--pairs 4] [--length 1024] [--prompts 512 64] [--steps 8]
+                               [--budgets 1.6 0] [--profile] [--dry-run]
 
 Both get the same weights, adapters and rows, in a process each, and gradient checkpointing. A sequence is a prompt and
-an answer of together ``--length`` tokens; a case for each length of prompt. Tokens are those of both sequences of each
+an answer of together ``--length`` tokens; a case for each length of prompt. ``--budgets``: GiB that ours may keep
+between forward and backward; 0 for as much as is free. Tokens are those of both sequences of each
 pair, however many are computed. "Over" is the peak of a step minus what was allocated before it: weights, adapters,
 their gradients and the optimizer's states. First, log-probabilities and gradients of packed batches are compared with
 those of padded ones. Prints a table, and appends a line a case to bench/results/preference.csv.
@@ -34,7 +36,7 @@ from transformers import TrainerCallback
 
 RESULTS = Path(os.environ.get("OUTDIR", Path(__file__).parent / "results")) / "preference.csv"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-COLUMNS = ["date", "gpu", "torch", "transformers", "trl", "trainer", "shape", "pairs", "length", "prompt"]
+COLUMNS = ["date", "gpu", "torch", "transformers", "trl", "trainer", "budget_gib", "shape", "pairs", "length", "prompt"]
 COLUMNS += ["step_ms", "tokens_per_s", "static_gib", "peak_gib", "over_gib"]
 
 
@@ -48,6 +50,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--prompts", type=int, nargs="+", default=[512, 64])
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[1.6, 0.0])
+    parser.add_argument("--budget", type=float, default=0.0, help=argparse.SUPPRESS)
     parser.add_argument("--trainer", choices=["unsloth", "trl"], help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.dry_run:
@@ -120,8 +124,8 @@ def trainer_of(given: argparse.Namespace, model: torch.nn.Module, prompt: int, f
         max_length=given.length,
         max_steps=given.steps,
         learning_rate=1e-4,
-        lr_scheduler_type="constant",
         train_sampling_strategy="sequential",  # the same rows in the same order
+        lr_scheduler_type="constant",
         bf16=DEVICE.type == "cuda",
         use_cpu=DEVICE.type != "cuda",
         gradient_checkpointing=True,
@@ -146,12 +150,14 @@ def prepare(given: argparse.Namespace) -> torch.nn.Module:
         if "lora_B" in name:
             torch.nn.init.zeros_(parameter)  # as a new adapter is: both references are then the model without it
     if given.trainer == "unsloth":
+        from unsloth.memory.budget import Budget
         from unsloth.models import record
         from unsloth.models.plan import install
 
         dtype = torch.bfloat16
         inner = record.transformers_model(model)
-        record.attach(inner, record.LoadRecord("random", None, "4bit", dtype, given.length, "unsloth", 0))
+        policy = Budget(device=int(given.budget * 2**30)) if given.budget else "unsloth"
+        record.attach(inner, record.LoadRecord("random", None, "4bit", dtype, given.length, policy, 0))
         print(install(model))
     return model
 
@@ -171,7 +177,7 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
             trainer = trainer_of(given, model, prompt, folder, meter)
             trainer.train()
             losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-            if given.profile and given.trainer == "unsloth" and prompt == given.prompts[0]:
+            if given.profile and given.trainer == "unsloth" and given.budget and prompt == given.prompts[0]:
                 profile(trainer)
         print(f"{given.trainer}, prompt {prompt}: losses {losses}")
         print(f"  ms a step {[round(1e3 * seconds) for seconds in meter.times]}", flush=True)
@@ -181,7 +187,8 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
         gib = [round(value / 2**30, 3) for value in (static, meter.peak, meter.peak - static)]
         gpu = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
         versions = [torch.__version__, transformers.__version__, trl.__version__]
-        figures = [given.trainer, given.shape, given.pairs, given.length, prompt, round(1e3 * seconds), round(speed)]
+        figures = [given.trainer, given.budget, given.shape, given.pairs, given.length, prompt]
+        figures += [round(1e3 * seconds), round(speed)]
         results.append(dict(zip(COLUMNS, [date.today().isoformat(), gpu, *versions, *figures, *gib], strict=True)))
         del trainer
         if "ref" in model.peft_config:
@@ -244,14 +251,17 @@ def compare_packing(given: argparse.Namespace) -> None:
 
 def show(results: list[dict[str, Any]]) -> None:
     """The table, and how ours compares."""
-    names = ["trainer", "prompt", "step_ms", "tokens_per_s", "static_gib", "peak_gib", "over_gib"]
+    names = ["trainer", "budget_gib", "prompt", "step_ms", "tokens_per_s", "static_gib", "peak_gib", "over_gib"]
     print(*(f"{name:>13}" for name in names))
     for row in results:
         print(*(f"{row[name]!s:>13}" for name in names))
     for theirs in (row for row in results if row["trainer"] == "trl"):
-        ours = next(row for row in results if row["trainer"] == "unsloth" and row["prompt"] == theirs["prompt"])
-        speed, over = (ours[name] / theirs[name] if theirs[name] else 0.0 for name in ("tokens_per_s", "over_gib"))
-        print(f"prompt {ours['prompt']}: ours is {speed:.2f} times as fast, with {over:.2f} of the memory over static")
+        for ours in results:
+            if ours["trainer"] == "trl" or ours["prompt"] != theirs["prompt"]:
+                continue
+            speed, over = (ours[name] / theirs[name] if theirs[name] else 0.0 for name in ("tokens_per_s", "over_gib"))
+            case = f"prompt {ours['prompt']}, budget {ours['budget_gib']}"
+            print(f"{case}: ours is {speed:.2f} times as fast, with {over:.2f} of the memory over static")
 
 
 def main() -> None:
@@ -264,8 +274,8 @@ def main() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
     results = []
-    for trainer in ("trl", "unsloth"):
-        command = [sys.executable, __file__, *sys.argv[1:], "--trainer", trainer]
+    for trainer, budget in (("trl", 0.0), *(("unsloth", budget) for budget in given.budgets)):
+        command = [sys.executable, __file__, *sys.argv[1:], "--trainer", trainer, "--budget", str(budget)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:

@@ -25,6 +25,10 @@ WHOLE = ["llama", "mistral", "qwen2", "qwen3", "gemma", "smollm3", "helium", "er
 PACKED = [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 0]
 
 
+BRANCHED = [0, 1, 2, 3, 4, 5, 6, 3, 4, 5, 2, 3, 0, 1, 2, 3, 4, 5, 6]
+POSITIONS = {"packed": PACKED, "branched": BRANCHED, "whole": list(range(19))}
+
+
 def make(
     family: str, dtype: torch.dtype = torch.float64, quantized: bool = False, layers: int = 2, **options
 ) -> torch.nn.Module:
@@ -36,14 +40,14 @@ def make(
     return model if quantized else model.to(dtype)
 
 
-def run(model, implementation="unsloth", packed=True, rows=2, checkpoint=False):
+def run(model, implementation="unsloth", packed="packed", rows=2, checkpoint=False):
     """Loss, adapter gradients, and the gradient of the embedding's output."""
     inner = model.get_base_model()
     inner.config._attn_implementation = implementation
     if checkpoint:
         inner.gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.randint(3, 256, (rows, 19), generator=torch.Generator().manual_seed(1))
-    positions = torch.tensor([PACKED if packed else list(range(19))] * rows)
+    positions = torch.tensor([POSITIONS[packed]] * rows)
     embedded = inner.get_input_embeddings()(ids).detach().requires_grad_()
     model.zero_grad()
     loss = model(inputs_embeds=embedded, labels=ids, position_ids=positions, use_cache=False).loss
@@ -69,7 +73,7 @@ def separate(model, compute=run):
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", POSITIONS)
 @pytest.mark.parametrize("family", WHOLE)
 def test_equal_to_separate_functions(family, packed, checkpoint):
     model = make(family)
@@ -276,23 +280,3 @@ def test_held_weights_go_when_there_is_no_room():
     budgeted(model, Budget(device=0, host=2**20))
     run(model)
     assert keeper._held == {}
-
-
-def test_continuations_of_one_beginning_are_left_to_the_separate_functions():
-    model = make("llama")
-    inner = model.get_base_model()
-    inner.config._attn_implementation = "unsloth"
-    ids = torch.randint(3, 256, (1, 9), generator=torch.Generator().manual_seed(1))
-    positions = torch.tensor([[0, 1, 2, 3, 2, 3, 4, 2, 3]])  # three continuations of the first two tokens
-
-    def gradients(model):
-        model.zero_grad()
-        loss = model(input_ids=ids, position_ids=positions.clone(), labels=ids, use_cache=False).loss
-        loss.backward()
-        return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-    expected = separate(model, gradients)
-    made = plan(model, attention=True, whole=True)
-    made.apply()
-    assert tiny.worst(gradients(model), expected) < 1e-12
-    assert all("several continuations" in next(iter(r.fast.partly)) for r in blocks(made))

@@ -69,15 +69,21 @@ class Site:
 
 
 class AdapterBank:
-    """Adapters by name: the live ones of the model's PEFT layers, and those that were loaded for generation only."""
+    """Adapters by name: the live ones of the model's PEFT layers, and those that were loaded for generation only.
+
+    Attributes:
+        slots: Names of those in use, by their place in the matrices; None where a place is free again.
+        loaded: Matrices by path of the layer, of the loaded ones.
+        watched: The tensors that the matrices were copied from.
+    """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
-        self.slots: list[str | None] = []  # None: free again
+        self.slots: list[str | None] = []
         self.loaded: dict[str, Mapping[str, Pair]] = {}
         self._sites: list[Site] = []
         self._versions: tuple | None = None
-        self._watched: list[torch.Tensor] = []
+        self.watched: list[torch.Tensor] = []
 
     def site(self, name: str, projections: list[Projection]) -> Site:
         """Register projections of one input."""
@@ -156,13 +162,13 @@ class AdapterBank:
 
     def changed(self) -> bool:
         """Whether the matrices are not those of the adapters any more, as far as torch can tell."""
-        return self._versions != _versions(self._watched)
+        return self._versions != _versions(self.watched)
 
     def refresh(self) -> bool:
         """Copy all adapters; returns whether matrices were allocated anew."""
         pairs = (self._pair(projection, name) for projection in self._projections() for name in self.slots)
-        self._watched = [tensor for pair in pairs if pair is not None for tensor in pair[:2]]
-        self._versions = _versions(self._watched)
+        self.watched = [tensor for pair in pairs if pair is not None for tensor in pair[:2]]
+        self._versions = _versions(self.watched)
         moved = False
         sources: list[torch.Tensor] = []
         targets: list[torch.Tensor] = []
@@ -173,10 +179,6 @@ class AdapterBank:
                 torch._foreach_copy_(targets, sources)
                 self._scale()
         return moved
-
-    def tensors(self) -> list[torch.Tensor]:
-        """The matrices."""
-        return [t for site in self._sites if site.a is not None for t in (site.a, *site.b)]
 
     def _projections(self) -> list[Projection]:
         return [projection for site in self._sites for projection in site.projections]

@@ -103,15 +103,16 @@ class LiveModel:
         )
 
     def _fingerprint(self) -> Hashable:
-        """Changes when weights do: the versions of all, and the norms of those that are trained.
+        """Changes when weights do: the versions of all, and the norms of those that are trained and of adapters.
 
         Optimizers that write through raw pointers leave the version as it was.
         """
-        versions = tuple((-1 if t.is_inference() else t._version, t.data_ptr()) for t in self._tensors)
-        trained = [p.detach() for p in self.inner.parameters() if p.requires_grad]
-        trained += self.bank.tensors()
-        floats = [t for t in trained if t.is_floating_point()]
-        if not floats:
-            return versions
-        norms = torch.stack([norm.float() for norm in torch._foreach_norm(floats)])
-        return versions, tuple(norms.tolist())
+        read = (*self._tensors, *self.bank.watched)
+        versions = tuple((-1 if t.is_inference() else t._version, t.data_ptr()) for t in read)
+        trained = [p for p in self.inner.parameters() if p.requires_grad]
+        changing = {id(t): t.detach() for t in (*trained, *self.bank.watched) if t.is_floating_point()}
+        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+        for tensor in changing.values():
+            by_dtype.setdefault(tensor.dtype, []).append(tensor)
+        norms = [torch.stack(torch._foreach_norm(tensors)).float() for tensors in by_dtype.values()]
+        return versions, tuple(torch.cat(norms).tolist()) if norms else ()

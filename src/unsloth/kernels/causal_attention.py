@@ -20,6 +20,7 @@ import torch
 
 from unsloth.core.errors import ConfigError
 from unsloth.kernels import dispatch
+from unsloth.kernels.varlen_attention import Branches
 
 BACKENDS = ("cudnn", "flash", "reference")
 _HALF = (torch.float16, torch.bfloat16)
@@ -34,15 +35,19 @@ class Visible:
         longest: Tokens of the longest.
         single: Whether every row of the batch is one document.
         window: How many of the newest tokens a query sees, itself included; 0 for all.
+        branches: Of documents that begin with keys of others, or None.
     """
 
     cu_seqlens: torch.Tensor
     longest: int
     single: bool
     window: int = 0
+    branches: Branches | None = None
 
     def mask(self, batch: int, tokens: int) -> torch.Tensor:
         """(B, 1, T, T) booleans."""
+        if self.branches is not None:
+            return self.branches.mask(self.cu_seqlens, batch, self.window)
         flat = torch.arange(batch * tokens, device=self.cu_seqlens.device)
         document = torch.searchsorted(self.cu_seqlens[1:].long().contiguous(), flat, right=True).view(batch, 1, tokens)
         gap = (flat[:tokens, None] - flat[:tokens])[None, None]
@@ -99,10 +104,9 @@ def attention_forward(
         )
         return Attended(out.transpose(1, 2), lse, backend, tuple(more[:6]))
     if backend == "flash":
-        cu, longest = visible.cu_seqlens, visible.longest
         flat = (x.flatten(0, 1) for x in (q, k, v))
         out, lse, *more = torch.ops.aten._flash_attention_forward(
-            *flat, cu, cu, longest, longest, 0.0, True, False, scale=scale, **_window(visible)
+            *_gathered(visible, *flat), *_bounds(visible), 0.0, True, False, scale=scale, **_window(visible)
         )
         return Attended(out.view(q.shape), lse, backend, tuple(more[:2]))
     if backend != "reference":
@@ -131,11 +135,13 @@ def attention_backward(
         )
         return tuple(x.transpose(1, 2) for x in found)
     if attended.backend == "flash":
-        cu, longest = visible.cu_seqlens, visible.longest
-        flat = (x.flatten(0, 1) for x in (dout, q, k, v, attended.out))
-        found = torch.ops.aten._flash_attention_backward(
-            *flat, attended.lse, cu, cu, longest, longest, 0.0, True, *attended.more, scale=scale, **_window(visible)
+        do, *inputs, out = (x.flatten(0, 1) for x in (dout, q, k, v, attended.out))
+        inputs = _gathered(visible, *inputs)
+        limits, more = _bounds(visible), attended.more
+        dq, *others = torch.ops.aten._flash_attention_backward(
+            do, *inputs, out, attended.lse, *limits, 0.0, True, *more, scale=scale, **_window(visible)
         )
+        found = dq, *(_scattered(visible, x, len(dq)) for x in others)
         return tuple(x.view(like.shape) for x, like in zip(found, (q, k, v), strict=True))
     return _reference_backward(dout, q, k, v, attended, visible, scale)
 
@@ -161,6 +167,28 @@ def _by_head(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """(B, H, T, D) in the dtype of computation, keys and values repeated for each query head."""
     wide = x.transpose(1, 2).to(dispatch.compute_dtype(x.dtype))
     return wide.repeat_interleave(q.shape[2] // x.shape[2], dim=1)
+
+
+def _bounds(visible: Visible) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    """Bounds of queries and of keys, and the most of each."""
+    cu, longest = visible.cu_seqlens, visible.longest
+    if visible.branches is None:
+        return cu, cu, longest, longest
+    return cu, visible.branches.keys.cu_seqlens, longest, visible.branches.keys.longest
+
+
+def _gathered(visible: Visible, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+    """Queries, and the keys and values that they see document by document."""
+    if visible.branches is None:
+        return [q, k, v]
+    return [q, k[visible.branches.gathered], v[visible.branches.gathered]]
+
+
+def _scattered(visible: Visible, grad: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The gradient of keys or values, from that of the gathered ones."""
+    if visible.branches is None:
+        return grad
+    return grad.new_zeros(tokens, *grad.shape[1:]).index_add_(0, visible.branches.gathered, grad)
 
 
 def _window(visible: Visible) -> dict[str, int]:

@@ -110,7 +110,7 @@ def _shares(rows: int, k: int) -> tuple[int, int]:
     return tile, max(1, min(most, k // 128))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "share"])  # one compilation for every number of rows
 def lora_shrink_kernel(
     x, a, low, rows, ranks, k, share, x_stride, UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -162,7 +162,7 @@ def add_update(
     tl.store(place, nearest(total, ROUND), live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "splits", "adapters", "end0", "end1", "n0", "n1", "n2"])
 def lora_expand_kernel(
     low, mask, b0, b1, b2, y0, y1, y2, n0, n1, n2, end0, end1, stride0, stride1, stride2, rows, ranks, width, rank,
     adapters, splits, MASKED: tl.constexpr, UPCAST: tl.constexpr, ROUND: tl.constexpr, BLOCK_T: tl.constexpr,

@@ -81,7 +81,7 @@ def gather_pages(cache: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
     return cache[pages]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "window"])
 def paged_prefill_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, tiles_ptr, out_ptr, q_stride_t, q_stride_h, page_stride, token_stride, head_stride,
     v_page_stride, v_token_stride, v_head_stride, out_stride_t, out_stride_h, table_stride, scale, softcap, window, G,

@@ -122,8 +122,6 @@ def _parts(
     head_norms: list[tuple[torch.Tensor, NormOptions]],
 ) -> Parts | str:
     visible = _visible(x, kwargs.get("position_ids"), attend, options.window)
-    if visible is None:
-        return "documents with several continuations"
     backend = choose_backend(x.device, x.dtype, options.head_dim, visible)
     if backend is None:
         return "no attention kernel that hands out its log-sum-exp"
@@ -169,18 +167,18 @@ def _decide(block: Any, x: torch.Tensor, heads: tuple[int, int, int], linears: l
     return options.keeper.decide(options.number, policy, sizes, later, x.device)
 
 
-def _visible(x: torch.Tensor, positions: torch.Tensor | None, attend: Any, window: int | None) -> Visible | None:
-    """Who sees whom; None where tokens see more than the tokens before them in their part of a row."""
+def _visible(x: torch.Tensor, positions: torch.Tensor | None, attend: Any, window: int | None) -> Visible:
     batch, tokens, _ = x.shape
     if positions is None or attend.config._attn_implementation != NAME:
         bounds = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=x.device)
-        longest, single = tokens, True
-    else:
-        documents = documents_of(positions, batch)
-        if documents.branches is not None:
-            return None
-        bounds, longest, single = documents.cu_seqlens, documents.longest, documents.single
-    return Visible(bounds, longest, single, window if window is not None and window < longest else 0)
+        return Visible(bounds, tokens, True, _window(window, tokens))
+    found = documents_of(positions, batch)
+    most = found.longest if found.branches is None else found.branches.keys.longest
+    return Visible(found.cu_seqlens, found.longest, found.single, _window(window, most), found.branches)
+
+
+def _window(window: int | None, longest: int) -> int:
+    return window if window is not None and window < longest else 0
 
 
 def _tables(

@@ -36,8 +36,8 @@ class Budget:
     """Bytes that layers may keep between forward and backward.
 
     Attributes:
-        device: On the device, with what one layer needs while it is computed again; None: what is free when a forward
-            pass begins.
+        device: On the device, with what one layer needs while it is computed again; None: what passes so far have left
+            free (:mod:`unsloth.memory.gauge`).
         host: Pinned host memory; None: up to half of what is free there; 0: none.
     """
 
