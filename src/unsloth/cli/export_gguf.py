@@ -11,7 +11,7 @@ from unsloth.api import FastLanguageModel
 from unsloth.cli import screen
 from unsloth.cli.options import precision_switch
 from unsloth.export import upload
-from unsloth.export.gguf import methods, save
+from unsloth.export.gguf import save
 from unsloth.models import source
 
 
@@ -24,6 +24,7 @@ class GgufOptions:
         out: The folder to write.
         methods: Names of quantization methods; a file each.
         imatrix: An importance matrix.
+        data: File of rows on which the importance of inputs is measured.
         adapter_only: Write the adapter alone, to be loaded beside a file of the base model.
         precision: How to hold the base, as in ``unsloth export``.
         maximum_memory_usage: Share of the free memory that llama.cpp may take.
@@ -36,6 +37,7 @@ class GgufOptions:
     out: str
     methods: Sequence[str] = ("fast_quantized",)
     imatrix: str | None = None
+    data: str | None = None
     adapter_only: bool = False
     precision: str | None = None
     maximum_memory_usage: float = 0.75
@@ -51,8 +53,7 @@ def export(options: GgufOptions) -> None:
         UnslothError: The model cannot be loaded, written or uploaded.
     """
     console = screen.console()
-    for name in options.methods:
-        methods.find(name, "bf16")  # before anything is loaded
+    save.wanted_methods(options.methods, "bf16")  # before anything is loaded
     repository = None
     if options.push_to:
         repository = upload.prepare(options.push_to, private=not options.public)
@@ -65,6 +66,7 @@ def export(options: GgufOptions) -> None:
     wanted = save.Options(
         methods=options.methods,
         imatrix_file=options.imatrix,
+        calibration_data=options.data,
         maximum_memory_usage=options.maximum_memory_usage,
     )
     if options.adapter_only:

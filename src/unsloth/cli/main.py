@@ -149,9 +149,12 @@ def export(
     ] = "safetensors",
     quantization: Annotated[
         list[str] | None,
-        typer.Option("--quantization", "-q", help="GGUF: such as q4_k_m, q8_0, f16; may be repeated."),
+        typer.Option("--quantization", "-q", help="GGUF: such as q4_k_m, dynamic_q4_k_xl, f16; may be repeated."),
     ] = None,
     imatrix: Annotated[str | None, typer.Option(help="GGUF: an importance matrix in llama.cpp's format.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="GGUF: rows to measure the importance of inputs on; default: what ships.")
+    ] = None,
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Write a model or adapter in another form."""
@@ -168,6 +171,7 @@ def export(
                 out=out,
                 methods=tuple(quantization or ("fast_quantized",)),
                 imatrix=imatrix,
+                data=data,
                 adapter_only=method == "lora",
                 precision=precision,
                 maximum_memory_usage=maximum_memory_usage,
@@ -198,6 +202,27 @@ def export(
         trust_remote_code=trust_remote_code,
     )
     (command.dry_run if dry_run else command.export)(options)
+
+
+@app.command()
+def imatrix(
+    model: ModelName,
+    out: Annotated[str, typer.Argument(metavar="FILE", help="The .gguf or .dat file to write.")],
+    data: Annotated[
+        str | None, typer.Option(help="Rows to measure on, in any layout that can be trained on; default: what ships.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="The most tokens to take of them.")] = 16_384,
+    precision: Precision = None,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Measure an importance matrix, for quantizers that ask for one."""
+    from unsloth.cli import imatrix as command
+
+    command.imatrix(
+        command.ImatrixOptions(
+            name=model, out=out, data=data, tokens=tokens, precision=precision, trust_remote_code=trust_remote_code
+        )
+    )
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -17,6 +17,7 @@ from unsloth.models.rope import Scaling
 Precision = Literal["4bit", "8bit", "16bit", "full"]
 
 _ATTRIBUTE = "unsloth_record"
+_ROWS = "unsloth_training_rows"
 
 
 @dataclass(frozen=True)
@@ -83,3 +84,13 @@ def require(model: torch.nn.Module) -> LoadRecord:
             do="Load it that way, so that its precision and sequence length are known.",
         )
     return record
+
+
+def keep_rows(model: torch.nn.Module, rows: Any) -> None:
+    """Keep the rows of token ids that ``model`` is trained on, on which a quantizer may measure it afterwards."""
+    setattr(transformers_model(model), _ROWS, rows)
+
+
+def kept_rows(model: torch.nn.Module) -> Any:
+    """The rows of the last training run of this model in this process, or None."""
+    return getattr(transformers_model(model), _ROWS, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
 from unsloth.core.device import is_bfloat16_supported
@@ -25,6 +26,8 @@ class ModelLoop(SurvivingTrainer):
         if loaded is not None:
             # The arguments say whether to checkpoint, the model says how.
             modes.for_training(self.model, self.args.gradient_checkpointing and (loaded.gradient_checkpointing or True))
+            if isinstance(self.train_dataset, Dataset) and "input_ids" in self.train_dataset.column_names:
+                record.keep_rows(self.model, self.train_dataset)
         return super().train(*args, **kwargs)
 
     @staticmethod

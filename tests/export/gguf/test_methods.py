@@ -131,15 +131,19 @@ def test_unknown_names_are_refused(name):
 
 def test_a_matrix_of_another_model_is_refused(family, tokenizer):
     tensors = {t.name: (t.shape, t.type) for t in convert.plan(family("llama"), tokenizer).planned}
-    right = np.ones(64, dtype=np.float32)
-    quantize.check_imatrix({"blk.0.attn_q.weight": right}, tensors, "x.gguf")
+    blocks = {n: s for n, (s, _) in tensors.items() if n.startswith("blk.") and methods.is_quantized(n, s)}
+    whole = {name: np.ones(size[-1], dtype=np.float32) for name, size in blocks.items()}
+    right = whole["blk.0.attn_q.weight"]
+    quantize.check_imatrix(whole, tensors, "x.gguf")
+    with pytest.raises(ExportError, match=r"nothing for blk\.0\.attn_k"):
+        quantize.check_imatrix({"blk.0.attn_q.weight": right}, tensors, "x.gguf")
     for name, values in {
         "blk.9.attn_q.weight": right,
         "blk.0.attn_q.weight": np.ones(65),
         "blk.1.attn_q.weight": right * np.nan,
     }.items():
         with pytest.raises(ExportError, match=r"x\.gguf"):
-            quantize.check_imatrix({name: values}, tensors, "x.gguf")
+            quantize.check_imatrix({**whole, name: values}, tensors, "x.gguf")
 
 
 def test_experts_are_quantized_each_with_its_own_importance():

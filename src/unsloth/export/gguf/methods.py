@@ -50,6 +50,7 @@ class Method:
         choices: Of other types; the first that fits is taken.
         output: Of the output head, or of the token embedding where there is no head.
         embedding: Of the token embedding beside a head; None: as most tensors.
+        measured: Whether the types are only a budget, within which others are chosen by measurement.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Method:
     choices: tuple[Choice, ...] = ()
     output: Type = Type.Q6_K
     embedding: Type | None = None
+    measured: bool = False
 
 
 def _low(middle: Type, small: Type, output: Type | None) -> tuple[Choice, ...]:
@@ -246,7 +248,8 @@ _FALLBACKS = {
     Type.Q6_K: Type.Q8_0,
 }
 PLAIN = (Type.F32, Type.F16, Type.BF16)
-_NEED_IMATRIX = (Type.IQ3_XXS, Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ1_M, Type.IQ1_S)
+NEED_IMATRIX = (Type.IQ3_XXS, Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ1_M, Type.IQ1_S)
+"""Types that are useless without an importance matrix."""
 
 
 def find(name: str, first_conversion: str) -> Method:
@@ -402,4 +405,4 @@ def needs_imatrix(method: Method, name: str, kind: Type) -> bool:
     """Whether a tensor of this type comes out useless without an importance matrix."""
     if name in ("output.weight", "token_embd.weight"):
         return False
-    return kind in _NEED_IMATRIX or (kind is Type.Q2_K and method.name == "q2_k_s")
+    return kind in NEED_IMATRIX or (kind is Type.Q2_K and method.name == "q2_k_s")

@@ -11,14 +11,16 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from unsloth.core.errors import ConfigError
-from unsloth.export import upload
-from unsloth.export.gguf import save
+from unsloth.export import calibration, imatrix, upload
+from unsloth.export.calibration import Source
+from unsloth.export.gguf import convert, save
 
 
 def attach(model: Any) -> None:
     """Give this one model the methods; no class is changed."""
     model.save_pretrained_gguf = MethodType(save_pretrained_gguf, model)
     model.push_to_hub_gguf = MethodType(push_to_hub_gguf, model)
+    model.save_imatrix = MethodType(save_imatrix, model)
 
 
 def save_pretrained_gguf(
@@ -29,6 +31,8 @@ def save_pretrained_gguf(
     *,
     first_conversion: str | None = None,
     imatrix_file: str | os.PathLike[str] | None = None,
+    calibration_data: Source | None = None,
+    calibration_tokens: int = 16_384,
     pre_tokenizer: str | None = None,
     max_shard_size: int | str | None = None,
     maximum_memory_usage: float = 0.75,
@@ -49,10 +53,15 @@ def save_pretrained_gguf(
         self: The model.
         save_directory: Folder to write.
         tokenizer: Of the model.
-        quantization_method: A name or several: ``"q4_k_m"``, ``"q8_0"``, ``"f16"``, ``"not_quantized"`` and so on.
+        quantization_method: A name or several: ``"q4_k_m"``, ``"q8_0"``, ``"f16"``, ``"not_quantized"`` and so on;
+            ``"dynamic_q4_k_xl"`` (or ``"UD-Q4_K_XL"``) chooses each tensor's type by measurement.
         first_conversion: Type of the weights before they are quantized: ``"bf16"``, ``"f16"`` or ``"f32"``; None
             takes the model's own.
-        imatrix_file: An importance matrix in one of llama.cpp's formats; required by the methods of one and two bits.
+        imatrix_file: An importance matrix in one of llama.cpp's formats, made from this model.
+        calibration_data: Rows like those the model was trained on, or a file of them, from which an importance matrix
+            is made. Without either, methods that need one get one made from the rows that the model was trained on in
+            this process, or else from conversations that ship with the library.
+        calibration_tokens: The most tokens to take of them.
         pre_tokenizer: llama.cpp's name of the way in which the tokenizer cuts words, where it is not found.
         max_shard_size: Largest file, such as ``"4GB"``; None writes one file a method.
         maximum_memory_usage: Share of the free memory that llama.cpp may take.
@@ -81,6 +90,8 @@ def save_pretrained_gguf(
         methods=[quantization_method] if isinstance(quantization_method, str) else list(quantization_method),
         first_conversion=first_conversion,
         imatrix_file=imatrix_file,
+        calibration_data=calibration_data,
+        calibration_tokens=calibration_tokens,
         pre_tokenizer=pre_tokenizer,
         max_shard_size=max_shard_size,
         maximum_memory_usage=maximum_memory_usage,
@@ -138,3 +149,36 @@ def push_to_hub_gguf(
     folder = Path(save_directory or upload.folder_name(repo_id))
     save_pretrained_gguf(self, folder, tokenizer, quantization_method, **options)
     return upload.upload(folder, repository, commit_message)
+
+
+def save_imatrix(
+    self: Any,
+    path: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase,
+    data: Source | None = None,
+    *,
+    tokens: int = 16_384,
+) -> None:
+    """Measure which inputs of the model's matrices are large, for quantizers that ask for an importance matrix.
+
+    May be called in the middle of a training run, which goes on as if nothing had been.
+
+    Args:
+        self: The model.
+        path: The file to write: ``.gguf``, or ``.dat`` for llama.cpp's older format.
+        tokenizer: Of the model.
+        data: Rows in any layout that can be trained on, such as ``trainer.train_dataset``, or a file of them; None
+            takes the rows that the model was trained on in this process, or else conversations that ship with the
+            library.
+        tokens: The most tokens to take of them.
+
+    Raises:
+        ConfigError: Another suffix.
+        DataError: No rows, or rows that cannot be used.
+        ExportError: An architecture that llama.cpp does not have, or a layer that was never called.
+        StorageError: The disk is full, or the folder cannot be written.
+    """
+    imatrix.check_suffix(path)
+    conversion = convert.plan(self, tokenizer)
+    text = calibration.of_model(self, data, tokenizer, tokens=tokens)
+    imatrix.write(imatrix.measure(self, conversion, text), path)

@@ -119,6 +119,13 @@ def check_imatrix(imatrix: Imatrix, tensors: Mapping[str, tuple[tuple[int, ...],
                 f"the importance matrix {source} does not fit {name}: {values.size:,} numbers for {expected:,} inputs",
                 do="Make one from this model.",
             )
+    expected_names = (n for n, (size, _) in tensors.items() if n.startswith("blk.") and methods.is_quantized(n, size))
+    without = next((name for name in expected_names if name not in imatrix), None)
+    if without is not None:
+        raise ExportError(
+            f"the importance matrix {source} is of another model, or not whole: it has nothing for {without}",
+            do="Make one from this model.",
+        )
 
 
 def read_imatrix(path: Path) -> dict[str, np.ndarray]:

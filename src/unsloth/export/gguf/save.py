@@ -17,12 +17,14 @@ from transformers import PreTrainedTokenizerBase
 from unsloth.core import artifact, device
 from unsloth.core.errors import ConfigError
 from unsloth.core.log import get_logger
-from unsloth.export import ollama, verify
+from unsloth.export import dynamic, ollama, verify
+from unsloth.export.calibration import Source
 from unsloth.export.card import public_name
 from unsloth.export.gguf import card, check, convert, lora, methods, quantize, runtime
 from unsloth.export.gguf.check import Proof, Reference
 from unsloth.export.gguf.convert import Conversion
 from unsloth.export.gguf.file import Planned, Reader
+from unsloth.export.gguf.importance import Importance
 from unsloth.export.gguf.metadata import Metadata
 from unsloth.export.gguf.methods import Method
 from unsloth.models.record import transformers_model
@@ -43,6 +45,8 @@ class Options:
         methods: Names of quantization methods; a file each.
         first_conversion: ``"f32"``, ``"f16"`` or ``"bf16"``; None takes the model's own dtype.
         imatrix_file: An importance matrix, in one of llama.cpp's formats.
+        calibration_data: Rows, or a file of them, on which an importance matrix is measured instead.
+        calibration_tokens: The most tokens to measure on.
         pre_tokenizer: llama.cpp's name of the way in which the tokenizer cuts words, where it is not found.
         max_shard_size: Largest file in bytes or as ``"4GB"``; None for one file a method.
         maximum_memory_usage: Share of the free memory that llama.cpp may take for the comparison.
@@ -53,6 +57,8 @@ class Options:
     methods: Sequence[str]
     first_conversion: str | None = None
     imatrix_file: str | os.PathLike[str] | None = None
+    calibration_data: Source | None = None
+    calibration_tokens: int = 16_384
     pre_tokenizer: str | None = None
     max_shard_size: int | str | None = None
     maximum_memory_usage: float = 0.75
@@ -105,16 +111,18 @@ def save(
         StorageError: The disk is full.
     """
     conversion = convert.plan(model, tokenizer, options.first_conversion, pre_tokenizer=options.pre_tokenizer)
-    wanted = _wanted(options.methods, conversion.dtype)
-    imatrix = _imatrix(options, conversion)
-    jobs = [quantize.Job(method, imatrix, options.types) for method in wanted]
-    plans = [_plan(job, conversion, shard_bytes(options.max_shard_size)) for job in jobs]
+    wanted = wanted_methods(options.methods, conversion.dtype)
+    importance = _importance(options, conversion, tokenizer, wanted)
+    jobs = [replace(importance.job(method), types=options.types) for method in wanted]
+    plans = [_plan(job, conversion, importance) for job in jobs]
     needed = conversion.size + sum(tensor.size for planned, _ in plans for tensor in planned)
     inner = transformers_model(model)
     name = _file_name(Path(inner.config._name_or_path or "model").name)
     ends = convert.ends_of(inner, tokenizer)
     base, is_public = public_name(inner.config._name_or_path or "model")
     details: dict[str, Any] = {"base": base, "files": _earlier(Path(folder))}
+    if importance.source is not None:
+        details["importance"] = importance.source
     saved = []
     with artifact.stage(folder, kind=KIND, details=details, existing="extend", needed_bytes=needed) as staging:
         judge = _Judge(conversion, tokenizer, ends, options)
@@ -123,6 +131,9 @@ def save(
         conversion.write(source_path)
         judge.see_conversion(source_path)
         for job, (planned, replaced) in zip(jobs, plans, strict=True):
+            if job.method.measured:
+                job = importance.chosen(job, Reader(source_path))
+                planned, replaced = _fixed(job, conversion)
             target = staging / f"{name}.{job.method.name.upper()}.gguf"
             paths = quantize.write(Reader(source_path), target, planned, job, shard_bytes(options.max_shard_size))
             proof = judge.prove(source_path, paths, job, planned, replaced)
@@ -153,7 +164,9 @@ def save_adapter(
     conversion = convert.plan(model, tokenizer, options.first_conversion, pre_tokenizer=options.pre_tokenizer)
     inner = transformers_model(model)
     name = _file_name(Path(inner.config._name_or_path or "model").name)
-    plans = [(method, *lora.plan(model, conversion, method)) for method in _wanted(options.methods, conversion.dtype)]
+    plans = [
+        (method, *lora.plan(model, conversion, method)) for method in wanted_methods(options.methods, conversion.dtype)
+    ]
     base, is_public = public_name(inner.config._name_or_path or "model")
     details: dict[str, Any] = {"base": base, "files": _earlier(Path(folder))}
     needed = conversion.size + sum(tensor.size for _, _, planned in plans for tensor in planned)
@@ -177,27 +190,39 @@ def save_adapter(
     return saved
 
 
-def _wanted(names: Sequence[str], first_conversion: str) -> list[Method]:
-    found = [methods.find(name, first_conversion) for name in names]
+def wanted_methods(names: Sequence[str], first_conversion: str) -> list[Method]:
+    """The methods of some names, plain and dynamic; raises :class:`ConfigError` for a name that there is not."""
+    found = [dynamic.find(name) or methods.find(name, first_conversion) for name in names]
     return list({method.name: method for method in found}.values())
 
 
-def _imatrix(options: Options, conversion: Conversion) -> quantize.Imatrix | None:
-    if options.imatrix_file is None:
-        return None
-    found = quantize.read_imatrix(Path(options.imatrix_file))
-    quantize.check_imatrix(found, _by_name(conversion.planned), options.imatrix_file)
-    return found
+def _importance(
+    options: Options, conversion: Conversion, tokenizer: PreTrainedTokenizerBase, wanted: Sequence[Method]
+) -> Importance:
+    for method in wanted:  # what is missing is known before anything is measured or written
+        quantize.check_possible(quantize.Job(method, types=options.types), shard_bytes(options.max_shard_size))
+        if method.measured:
+            quantize.library()
+    return Importance(
+        conversion,
+        tokenizer,
+        wanted,
+        file=options.imatrix_file,
+        data=options.calibration_data,
+        tokens=options.calibration_tokens,
+    )
 
 
 def _by_name(planned: Sequence[Planned]) -> dict[str, tuple[tuple[int, ...], Type]]:
     return {tensor.name: (tensor.shape, tensor.type) for tensor in planned}
 
 
-def _plan(job: quantize.Job, conversion: Conversion, shards: int) -> tuple[list[Planned], list[quantize.Replaced]]:
-    quantize.check_possible(job, shards)
-    shape = replace(conversion.shape, imatrix=job.imatrix is not None)
-    planned, replaced = quantize.plan(_by_name(conversion.planned), shape, job)
+def _plan(
+    job: quantize.Job, conversion: Conversion, importance: Importance
+) -> tuple[list[Planned], list[quantize.Replaced]]:
+    if job.method.measured:
+        return importance.budget(job.method), []
+    planned, replaced = _fixed(job, conversion)
     if replaced:
         first = replaced[0]
         logger.warning(
@@ -209,6 +234,12 @@ def _plan(job: quantize.Job, conversion: Conversion, shards: int) -> tuple[list[
             first.wanted.name,
         )
     return planned, replaced
+
+
+def _fixed(job: quantize.Job, conversion: Conversion) -> tuple[list[Planned], list[quantize.Replaced]]:
+    """The tensors of a file whose types are known."""
+    shape = replace(conversion.shape, imatrix=job.imatrix is not None)
+    return quantize.plan(_by_name(conversion.planned), shape, job)
 
 
 def _write_card(folder: Path, staging: Path, base: str, is_public: bool, files: Mapping[str, Any]) -> None:
