@@ -45,12 +45,12 @@ METHODS = {  # trainer, and what is particular to it
     "simpo": ("CPO", {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 0.0, "learning_rate": 5e-4}),
 }
 name, particular = METHODS[method]
-heldout = pairs(demo.heldout_rows(), HELDOUT_CHATTER)[: 4 if smoke else None]
+heldout = pairs(demo.heldout_rows(), HELDOUT_CHATTER)[: 2 if smoke else None]
 model, tokenizer = FastLanguageModel.from_pretrained("embedded:SmolLM2-135M-Instruct", max_seq_length=256)
 model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=32, use_gradient_checkpointing=False)
 settings = {
     "max_steps": 2 if smoke else 12,
-    "per_device_train_batch_size": 4,
+    "per_device_train_batch_size": 1 if smoke else 4,
     "warmup_steps": 2,
     "logging_steps": 1,
     "save_strategy": "no",

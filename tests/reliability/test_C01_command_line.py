@@ -63,7 +63,7 @@ CALLS = {
     "a change that is not YAML": (["train", "{file}", "--set", "training.optim=["], "not YAML", "in quotes"),
     "a missing data file": (["train", "{file}", "--set", "data.path=./row.jsonl"], "no such data file", "rows.jsonl?"),
     "no size": (["estimate", "{file}", "--memory", "lots"], "--memory needs a size", "Such as 24GB"),
-    "an unknown export": (["export", "a", "b", "--method", "zip"], "unknown --method", "lora or merged_16bit"),
+    "an unknown export": (["export", "a", "b", "--method", "zip"], "unknown --method", "lora, merged_16bit"),
     "a count below one": (["chat", "x", "--max-tokens", "0"], "'--max-tokens'", "1"),
 }
 
