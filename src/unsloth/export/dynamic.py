@@ -137,6 +137,8 @@ def choose(
         found = sensitivity.divergences(source, tensors[name], terms[name], fitting, values)
         return [Option(kind, Planned(name, shape, kind).size, cost) for kind, cost in found.items()]
 
+    for kind in {*kinds, *(tensor.type for tensor in plain.values())} - set(methods.PLAIN):
+        quantize.build_tables(kind)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         table = dict(zip(plain, pool.map(options, plain), strict=True))
     types = allocate(table, budget)

@@ -1,5 +1,8 @@
 """Every quantization method against llama.cpp's own quantizer, bit by bit."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -165,3 +168,17 @@ def test_several_threads_give_the_same_bits(monkeypatch):
 def test_planned_sizes():
     assert Planned("x", (3, 256), Type.Q4_K).size == 3 * 144
     assert Planned("x", (7,), Type.F32).size == 28
+
+
+def test_the_first_use_of_a_type_may_be_in_several_threads():
+    """In a process of its own: the library builds its tables once, and a race ends the process."""
+    code = (
+        "import numpy as np, torch; torch.set_num_threads(4)\n"
+        "from gguf import GGMLQuantizationType as T\n"
+        "from unsloth.export.gguf import quantize\n"
+        "quantize._CHUNK = 1024\n"
+        "rows = np.random.default_rng(0).normal(size=(32, 256)).astype(np.float32)\n"
+        "for kind in (T.IQ2_XXS, T.IQ2_XS, T.IQ1_M, T.IQ3_S): quantize.encode(rows, kind, np.ones(256, np.float32))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]

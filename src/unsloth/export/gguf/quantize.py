@@ -229,9 +229,16 @@ def encode(values: np.ndarray, kind: Type, importance: np.ndarray | None = None)
     pieces = [rows[start : start + step] for start in range(0, len(rows), step)]
     weights = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32).reshape(-1)
     quantize_rows_raw = library().quantize_rows_raw
+    build_tables(kind)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         done = pool.map(lambda piece: quantize_rows_raw(kind, piece, len(piece), columns, weights), pieces)
         return np.concatenate([np.frombuffer(piece, dtype=np.uint8) for piece in done])
+
+
+def build_tables(kind: Type) -> None:
+    """Let the library build a type's tables, which it does at their first use and not safely in several threads."""
+    width = methods.block(kind)
+    library().quantize_rows_raw(kind, np.ones((1, width), np.float32), 1, width, np.ones(width, np.float32))
 
 
 def _plain(values: np.ndarray, kind: Type) -> np.ndarray:
