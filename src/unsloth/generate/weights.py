@@ -33,6 +33,8 @@ class Projection:
         lora: The layer of PEFT around it, or None.
         packed: Its weight if that is four bits wide.
         opaque: Whether only the module itself knows how to multiply by its weight.
+        native: Whether the module multiplies faster than our reference: four bits on a CPU, where bitsandbytes has
+            code for the processor.
     """
 
     path: str
@@ -40,6 +42,7 @@ class Projection:
     lora: Any
     packed: NF4Weight | None
     opaque: bool
+    native: bool = False
 
     @property
     def in_features(self) -> int:
@@ -53,7 +56,7 @@ class Projection:
 
     def multiply(self, x: torch.Tensor, fast: bool = True) -> torch.Tensor:
         """(T, in) to (T, out), bias included, in the dtype of ``x``."""
-        if self.opaque:
+        if self.opaque or (fast and self.native):
             return self.module(x).to(x.dtype)
         bias = self.module.bias
         if self.packed is not None:
@@ -96,7 +99,8 @@ def read_projection(model: torch.nn.Module, path: str, biased: bool | None = Non
         raise PlanError("a weight is not in memory (offloaded)", got=path)
     state = getattr(module.weight, "quant_state", None)
     if type(module).__name__ == "Linear4bit" and state is not None:
-        return Projection(path, module, lora, NF4Weight.from_quant_state(module.weight, state), opaque=False)
+        packed = NF4Weight.from_quant_state(module.weight, state)
+        return Projection(path, module, lora, packed, opaque=False, native=module.weight.device.type == "cpu")
     return Projection(path, module, lora, None, opaque=type(module) is not torch.nn.Linear)
 
 
