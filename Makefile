@@ -51,7 +51,7 @@ test: $(VENV)/.installed $(OVERLAY)/.installed
 	$(PYTEST) -m "not soak" --ignore tests/kernels
 	$(PYTEST) tests/kernels
 	PYTHONPATH=$(OVERLAY) $(PYTEST) -m "not model and not soak" \
-	  tests/parity tests/models tests/generate/test_parity.py tests/train/test_sft.py tests/train/test_dpo.py
+	  tests/parity tests/models/test_load.py tests/models/test_plan.py tests/generate/test_parity.py tests/train/test_sft.py
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
