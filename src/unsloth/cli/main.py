@@ -15,7 +15,8 @@ import typer
 from rich.markup import escape
 
 import unsloth
-from unsloth.cli import screen
+from unsloth.cli import data_group, eval_group, screen
+from unsloth.cli.arguments import Changes, ConfigFile, ModelName, Precision, RemoteCode
 from unsloth.core import settings
 from unsloth.core.errors import ConfigError, UnslothError
 
@@ -29,29 +30,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-evaluation = typer.Typer(
-    name="eval", help="Measure a model: against another one, or on questions.", no_args_is_help=True
-)
-app.add_typer(evaluation)
-data_app = typer.Typer(help="Look at data sets, split, clean and mix them.", no_args_is_help=True)
-app.add_typer(data_app, name="data")
-
-DataSource = Annotated[str, typer.Argument(metavar="FILE", help="A file, a folder, or a hub id.")]
-OutFolder = Annotated[str, typer.Argument(metavar="OUT", help="The folder to write.")]
-Seed = Annotated[int, typer.Option(help="Seed of choice and order.")]
-ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="The file that describes the run.")]
-Changes = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Replace a value of the file; may be repeated."),
-]
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, an adapter's folder, or a hub id.")]
-RemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Let the model's repository run code of its own.")
-]
-Precision = Annotated[
-    str | None, typer.Option(help="How to hold the base weights: 4bit, 8bit or 16bit.", show_default=False)
-]
+app.add_typer(eval_group.app, name="eval")
+app.add_typer(data_group.app, name="data")
 
 
 def _print_version(value: bool) -> None:
@@ -296,71 +276,6 @@ def estimate(
     command.estimate(run, limit, trust_remote_code=trust_remote_code)
 
 
-@data_app.command()
-def show(
-    file: DataSource,
-    model: Annotated[
-        str | None, typer.Option(help="Whose tokenizer and template: a folder or hub id; default: SmolLM2's.")
-    ] = None,
-    template: Annotated[str | None, typer.Option(help="A chat template by name, such as llama-3.1.")] = None,
-    rows: Annotated[int, typer.Option(min=0, help="How many rows to print.")] = 3,
-    responses_only: Annotated[
-        bool, typer.Option("--responses-only", help="As if only the assistant's turns were trained.")
-    ] = False,
-    max_length: Annotated[int | None, typer.Option(min=2, help="Count rows that are longer, in tokens.")] = None,
-    layout: Annotated[str | None, typer.Option(help="What the rows are, if it is not recognized.")] = None,
-    split: Annotated[str, typer.Option(help="Split of a hub data set or saved folder.")] = "train",
-) -> None:
-    """Print rows as they are trained, trained tokens in color, and what the data set amounts to."""
-    from unsloth.cli import data as command
-
-    command.show(
-        command.ShowOptions(
-            source=file,
-            model=model,
-            template=template,
-            rows=rows,
-            responses_only=responses_only,
-            max_length=max_length,
-            layout=layout,
-            split=split,
-        )
-    )
-
-
-@data_app.command("split")
-def split_data(
-    file: DataSource,
-    out: OutFolder,
-    heldout: Annotated[float, typer.Option(help="The share that is held out.")] = 0.1,
-    seed: Seed = 3407,
-) -> None:
-    """Shuffle and split into OUT/train.jsonl and OUT/heldout.jsonl; equal rows stay on one side."""
-    from unsloth.cli import data as command
-
-    command.split(file, out, heldout=heldout, seed=seed)
-
-
-@data_app.command()
-def dedup(file: DataSource, out: OutFolder) -> None:
-    """Leave out rows that repeat an earlier one; the rest goes into OUT/rows.jsonl."""
-    from unsloth.cli import data as command
-
-    command.deduplicate(file, out)
-
-
-@data_app.command()
-def mix(
-    files: Annotated[list[str], typer.Argument(metavar="FILE=WEIGHT...", help="Files with the share of each.")],
-    out: Annotated[str, typer.Option(metavar="OUT", help="The folder to write.")],
-    seed: Seed = 3407,
-) -> None:
-    """Mix data sets by weight into OUT/rows.jsonl, such as: mix reasoning.jsonl=75 chat.jsonl=25 --out mixed."""
-    from unsloth.cli import data as command
-
-    command.mix(files, out, seed=seed)
-
-
 @app.command()
 def doctor() -> None:
     """Check this machine: versions, GPU, what is fast and what is not, and why."""
@@ -400,80 +315,6 @@ def checkpoints(
     from unsloth.cli.checkpoints import CheckpointsOptions, run
 
     run(CheckpointsOptions(folder=folder, verify=verify, prune=prune))
-
-
-EvalPrecision = Annotated[str, typer.Option("--precision", help="How to hold base weights: 4bit, 8bit or 16bit.")]
-EvalTokenizer = Annotated[
-    str | None, typer.Option("--tokenizer", help="Where the tokenizer is, if no model has one, as GGUF files.")
-]
-EvalBatch = Annotated[int, typer.Option("--batch-size", min=1, help="Sequences computed at once.")]
-EvalOutput = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Also write the results to a file.")]
-Scored = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A folder, an adapter's folder, a hub id, or a .gguf file.")
-]
-
-
-@evaluation.command("kld")
-def eval_kld(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="The original: a folder, an adapter, or a .gguf file.")],
-    other: Annotated[str, typer.Argument(metavar="QUANT", help="What is measured against it, likewise.")],
-    data: Annotated[str, typer.Option(help="Texts or conversations that neither was calibrated on.")],
-    tokens: Annotated[int, typer.Option(min=2, help="How many to compare on.")] = 8192,
-    context: Annotated[int, typer.Option(min=2, help="Longest sequence in tokens.")] = 512,
-    precision: EvalPrecision = "16bit",
-    tokenizer: EvalTokenizer = None,
-    batch_size: EvalBatch = 1,
-    output: EvalOutput = None,
-    trust_remote_code: RemoteCode = False,
-) -> None:
-    """Say how far a model is from its original: KL divergence, changed answers, size."""
-    from unsloth.cli import evaluate as command
-
-    options = command.EvalOptions(precision, batch_size, tokenizer, output, trust_remote_code)
-    command.divergence(base, other, data, tokens=tokens, context=context, options=options)
-
-
-@evaluation.command("mmlu")
-def eval_mmlu(
-    model: Scored,
-    data: Annotated[str, typer.Option(help="Questions: columns question, choices (or A to D), answer, subject.")],
-    examples: Annotated[
-        str | None, typer.Option(help="Answered ones to show; default: the first of each subject.")
-    ] = None,
-    shots: Annotated[int, typer.Option(min=0, help="Examples shown before each question.")] = 5,
-    limit: Annotated[int | None, typer.Option(min=1, help="Ask only so many.")] = None,
-    precision: EvalPrecision = "16bit",
-    tokenizer: EvalTokenizer = None,
-    batch_size: EvalBatch = 1,
-    output: EvalOutput = None,
-    trust_remote_code: RemoteCode = False,
-) -> None:
-    """Ask multiple-choice questions, counting the letters with and without a space before them."""
-    from unsloth.cli import evaluate as command
-
-    options = command.EvalOptions(precision, batch_size, tokenizer, output, trust_remote_code)
-    command.questions(model, data, examples=examples, shots=shots, limit=limit, options=options)
-
-
-@evaluation.command("tasks")
-def eval_tasks(
-    model: Scored,
-    names: Annotated[list[str], typer.Option("--task", help="A task or group of the harness; may be repeated.")],
-    shots: Annotated[int | None, typer.Option(min=0, help="Examples; default: what the task says.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task.")] = None,
-    include_path: Annotated[str | None, typer.Option(help="A folder with tasks of your own.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Put questions through the chat template.")] = False,
-    precision: EvalPrecision = "16bit",
-    tokenizer: EvalTokenizer = None,
-    batch_size: EvalBatch = 1,
-    output: EvalOutput = None,
-    trust_remote_code: RemoteCode = False,
-) -> None:
-    """Run tasks of the lm-evaluation-harness, which the extra eval installs."""
-    from unsloth.cli import evaluate as command
-
-    options = command.EvalOptions(precision, batch_size, tokenizer, output, trust_remote_code)
-    command.tasks(model, names, shots=shots, limit=limit, include_path=include_path, chat=chat, options=options)
 
 
 def main() -> None:
