@@ -12,16 +12,15 @@ recomputation and without. Prints a table, and appends a line a case to bench/re
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import bitsandbytes as bnb
 import peft
+import results_file
 import torch
 import transformers
 import triton
@@ -30,7 +29,6 @@ from unsloth.models.patch import PatchPlan
 from unsloth.models.plan import plan
 from unsloth.quant import nf4
 
-RESULTS = Path(__file__).parent / "results"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Gradients = dict[str, torch.Tensor]
@@ -217,19 +215,6 @@ def show(made: PatchPlan, rows: list[Row]) -> None:
         )
 
 
-def append(rows: list[Row]) -> Path:
-    """Add ``rows`` to the results file."""
-    path = RESULTS / "plan_check.csv"
-    new = not path.exists()
-    with path.open("a", newline="") as handle:
-        writer = csv.DictWriter(handle, list(asdict(rows[0])))
-        if new:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in asdict(row).items()})
-    return path
-
-
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -243,7 +228,8 @@ def main() -> None:
     if DEVICE.type != "cuda":
         raise SystemExit("bench plan_check: no CUDA device here; run this on a GPU machine, or pass --dry-run")
     shape = Shape(arguments.layers, arguments.batch, arguments.tokens, arguments.rank)
-    print(f"appended to {append(check(shape, arguments.repetitions))}")
+    found = check(shape, arguments.repetitions)
+    print(f"appended to {results_file.append('plan_check.csv', found)}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import random_llama
+import results_file
 import torch
 import transformers
 import triton
@@ -41,7 +42,6 @@ from unsloth.models.patch import PatchPlan
 from unsloth.models.plan import plan
 from unsloth.train.adamw_8bit import AdamW8bit
 
-RESULTS = Path(__file__).parent / "results"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KINDS = {
     "product": ("gemm", "nvjet", "cutlass", "xmma", "splitk"),
@@ -332,19 +332,6 @@ def show(rows: list[Row], longest: list[tuple[str, float]] | None = None, made: 
         print("\n".join(line for line in str(made).splitlines() if "partly" in line or "declined" in line))
 
 
-def append(rows: list[Row]) -> Path:
-    """Add ``rows`` to the results file."""
-    path = RESULTS / "train.csv"
-    new = not path.exists()
-    with path.open("a", newline="") as handle:
-        writer = csv.DictWriter(handle, list(asdict(rows[0])))
-        if new:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in asdict(row).items()})
-    return path
-
-
 def plot() -> Path:
     """Tokens a second against peak memory, a panel a case, of the newest line of each way."""
     import matplotlib
@@ -352,7 +339,7 @@ def plot() -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with (RESULTS / "train.csv").open(newline="") as handle:
+    with (results_file.RESULTS / "train.csv").open(newline="") as handle:
         newest = {(row["shape"], row["case"], row["way"], row["options"]): row for row in csv.DictReader(handle)}
     cases = list(dict.fromkeys((shape, case) for shape, case, *_ in newest))
     figure, axes = pyplot.subplots(1, len(cases), figsize=(5 * len(cases), 4), squeeze=False)
@@ -365,7 +352,7 @@ def plot() -> Path:
         axis.set(title=f"{shape}, {case}", xlabel="peak allocated, GiB", ylabel="tokens/s")
         axis.set_ylim(bottom=0)
     figure.tight_layout()
-    path = RESULTS / "train.png"
+    path = results_file.RESULTS / "train.png"
     figure.savefig(path, dpi=120)
     return path
 
@@ -401,7 +388,7 @@ def main() -> None:
         rows += run_case(model, label, case, arguments.ways, arguments.steps, done)
     show(rows)
     if rows and not arguments.dry_run:
-        print(f"appended to {append(rows)}")
+        print(f"appended to {results_file.append('train.csv', rows)}")
 
 
 if __name__ == "__main__":
