@@ -1,12 +1,10 @@
 """M07: an export that is killed, or for which there is no room, leaves nothing that loads; the next one succeeds."""
 
-import os
 import shutil
-import signal
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
+from tests.reliability import killed_child
 
 from unsloth import FastLanguageModel
 from unsloth.core import artifact
@@ -16,36 +14,20 @@ from unsloth.export import layout, merge
 
 @pytest.fixture(scope="module")
 def model(tiny):
-    loaded, tokenizer = FastLanguageModel.from_pretrained(
-        str(tiny()), max_seq_length=64, dtype=torch.float32, load_in_4bit=True
-    )
-    model = FastLanguageModel.get_peft_model(loaded, r=4)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model, tokenizer
+    return killed_child.adapted(tiny())
 
 
 def kill_in_a_child(save, when):
-    """Fork, and let the child be killed (SIGKILL) as it reaches the given tensor, or the end of the weights."""
-    child = os.fork()
-    if child:
-        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-        return
+    """Kill a child that saves as it reaches the given tensor, or the end of the weights."""
     in_checkpoint = layout.in_checkpoint
 
     def cut(outline, tensors):
         for number, entry in enumerate(in_checkpoint(outline, tensors)):
             if number == when and entry[1].device.type != "meta":
-                os.kill(os.getpid(), signal.SIGKILL)
+                killed_child.die()
             yield entry
 
-    layout.in_checkpoint = cut
-    artifact.write_manifest = lambda *args, **options: os.kill(os.getpid(), signal.SIGKILL)
-    try:
-        save()
-    finally:
-        os._exit(1)
+    killed_child.kill_in_a_child(save, lambda: setattr(layout, "in_checkpoint", cut))
 
 
 @pytest.mark.parametrize("when", [0, 7, 10**6])

@@ -1,10 +1,7 @@
 """M07: a GGUF export that is killed leaves nothing that loads as a finished model; the next one succeeds."""
 
-import os
-import signal
-
 import pytest
-import torch
+from tests.reliability import killed_child
 
 from unsloth import FastLanguageModel
 from unsloth.core import artifact
@@ -16,35 +13,19 @@ METHODS = ["q8_0", "f16"]
 
 @pytest.fixture(scope="module")
 def model(tiny):
-    loaded, tokenizer = FastLanguageModel.from_pretrained(
-        str(tiny()), max_seq_length=64, dtype=torch.float32, load_in_4bit=True
-    )
-    model = FastLanguageModel.get_peft_model(loaded, r=4)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model, tokenizer
+    return killed_child.adapted(tiny())
 
 
 def kill_in_a_child(save, when):
-    """Fork, and let the child be killed (SIGKILL) as it writes the given tensor, or as all files are there."""
-    child = os.fork()
-    if child:
-        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-        return
+    """Kill a child that saves as it writes the given tensor, or as all files are there."""
     put, count = file.Writer.put, iter(range(10**9))
 
     def cut(*args):
         if next(count) == when:
-            os.kill(os.getpid(), signal.SIGKILL)
+            killed_child.die()
         put(*args)
 
-    file.Writer.put = cut
-    artifact.write_manifest = lambda *args, **options: os.kill(os.getpid(), signal.SIGKILL)
-    try:
-        save()
-    finally:
-        os._exit(1)
+    killed_child.kill_in_a_child(save, lambda: setattr(file.Writer, "put", cut))
 
 
 # The conversion has 20 tensors: killed in its first and its middle, in the first file and the second, at the end.
