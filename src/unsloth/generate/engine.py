@@ -166,7 +166,8 @@ class Engine:
             prompts_given: One prompt or several.
             params: For all, or a list.
             lora: For all, or a list.
-            progress: Called with the number of requests that have ended since its last call.
+            progress: Called after every step with the number of requests that have ended in it; what it raises ends
+                the generation.
 
         Raises:
             GenerationError: The device failed.
@@ -187,7 +188,7 @@ class Engine:
             while len(found) < len(names):
                 done = {out.request_id: out for out in self.step() if out.finished and out.request_id in wanted}
                 found |= done
-                if done and progress is not None:
+                if progress is not None:
                     progress(len(done))
         finally:
             self._drop(names)
