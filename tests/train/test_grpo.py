@@ -8,9 +8,9 @@ from datasets import Dataset
 from trl.trainer.grpo_config import GRPOConfig as TRLConfig
 from trl.trainer.grpo_trainer import GRPOTrainer as TRLTrainer
 
-from unsloth import FastLanguageModel, GRPOConfig, GRPOTrainer, SamplingParams
-from unsloth.core.errors import ConfigError, DataError, RewardError
-from unsloth.train import rollouts
+from unsloth import FastLanguageModel, GRPOConfig, GRPOTrainer
+from unsloth.core.errors import ConfigError
+from unsloth.layers import packed_attention
 
 ROWS = [{"prompt": f"Say {i}:", "answer": str(i)} for i in range(16)]
 
@@ -332,3 +332,23 @@ def test_the_loss_is_that_of_the_paper(shared_model, tmp_path):
     torch.testing.assert_close(loss, total.detach(), rtol=1e-5, atol=1e-6)
     for name, grad in grads.items():
         torch.testing.assert_close(grad, model.get_parameter(name).grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+# Completions of a prompt end to end, the prompt once
+
+
+@pytest.mark.parametrize("lengths", [(3, 9, 5, 12, 1, 7, 12, 4), (2, 0, 3, 1, 0, 0, 4, 1)])
+def test_a_shared_prompt_is_computed_once(tiny, tmp_path, lengths):
+    """Completions of length 0 are those that were masked for being cut off."""
+    model = adapted(tiny())
+    model[0].set_attn_implementation(packed_attention.NAME)  # as the plan does on a GPU
+    seen = []
+    model[0].get_input_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
+    found = {}
+    for packing in (None, False):
+        trainer = trainer_of(None, tmp_path, model=model, beta=0.04, packing=packing)
+        found[packing] = loss_and_gradients(trainer, injected(trainer, lengths=lengths))
+    assert seen[0] == (1, 6 + 4 + sum(lengths)) and seen[1] == (8, 6 + max(lengths))
+    torch.testing.assert_close(found[None][0], found[False][0], rtol=1e-5, atol=1e-6)
+    for name, grad in found[None][1].items():
+        torch.testing.assert_close(grad, found[False][1][name], rtol=1e-4, atol=1e-5, msg=name)
