@@ -127,7 +127,7 @@ def whole_run(runs, tiny, tmp_path_factory):
 
 @pytest.fixture
 def grpo_run(tiny, tmp_path):
-    """``grpo_run(folder, **changes)``: a GRPO trainer whose reward is some number between 0 and 6 of each completion."""
+    """``grpo_run(folder, **changes)``: a GRPO trainer whose reward is some number from 0 to 6 of each completion."""
 
     def letters(completions, **columns):
         return [float(sum(map(ord, completion)) % 7) for completion in completions]
