@@ -396,6 +396,8 @@ def test_full_fine_tuning_keeps_a_copy_as_the_reference(tiny, tmp_path):
     kl = logged(trainer, "kl")
     assert kl[0] == pytest.approx(0, abs=1e-5) and kl[-1] > 1e-5
     assert all(torch.equal(p, before[name]) for name, p in trainer.ref_model.named_parameters())
+    with pytest.raises(ConfigError, match="sync_ref_model needs a reference of its own"):
+        trainer_of(None, tmp_path, length, model=(model, tokenizer), sync_ref_model=True)
     assert max(logged(trainer, "sampling/sampling_logp_difference/max")) < 1e-4
 
 

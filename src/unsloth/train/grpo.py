@@ -117,6 +117,7 @@ class GRPOTrainer(ModelLoop, TRLTrainer):
         engine = _choose_engine(args)
         args.use_vllm = engine == "vllm"
         beta, args.beta = args.beta, 0.0  # TRL would copy the adapter, or load the model again, as the reference
+        reference = reference_of(given.model) if beta else None  # before TRL puts its head around the model
         synchronized, args.sync_ref_model = args.sync_ref_model, False
         with masters.preserved(given.model):
             super().__init__(
@@ -139,7 +140,7 @@ class GRPOTrainer(ModelLoop, TRLTrainer):
                 got=record.transformers_model(given.model).config._attn_implementation,
                 do="Leave packing out; it is used where it can be. It also needs fused_head.",
             )
-        self._add_reference(chunked)
+        self._add_reference(reference, chunked)
         self._batch_rows: Sequence[Mapping[str, Any]] = ()
         self._turn = self._evaluated = 0
         if engine in (None, "unsloth"):
@@ -152,21 +153,20 @@ class GRPOTrainer(ModelLoop, TRLTrainer):
             return function  # a reward model, or its name
         return CheckedReward(function, args.invalid_rewards, args.reward_time_limit)  # type: ignore[arg-type]
 
-    def _add_reference(self, chunked: bool) -> None:
+    def _add_reference(self, reference: nn.Module | None, chunked: bool) -> None:
         """The reference of the KL term: the model without its adapter, or else a frozen copy."""
         self._reference = self._policy
         self.ref_model = None
-        if not self.beta:
-            return
-        reference = reference_of(self.model)
-        if not isinstance(reference, AdapterFree):  # which TRL's own way of switching the adapter off does, too
+        if reference is not None and not isinstance(
+            reference, AdapterFree
+        ):  # which TRL's own way of switching the adapter off does, too
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
             self._reference = TokenLogprobs(reference, chunked)
         if self.args.sync_ref_model:
             if self.ref_model is None:
                 raise ConfigError(
-                    "sync_ref_model needs a reference of its own, and with an adapter there is none",
-                    do="Leave it out, or fine-tune in full.",
+                    "sync_ref_model needs a reference of its own, and with an adapter or beta=0 there is none",
+                    do="Leave it out, or fine-tune in full with beta above 0.",
                 )
             self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
 
