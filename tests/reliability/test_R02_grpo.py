@@ -7,7 +7,7 @@ import torch
 from transformers import TrainerCallback
 
 CYCLES = {
-    "a generation a step": {},
+    "in the second epoch": {"save_steps": 6},
     "two steps a generation": {"steps_per_generation": 2, "save_steps": 3},
     "completions used twice": {"num_iterations": 2, "save_steps": 3, "beta": 0.04},
     "accumulated": {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "save_steps": 3},
