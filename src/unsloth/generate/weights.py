@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 from unsloth.core.errors import PlanError
 from unsloth.kernels.nf4 import NF4Weight
 from unsloth.kernels.nf4_matmul import nf4_linear
+from unsloth.quant import nf4
 
 # Layers of PEFT whose adapters are two linear layers on the input, added to the output.
 _PLAIN_LORA = {"Linear", "Linear4bit", "Linear8bitLt"}
@@ -100,6 +101,7 @@ def read_projection(model: torch.nn.Module, path: str, biased: bool | None = Non
     state = getattr(module.weight, "quant_state", None)
     if type(module).__name__ == "Linear4bit" and state is not None:
         packed = NF4Weight.from_quant_state(module.weight, state)
+        nf4.keep_layout(module)
         return Projection(path, module, lora, packed, opaque=False, native=module.weight.device.type == "cpu")
     return Projection(path, module, lora, None, opaque=type(module) is not torch.nn.Linear)
 
