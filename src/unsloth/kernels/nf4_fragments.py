@@ -63,7 +63,7 @@ def multiply_fragments(
     weight: NF4Weight,
     *,
     side: LowRank | None = None,
-    shape: tuple[int, int] | None = None,
+    shape: tuple[int, int, int] | None = None,
 ) -> torch.Tensor:
     """``x @ W.T`` for x [M, K] that :func:`takes_fragments` accepts.
 
@@ -79,7 +79,7 @@ def multiply_fragments(
     rows, (n, k) = x.shape[0], weight.shape
     y = torch.empty((rows, n), dtype=x.dtype, device=x.device)
     tiles = triton.cdiv(n, 16)
-    warps, programs = shape or launch_shape(rows, tiles, processor_count(x.device))
+    warps, programs, depth = shape or launch_shape(rows, tiles, processor_count(x.device))
     columns = triton.cdiv(rows, 8)
     parts, _, ranks = (0, 0, 0) if side is None else side.projections.shape
     with launch_on(x):
@@ -89,16 +89,16 @@ def multiply_fragments(
             0.0 if side is None else side.scale, parts, ranks, 0 if side is None else side.first,
             RANK=0 if side is None else side.b.shape[1], BLOCKSIZE=weight.blocksize, NESTED=weight.nested,
             NESTED_BLOCKSIZE=weight.nested_blocksize,
-            HALF=x.dtype == torch.float16, COLUMNS=columns, WARPS=warps, num_warps=warps,
+            HALF=x.dtype == torch.float16, COLUMNS=columns, WARPS=warps, DEPTH=depth, num_warps=warps,
         )  # fmt: skip
     return y
 
 
-def launch_shape(rows: int, tiles: int, processors: int) -> tuple[int, int]:
-    """Warps of a program (1, 2, 4 or 8), and programs a multiprocessor: more warps where tiles are few."""
-    if tiles < 4 * processors:
-        return 8, 3 if rows <= 8 else 2
-    return 4, 4 if rows <= 8 else 3
+def launch_shape(rows: int, tiles: int, processors: int) -> tuple[int, int, int]:
+    """Warps of a program (1, 2, 4 or 8), programs a multiprocessor, and how many steps ahead words are loaded."""
+    if tiles < 4 * processors:  # more warps where tiles are few
+        return 8, 3 if rows <= 8 else 2, 1
+    return 4, 4 if rows <= 8 else 3, 1
 
 
 def _assembly(*lines: str) -> tl.constexpr:
@@ -262,6 +262,26 @@ def load_codes(
 
 
 @triton.jit
+def load_step(
+    words, absmax, nested_absmax, tile, first, n, k_blocks, g, t, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+):  # fmt: skip
+    """Words (8) and what scales are made of (4) of four blocks in this lane's two rows of a tile, which may not exist."""
+    row0, row1 = tl.minimum(tile * 16 + g, n - 1), tl.minimum(tile * 16 + 8 + g, n - 1)
+    found = load_pairs(words, row0, row1, first, k_blocks, t)
+    code0, nested0 = load_codes(absmax, nested_absmax, row0, first, k_blocks, t, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE)
+    code1, nested1 = load_codes(absmax, nested_absmax, row1, first, k_blocks, t, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE)
+    return found + (code0, nested0, code1, nested1)
+
+
+@triton.jit
+def next_step(tile, first, warp, steps, WARPS: tl.constexpr):
+    """The step after one: of the same tile, or the first one of the program's next tile."""
+    ends = first + 4 * WARPS >= steps * 4 * WARPS
+    return tl.where(ends, tile + tl.num_programs(0), tile), tl.where(ends, warp * 4, first + 4 * WARPS)
+
+
+@triton.jit
 def finish_scale(index, nested, shift, nested_table, exists, NESTED: tl.constexpr):
     """The scale from what load_codes gave, 0 for a block that does not exist."""
     scale = nested
@@ -284,19 +304,20 @@ def nf4_fragments_kernel(  # noqa: C901  its switches are compile-time constants
     x, words, code, absmax, nested_code, nested_absmax, offset, y, m, n, k_blocks, tiles, stride_x, stride_y,
     projections, side_b, side_scale, parts, ranks, first_rank, RANK: tl.constexpr,
     BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, HALF: tl.constexpr,
-    COLUMNS: tl.constexpr, WARPS: tl.constexpr,
+    COLUMNS: tl.constexpr, WARPS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """A program computes every tile of 16 outputs that is its own, for up to 8 * COLUMNS rows of x."""
     thread = assembly_int(THREAD, "=r,r", [0])
     lane, warp = thread & 31, thread >> 5
     g, t = lane >> 2, lane & 3
     steps = tl.cdiv(tl.cdiv(k_blocks, 4), WARPS)
-    tile = tl.program_id(0)
-    row0, row1 = tl.minimum(tile * 16 + g, n - 1), tl.minimum(tile * 16 + 8 + g, n - 1)
-    first = warp * 4
-    ahead = load_pairs(words, row0, row1, first, k_blocks, t)
-    code0, nested0 = load_codes(absmax, nested_absmax, row0, first, k_blocks, t, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE)
-    code1, nested1 = load_codes(absmax, nested_absmax, row1, first, k_blocks, t, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE)
+    tile, first = tl.program_id(0), warp * 4
+    waiting = tl.tuple(())  # what DEPTH steps will need, the next one first
+    for _ in tl.static_range(DEPTH):
+        waiting = waiting + load_step(
+            words, absmax, nested_absmax, tile, first, n, k_blocks, g, t, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE
+        )
+        tile, first = next_step(tile, first, warp, steps, WARPS)
     shift, nested_table = 0.0, 0
     if NESTED:
         shift = tl.load(offset)
@@ -316,26 +337,17 @@ def nf4_fragments_kernel(  # noqa: C901  its switches are compile-time constants
         for i in tl.static_range(RANK // 8):
             at = tl.minimum(column * 8 + g, m - 1) * ranks + first_rank + 8 * i + 2 * t
             thin = thin + (sum_parts(projections, at, parts, m * ranks, HALF),)
-    parity = 0
+    parity, ahead = 0, tile
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         total = (0.0,) * (4 * COLUMNS)
         for step in range(steps):
-            current, place = ahead, first
-            scale0 = finish_scale(code0, nested0, shift, nested_table, place + t < k_blocks, NESTED)
-            scale1 = finish_scale(code1, nested1, shift, nested_table, place + t < k_blocks, NESTED)
-            # the next words: of this tile, or the first ones of the next tile, or any where there is none
-            ends = step + 1 == steps
-            following = tl.where(ends, tile + tl.num_programs(0), tile)
-            row0 = tl.minimum(following * 16 + g, n - 1)
-            row1 = tl.minimum(following * 16 + 8 + g, n - 1)
-            first = tl.where(ends, warp * 4, first + 4 * WARPS)
-            ahead = load_pairs(words, row0, row1, first, k_blocks, t)
-            code0, nested0 = load_codes(
-                absmax, nested_absmax, row0, first, k_blocks, t, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE
+            current, place = waiting, (step * WARPS + warp) * 4
+            scale0 = finish_scale(current[8], current[9], shift, nested_table, place + t < k_blocks, NESTED)
+            scale1 = finish_scale(current[10], current[11], shift, nested_table, place + t < k_blocks, NESTED)
+            waiting = waiting[12:] + load_step(
+                words, absmax, nested_absmax, ahead, first, n, k_blocks, g, t, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE
             )
-            code1, nested1 = load_codes(
-                absmax, nested_absmax, row1, first, k_blocks, t, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE
-            )
+            ahead, first = next_step(ahead, first, warp, steps, WARPS)
             assembly_int(STAY, "=r,r", [0])
             for pair in tl.static_range(2):
                 at = tl.minimum((place + 2 * pair) * 128 + t * 64, k_blocks * 128 - 64)
@@ -406,7 +418,7 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     examples = []
     for columns, nested in ((1, True), (2, False)):
         constants = {"BLOCKSIZE": 64, "NESTED": nested, "NESTED_BLOCKSIZE": 256, "HALF": not nested}
-        constants |= {"COLUMNS": columns, "WARPS": 4, "RANK": 32}
+        constants |= {"COLUMNS": columns, "WARPS": 4, "RANK": 32, "DEPTH": 2}
         types = signature if nested else {**signature, "x": "*fp16", "y": "*fp16", "side_b": "*fp16", "absmax": "*fp32"}
         examples.append((nf4_fragments_kernel, types, constants, {"num_warps": 4}))
     return examples
