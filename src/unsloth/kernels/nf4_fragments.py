@@ -266,7 +266,7 @@ def load_step(
     words, absmax, nested_absmax, tile, first, n, k_blocks, g, t, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
 ):  # fmt: skip
-    """Words (8) and what scales are made of (4) of four blocks in this lane's two rows of a tile, which may not exist."""
+    """Words (8) and what scales are made of (4) of four blocks in two rows of a tile (or of any tile)."""
     row0, row1 = tl.minimum(tile * 16 + g, n - 1), tl.minimum(tile * 16 + 8 + g, n - 1)
     found = load_pairs(words, row0, row1, first, k_blocks, t)
     code0, nested0 = load_codes(absmax, nested_absmax, row0, first, k_blocks, t, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE)
