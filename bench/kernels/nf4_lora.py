@@ -57,7 +57,7 @@ def cases(small: bool) -> list[Case]:
         adapters = StackedAdapters(a, b, (SCALE,) * len(outs))
         ours = [lambda x, w=w: nf4_linear(x, w) for w in weights]
         theirs = [lambda x, p=p, s=s: matmul_4bit(x, p.t(), quant_state=s) for p, s in quantized]
-        for rows in (1, 8):
+        for rows in (1, 8, 32, 128):
             x = torch.randn(rows, k, device=device(), dtype=torch.bfloat16)
             size = sum(w.packed.numel() + w.absmax.numel() for w in weights) + a.nbytes + sum(t.nbytes for t in b)
             found = {

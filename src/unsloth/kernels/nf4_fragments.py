@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from unsloth.kernels.dispatch import capability, interpreting, launch_on, processor_count
-from unsloth.kernels.nf4 import NF4Weight, scale_arguments, scale_signature
+from unsloth.kernels.nf4 import NF4Weight, assembly, scale_arguments, scale_signature
 
 MOST_ROWS = 16
 
@@ -101,10 +101,6 @@ def launch_shape(rows: int, tiles: int, processors: int) -> tuple[int, int, int]
     return 4, 4 if rows <= 8 else 3, 1
 
 
-def _assembly(*lines: str) -> tl.constexpr:
-    return tl.constexpr("\n".join(["{", *lines, "}"]))
-
-
 def _load_pairs() -> tl.constexpr:
     """Outputs 0 to 3: 16 bytes of one row in each of two pairs of blocks; 4 to 7: of another row.
 
@@ -114,7 +110,7 @@ def _load_pairs() -> tl.constexpr:
     for i in range(4):
         lines += [f"cvt.u64.u32 o, ${10 + i % 2};", f"add.u64 a, ${8 + i // 2}, o;"]
         lines.append(f"ld.global.v2.b64 {{${2 * i}, ${2 * i + 1}}}, [a];")
-    return _assembly(*lines)
+    return assembly(*lines)
 
 
 def _multiply_pair(columns: int, kind: str) -> tl.constexpr:
@@ -152,7 +148,7 @@ def _multiply_pair(columns: int, kind: str) -> tl.constexpr:
                     f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{{sums}}}, {{a0, a1, a2, a3}}, "
                     f"{{{b0}, {b1}}}, {{{before}}};"
                 )
-    return _assembly(*lines)
+    return assembly(*lines)
 
 
 def _add_side(kind: str) -> tl.constexpr:
@@ -161,7 +157,7 @@ def _add_side(kind: str) -> tl.constexpr:
     product = (
         f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{$0, $1, $2, $3}}, {{a0, a1, a2, a3}}, {{$6, $7}}"
     )
-    return _assembly(
+    return assembly(
         ".reg .b32 a<4>;",
         ".reg .f32 zero;",
         "mov.f32 zero, 0f00000000;",
@@ -170,25 +166,27 @@ def _add_side(kind: str) -> tl.constexpr:
     )
 
 
-THREAD = _assembly("mov.u32 $0, %tid.x;")
-TABLE = _assembly(".shared .align 128 .b8 table[32768];", "mov.u32 $0, table;")
+THREAD = assembly("mov.u32 $0, %tid.x;")
+TABLE = assembly(".shared .align 128 .b8 table[32768];", "mov.u32 $0, table;")
 SUMS = tl.constexpr(
-    tuple(_assembly(f".shared .align 128 .b8 sums[{warps * 1024}];", "mov.u32 $0, sums;").value for warps in range(9))
+    tuple(assembly(f".shared .align 128 .b8 sums[{warps * 1024}];", "mov.u32 $0, sums;").value for warps in range(9))
 )
-NESTED_TABLE = _assembly(".shared .align 16 .b8 nested[1024];", "mov.u32 $0, nested;")
-STORE_ONE = _assembly("st.shared.f32 [$1], $2;", "mov.b32 $0, 0;")
-FILL = _assembly("st.shared.v4.b32 [$1], {$2, $2, $2, $2};", "mov.b32 $0, 0;")
-PAIR_BF16 = _assembly("cvt.rn.bf16x2.f32 $0, $2, $1;")
-PAIR_FP16 = _assembly("cvt.rn.f16x2.f32 $0, $2, $1;")
-STAY = _assembly("bar.warp.sync 0xffffffff;", "mov.b32 $0, 0;")  # loads before it are not moved behind it
-FROM_QUAD = _assembly("shfl.sync.idx.b32 $0, $1, $2, 0x1c1f, 0xffffffff;")
-STORE_SUMS = _assembly("st.shared.v2.f32 [$1], {$2, $3};", "st.shared.v2.f32 [$1 + 256], {$4, $5};", "mov.b32 $0, 0;")
-LOAD_SUM = _assembly("ld.shared.f32 $0, [$1];")
-STORE_BF16 = _assembly(
+NESTED_TABLE = assembly(".shared .align 16 .b8 nested[1024];", "mov.u32 $0, nested;")
+STORE_ONE = assembly("st.shared.f32 [$1], $2;", "mov.b32 $0, 0;")
+FILL = assembly("st.shared.v4.b32 [$1], {$2, $2, $2, $2};", "mov.b32 $0, 0;")
+PAIR_BF16 = assembly("cvt.rn.bf16x2.f32 $0, $2, $1;")
+PAIR_FP16 = assembly(  # for cards older than 8.0 too
+    ".reg .b16 a, b;", "cvt.rn.f16.f32 a, $1;", "cvt.rn.f16.f32 b, $2;", "mov.b32 $0, {a, b};"
+)
+STAY = assembly("bar.warp.sync 0xffffffff;", "mov.b32 $0, 0;")  # loads before it are not moved behind it
+FROM_QUAD = assembly("shfl.sync.idx.b32 $0, $1, $2, 0x1c1f, 0xffffffff;")
+STORE_SUMS = assembly("st.shared.v2.f32 [$1], {$2, $3};", "st.shared.v2.f32 [$1 + 256], {$4, $5};", "mov.b32 $0, 0;")
+LOAD_SUM = assembly("ld.shared.f32 $0, [$1];")
+STORE_BF16 = assembly(
     ".reg .pred p;", ".reg .b16 v;", "setp.ne.u32 p, $3, 0;", "cvt.rn.bf16.f32 v, $2;", "@p st.global.b16 [$1], v;",
     "mov.b32 $0, 0;",
 )  # fmt: skip
-STORE_FP16 = _assembly(
+STORE_FP16 = assembly(
     ".reg .pred p;", ".reg .b16 v;", "setp.ne.u32 p, $3, 0;", "cvt.rn.f16.f32 v, $2;", "@p st.global.b16 [$1], v;",
     "mov.b32 $0, 0;",
 )  # fmt: skip
