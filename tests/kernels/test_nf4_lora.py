@@ -22,7 +22,8 @@ def truth(x, weight, adapters, i):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rank", [4, 32])
 @pytest.mark.parametrize(
-    ("rows", "outs", "k"), [(1, (33, 16), 576), (5, (7, 8, 9), 128), (16, (40,), 64), (20, (8, 70), 64), (40, (8,), 320)]
+    ("rows", "outs", "k"),
+    [(1, (33, 16), 576), (5, (7, 8, 9), 128), (16, (40,), 64), (20, (8, 70), 64), (40, (8,), 320)],
 )
 def test_equals_separate_products(device, rows, outs, k, rank, dtype):
     weights = [quantize(n, k, device) for n in outs]
