@@ -5,14 +5,15 @@ Several linears of one input (q/k/v, gate/up), M rows of x, adapters A_i (r_i, K
 
     t = x [A_0; A_1; ...]^T                 y_i = x W_i^T + s_i t_i B_i^T
 
-One launch makes t for all of them, in float32 and in parts of K that are added where they are read; one launch a linear
-multiplies with W_i and adds the adapter's part before y_i is rounded. Bytes: packed W once, A and B once; t is a few
-kilobytes. Separate products would launch two to three kernels more a linear, which take longer than their bytes.
+One launch makes t for all of them, in float32 and in parts of K, which are added where they are read (beyond 16 rows by
+a launch of their own); one launch a linear multiplies with W_i and adds the adapter's part before y_i is rounded.
+Bytes: packed W once, A and B once; t is a few kilobytes. Separate products would launch two to three kernels more a
+linear, which take longer than their bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,7 @@ from unsloth.core.errors import ConfigError
 from unsloth.kernels.dispatch import as_rows, interpreting, launch_on
 from unsloth.kernels.nf4 import NF4Weight
 from unsloth.kernels.nf4_fragments import LowRank, multiply_fragments, takes_fragments
-from unsloth.kernels.nf4_matmul import multiply_tiles, nf4_linear, takes_tiles
+from unsloth.kernels.nf4_matmul import add_parts, multiply_tiles, nf4_linear, takes_tiles
 
 STEP = 512  # columns of x that a program multiplies at a time
 MOST_PARTS = 8  # every program of the products adds up so many
@@ -77,20 +78,31 @@ def nf4_lora_linears(
     if adapters is None:
         return [nf4_linear(x, weight, fast=fast) for weight in weights]
     rows = as_rows(x)
-    fits = fast and adapters.a.dtype == x.dtype and all(b.shape[1] % 16 == 0 for b in adapters.b)
-    few = fits and all(takes_fragments(rows, weight) for weight in weights)
-    powers = all(b.shape[1] & (b.shape[1] - 1) == 0 for b in adapters.b)
-    tiles = fits and not few and powers and all(takes_tiles(rows, weight) for weight in weights)
-    if not (rows.shape[0] and (few or tiles)):
+    multiply = joined_product(rows, weights, adapters) if fast else None
+    if multiply is None:
         return _one_by_one(x, weights, adapters, fast)
-    multiply = multiply_fragments if few else multiply_tiles
     projections = project_few(rows, adapters.a)
+    if multiply is multiply_tiles:  # every program would read all parts again
+        projections = add_parts(projections, torch.float32)[None]
     outputs, first = [], 0
     for weight, b, scale in zip(weights, adapters.b, adapters.scales, strict=True):
         side = LowRank(projections, first, b, scale)
         outputs.append(multiply(rows, weight, side=side).view(*x.shape[:-1], weight.shape[0]))
         first += b.shape[1]
     return outputs
+
+
+def joined_product(
+    x: torch.Tensor, weights: Sequence[NF4Weight], adapters: StackedAdapters
+) -> Callable[..., torch.Tensor] | None:
+    """The kernel that adds adapters within products of ``x`` [M, K], or None where there is none for these."""
+    ranks = [b.shape[1] for b in adapters.b]
+    if not x.shape[0] or adapters.a.dtype != x.dtype or any(rank % 16 for rank in ranks):
+        return None
+    if all(takes_fragments(x, weight) for weight in weights):
+        return multiply_fragments
+    powers = all(rank & (rank - 1) == 0 for rank in ranks)
+    return multiply_tiles if powers and all(takes_tiles(x, weight) for weight in weights) else None
 
 
 def _one_by_one(
