@@ -6,24 +6,24 @@ as PEFT writes it, and torch.compile of it.
 """
 
 import torch
-from harness import Case, main
+from harness import Case, compiled, device, main
 
 from unsloth.kernels.lora_linear import lora_linears, lora_linears_reference
 from unsloth.kernels.lora_mlp import lora_mlp, lora_mlp_reference
 from unsloth.kernels.lora_weights import Adapter, PaddedWeight, padded_rank
 
-TOKENS, HIDDEN, INNER, KEYS, RANK, SCALE = 4096, 4096, 14336, 1024, 32, 0.5
+RANK, SCALE = 32, 0.5
 
 
-def inputs(shapes):
+def inputs(tokens, shapes):
     """A buffer, x in its first columns, (out, in) weights, float32 adapters."""
     columns = shapes[0][1]
     room = padded_rank(RANK * sum(k == columns for _, k in shapes))
-    buffer = torch.randn(TOKENS, columns + room, device="cuda", dtype=torch.bfloat16)
+    buffer = torch.randn(tokens, columns + room, device=device(), dtype=torch.bfloat16)
     x = buffer[:, :columns].detach().requires_grad_()
-    weights = [torch.randn(*s, device="cuda", dtype=torch.bfloat16) / s[1] ** 0.5 for s in shapes]
+    weights = [torch.randn(*s, device=device(), dtype=torch.bfloat16) / s[1] ** 0.5 for s in shapes]
     pairs = [
-        (torch.randn(RANK, k, device="cuda") / k**0.5, torch.randn(out, RANK, device="cuda") / RANK**0.5)
+        (torch.randn(RANK, k, device=device()) / k**0.5, torch.randn(out, RANK, device=device()) / RANK**0.5)
         for out, k in shapes
     ]
     return buffer, x, weights, [Adapter(a.requires_grad_(), b.requires_grad_(), SCALE) for a, b in pairs]
@@ -57,7 +57,7 @@ def both_ways(op, x, adapters):
 def bare_linears(x, weights, backward):
     """x W^T for every weight; with ``backward`` the sum of g W as well."""
     x = x.detach()
-    grads = [torch.randn(TOKENS, w.shape[0], device="cuda", dtype=torch.bfloat16) for w in weights]
+    grads = [torch.randn(len(x), w.shape[0], device=device(), dtype=torch.bfloat16) for w in weights]
 
     def step():
         for w in weights:
@@ -73,13 +73,15 @@ def bare_linears(x, weights, backward):
 def bare_mlp(x, weights, backward):
     """The three products, on whatever data; with ``backward`` their input gradients."""
     first = bare_linears(x, weights[:2], backward)
-    h = torch.randn(TOKENS, INNER, device="cuda", dtype=torch.bfloat16)
+    h = torch.randn(len(x), weights[2].shape[1], device=device(), dtype=torch.bfloat16)
     second = bare_linears(h, weights[2:], backward)
     return lambda: (first(), second())
 
 
 def captured(step):
-    """``step`` as a CUDA graph: the kernels without what Python and autograd cost to launch them."""
+    """``step`` as a CUDA graph: the kernels without what Python and autograd cost to launch them; itself on a CPU."""
+    if not torch.cuda.is_available():
+        return step
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -99,28 +101,28 @@ def captured(step):
 
 def providers(ours, buffered, plain, reference, bare, x, adapters, backward):
     """By name; ``ours`` with padded weights, ``ours plain`` with plain ones, ``in buffer`` without the copy of x."""
-    compiled = torch.compile(reference)
     wrap = (lambda op: both_ways(op, x, adapters)) if backward else forward_only
     return {
         "ours": wrap(ours),
         "ours graph": captured(wrap(ours)),
         "in buffer graph": captured(wrap(buffered)),
         "ours plain": wrap(plain),
-        "compiled": wrap(compiled),
+        "compiled": wrap(compiled(reference)),
         "reference": wrap(reference),
         "bare products": bare,
         "bare graph": captured(bare),
     }
 
 
-def build() -> list[Case]:
+def build(small: bool) -> list[Case]:
     """q/k/v, o, MLP; forward, forward and backward."""
     cases = []
-    groups = {"qkv": [(HIDDEN, HIDDEN), (KEYS, HIDDEN), (KEYS, HIDDEN)], "o": [(HIDDEN, HIDDEN)]}
+    tokens, hidden, inner, keys = (8, 64, 96, 32) if small else (4096, 4096, 14336, 1024)
+    groups = {"qkv": [(hidden, hidden), (keys, hidden), (keys, hidden)], "o": [(hidden, hidden)]}
     for name, shapes in groups.items():
-        buffer, x, weights, adapters = inputs(shapes)
+        buffer, x, weights, adapters = inputs(tokens, shapes)
         padded = PaddedWeight.from_dense(weights, RANK * len(shapes))
-        flops = sum(2 * TOKENS * out * k for out, k in shapes)
+        flops = sum(2 * tokens * out * k for out, k in shapes)
         for backward in (False, True):
             found = providers(
                 lambda x=x, p=padded, a=adapters: lora_linears(x, p, a),
@@ -134,8 +136,8 @@ def build() -> list[Case]:
             )
             case = f"{name} {'forward+backward' if backward else 'forward'}"
             cases.append(Case("lora_linear", case, found, flops=flops * (1 + backward)))
-    shapes = [(INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER)]
-    buffer, x, weights, adapters = inputs(shapes)
+    shapes = [(inner, hidden), (inner, hidden), (hidden, inner)]
+    buffer, x, weights, adapters = inputs(tokens, shapes)
     gate_up, down = PaddedWeight.from_dense(weights[:2], 2 * RANK), PaddedWeight.from_dense(weights[2:], RANK)
     for backward in (False, True):
         found = providers(
@@ -149,7 +151,7 @@ def build() -> list[Case]:
             backward,
         )
         case = f"mlp {'forward+backward' if backward else 'forward'}"
-        cases.append(Case("lora_mlp", case, found, flops=6 * TOKENS * HIDDEN * INNER * (1 + backward)))
+        cases.append(Case("lora_mlp", case, found, flops=6 * tokens * hidden * inner * (1 + backward)))
     return cases
 
 

@@ -1,12 +1,14 @@
 """4-bit linears with adapters of rank 32 for a decoding step, as graphs: python bench/kernels/nf4_lora.py [--dry-run].
 
-Peers: our 4-bit products with torch's thin products beside them, and bitsandbytes' products with the same.
+Peers: our 4-bit products with torch's thin products beside them, with those of lora_rows, and bitsandbytes' products
+with torch's.
 """
 
 import torch
 from bitsandbytes import functional, matmul_4bit
 from harness import Case, device, main
 
+from unsloth.kernels.lora_rows import lora_rows
 from unsloth.kernels.nf4 import NF4Weight
 from unsloth.kernels.nf4_lora import StackedAdapters, nf4_lora_linears
 from unsloth.kernels.nf4_matmul import nf4_linear
@@ -42,6 +44,13 @@ def beside(x, products, adapters):
     return outputs
 
 
+def rows_after(x, products, adapters):
+    """``products`` of x, and the adapters' parts added by lora_rows."""
+    outputs = [product(x) for product in products]
+    lora_rows(x, adapters.a, adapters.b, outputs)
+    return outputs
+
+
 def cases(small: bool) -> list[Case]:
     result = []
     for name, (outs, k) in {"small": ((16, 24), 128)}.items() if small else GROUPS.items():
@@ -57,12 +66,13 @@ def cases(small: bool) -> list[Case]:
         adapters = StackedAdapters(a, b, (SCALE,) * len(outs))
         ours = [lambda x, w=w: nf4_linear(x, w) for w in weights]
         theirs = [lambda x, p=p, s=s: matmul_4bit(x, p.t(), quant_state=s) for p, s in quantized]
-        for rows in (1, 8):
+        for rows in (1, 8, 32, 128):
             x = torch.randn(rows, k, device=device(), dtype=torch.bfloat16)
             size = sum(w.packed.numel() + w.absmax.numel() for w in weights) + a.nbytes + sum(t.nbytes for t in b)
             found = {
                 "ours": graphed(lambda x=x, w=weights, s=adapters: nf4_lora_linears(x, w, s)),
                 "thin products beside": graphed(lambda x=x, p=ours, s=adapters: beside(x, p, s)),
+                "lora_rows after": graphed(lambda x=x, p=ours, s=adapters: rows_after(x, p, s)),
                 "bitsandbytes": graphed(lambda x=x, p=theirs, s=adapters: beside(x, p, s)),
             }
             result.append(Case("nf4_lora", f"{name}, {rows} rows", found, bytes=size, reads_only=True))

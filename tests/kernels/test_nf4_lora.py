@@ -22,7 +22,8 @@ def truth(x, weight, adapters, i):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rank", [4, 32])
 @pytest.mark.parametrize(
-    ("rows", "outs", "k"), [(1, (33, 16), 576), (5, (7, 8, 9), 128), (16, (40,), 64), (20, (8,), 64)]
+    ("rows", "outs", "k"),
+    [(1, (33, 16), 576), (5, (7, 8, 9), 128), (16, (40,), 64), (20, (8, 70), 64), (40, (8,), 320)],
 )
 def test_equals_separate_products(device, rows, outs, k, rank, dtype):
     weights = [quantize(n, k, device) for n in outs]
@@ -45,7 +46,7 @@ def test_without_adapters_and_shapes(device):
     assert nf4_lora_linears(x[:0], weights, adapters)[0].shape == (0, 3, 24)
 
 
-@pytest.mark.parametrize(("rows", "rank", "k"), [(1, 16, 64), (16, 40, 700), (3, 5, 5000)])
+@pytest.mark.parametrize(("rows", "rank", "k"), [(1, 16, 64), (16, 40, 700), (3, 5, 5000), (70, 24, 600)])
 def test_projection_in_parts(device, rows, rank, k):
     x, a = torch.randn(rows, k, device=device).bfloat16(), torch.randn(rank, k, device=device).bfloat16()
     parts = project_few(x, a)

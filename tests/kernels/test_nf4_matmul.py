@@ -4,7 +4,7 @@ from check_op import assert_close
 
 from unsloth.core.errors import ConfigError
 from unsloth.kernels.nf4 import NF4Weight, dequantize_nf4_reference
-from unsloth.kernels.nf4_matmul import nf4_linear, nf4_linear_reference
+from unsloth.kernels.nf4_matmul import multiply_tiles, nf4_linear, nf4_linear_reference
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
@@ -36,9 +36,20 @@ def test_small_batch(device, rows, n, k, dtype):
 
 
 @pytest.mark.parametrize(("blocksize", "nested"), [(64, False), (128, True), (32, True)])
-@pytest.mark.parametrize("rows", [2, 6])
+@pytest.mark.parametrize("rows", [2, 6, 40])
 def test_other_blocks(device, rows, blocksize, nested):
     check(torch.randn(rows, 256, device=device).half(), quantize(24, 256, device, blocksize, nested))
+
+
+@pytest.mark.parametrize("split", [1, 2, 8])
+@pytest.mark.parametrize(("batch", "tile", "warps"), [(16, 64, 4), (128, 128, 8)])
+def test_tiles_of_every_kind(device, batch, tile, warps, split):
+    """Parts of K without a block, tiles that hang over, scales that change within a row."""
+    weight = quantize(140, 64 * 9, device)
+    x = torch.randn(37, 64 * 9, device=device).half()
+    y = multiply_tiles(x, weight, shape=(batch, tile, split, warps, 3))
+    truth = x.double() @ dequantize_nf4_reference(weight, torch.float64).T
+    assert_close(y, nf4_linear_reference(x, weight), truth, "y")
 
 
 def test_many_rows_float32_and_odd_columns(device):

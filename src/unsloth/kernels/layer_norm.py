@@ -22,7 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from unsloth.kernels.column_sum import column_sum
 from unsloth.kernels.dispatch import as_rows, compute_dtype, interpreting, launch_on, overlaps_launches, processor_count
-from unsloth.kernels.row_norm import launch_shape, result_buffers, row_stride, takes_kernel, two_sums
+from unsloth.kernels.row_norm import launch_shape, load_sum, result_buffers, row_stride, takes_kernel, two_sums
 
 
 def layer_norm(
@@ -191,12 +191,7 @@ def layer_norm_forward_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (col < n)
-    value = tl.load(x + row * stride_x + col, mask, other=0.0).to(tl.float32)
-    if ADD:
-        value += tl.load(residual + row * stride_r + col, mask, other=0.0).to(tl.float32)
-        rounded = value.to(h.dtype.element_ty)
-        tl.store(h + row * n + col, rounded, mask)
-        value = rounded.to(tl.float32)
+    value = load_sum(x, residual, h, row, col, mask, n, stride_x, stride_r, ADD)
     if WEIGHT:  # fetched before the sums, which wait for the whole row
         gain = tl.load(weight + col, col < n, other=0.0)
     if BIAS:

@@ -4,8 +4,8 @@
     y_i += (m * low_i) B_i^T
 
 m is the mask (rows, adapters) that says which adapter a row has, each adapter's columns side by side; without it every
-row has every one. The first product is shared among programs along K, and their sums are added while the second reads
-them: two launches for all projections of one input. The low-rank values are rounded to x's dtype once, as torch's
+row has every one. The first product is shared among programs along K, whose sums are added before the second reads
+them: three launches for all projections of one input. The low-rank values are rounded to x's dtype once, as torch's
 product would round them.
 
 Bytes: A and B once.
@@ -22,6 +22,7 @@ import triton.language as tl
 
 from unsloth.core.errors import ConfigError
 from unsloth.kernels import dispatch
+from unsloth.kernels.nf4_matmul import add_parts
 from unsloth.kernels.rounding import must_round, nearest
 
 ROWS = 128
@@ -56,22 +57,24 @@ def lora_rows(
         lora_rows_reference(x, a, b, outputs, mask)
         return
     rows, k = x.shape
-    tile, splits = _shares(rows, k)
-    low = torch.empty(splits, rows, a.shape[0], dtype=torch.float32, device=x.device)
+    tile = 16 if rows <= 16 else 32
+    splits = max(1, min(32 if rows <= 8 else 16, k // 128))
+    parts = torch.empty(splits, rows, a.shape[0], dtype=torch.float32, device=x.device)
     sizes = [m.shape[0] for m in b]
     tiles = list(itertools.accumulate(triton.cdiv(size, _BLOCK_N) for size in sizes))
     three_b, three_y = ([*m, *[m[0]] * (MOST_OUTPUTS - len(m))] for m in (list(b), list(outputs)))
     three_n = [*sizes, *[sizes[0]] * (MOST_OUTPUTS - len(sizes))]
     block_w = 32 if width > 16 else 16
     with dispatch.launch_on(x):
-        lora_shrink_kernel[(triton.cdiv(a.shape[0], 32), splits)](
-            x, a, low, rows, a.shape[0], k, triton.cdiv(k, splits), x.stride(0), UPCAST=dispatch.interpreting(),
-            BLOCK_T=tile, BLOCK_R=32, BLOCK_K=128 if tile <= 64 else 64, num_warps=4, num_stages=3,
+        lora_shrink_kernel[(triton.cdiv(a.shape[0], 32), splits, triton.cdiv(rows, tile))](
+            x, a, parts, rows, a.shape[0], k, triton.cdiv(k, splits), x.stride(0), UPCAST=dispatch.interpreting(),
+            BLOCK_T=tile, BLOCK_R=32, BLOCK_K=128, num_warps=4, num_stages=3,
         )  # fmt: skip
-        lora_expand_kernel[(tiles[-1],)](
+        low = add_parts(parts, torch.float32)
+        lora_expand_kernel[(tiles[-1], triton.cdiv(rows, tile))](
             low, mask, *three_b, *three_y, *three_n, tiles[0], tiles[1] if len(tiles) > 1 else tiles[0],
             *[y.stride(0) for y in three_y], rows, a.shape[0], width,
-            width // (1 if mask is None else mask.shape[1]), 1 if mask is None else mask.shape[1], splits,
+            width // (1 if mask is None else mask.shape[1]), 1 if mask is None else mask.shape[1],
             MASKED=mask is not None, UPCAST=dispatch.interpreting(), ROUND=must_round(x.dtype), BLOCK_T=tile,
             BLOCK_N=_BLOCK_N, BLOCK_W=block_w, num_warps=4, num_stages=2,
         )  # fmt: skip
@@ -103,20 +106,13 @@ def lora_rows_reference(
             y.add_(part @ m.T)
 
 
-def _shares(rows: int, k: int) -> tuple[int, int]:
-    """Rows of a tile, and programs that share the first product."""
-    tile = max(16, triton.next_power_of_2(rows))
-    most = 32 if rows <= 8 else 16 if rows <= 32 else 8
-    return tile, max(1, min(most, k // 128))
-
-
 @triton.jit(do_not_specialize=["rows", "share"])  # one compilation for every number of rows
 def lora_shrink_kernel(
-    x, a, low, rows, ranks, k, share, x_stride, UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+    x, a, parts, rows, ranks, k, share, x_stride, UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program computes a tile (BLOCK_T, BLOCK_R) of one share of x A^T; ``low`` is (shares, rows, ranks)."""
-    t = tl.arange(0, BLOCK_T)
+    """One program computes a tile (BLOCK_T, BLOCK_R) of one share of x A^T; ``parts`` is (shares, rows, ranks)."""
+    t = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(1)
     start = split * share
@@ -129,26 +125,23 @@ def lora_shrink_kernel(
         if UPCAST:
             left, right = left.to(tl.float32), right.to(tl.float32)
         total = tl.dot(left, right, total, input_precision="ieee")
-    out = low + (split * rows + t[:, None]) * ranks + r[None, :]
+    out = parts + (split * rows + t[:, None]) * ranks + r[None, :]
     tl.store(out, total, (t[:, None] < rows) & (r[None, :] < ranks))
 
 
 @triton.jit
 def add_update(
-    low, mask, b, y, n_first, n, y_stride, first, rows, ranks, width, rank, adapters, splits, MASKED: tl.constexpr,
+    low, mask, b, y, n_first, n, y_stride, first, rows, ranks, width, rank, adapters, MASKED: tl.constexpr,
     UPCAST: tl.constexpr, ROUND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Add a tile (BLOCK_T, BLOCK_N) of one output; ``first`` is its first column of ``low``."""
-    t = tl.arange(0, BLOCK_T)
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = n_first + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for start in range(0, width, BLOCK_W):
         w = start + tl.arange(0, BLOCK_W)
         inside = (t[:, None] < rows) & (w[None, :] < width)
-        part = tl.zeros((BLOCK_T, BLOCK_W), tl.float32)
-        for split in range(0, splits):
-            at = low + (split * rows + t[:, None]) * ranks + first + w[None, :]
-            part += tl.load(at, inside, other=0.0)
+        part = tl.load(low + t[:, None] * ranks + first + w[None, :], inside, other=0.0)
         if MASKED:
             part = part * tl.load(mask + t[:, None] * adapters + w[None, :] // rank, inside, other=0.0).to(tl.float32)
         right = tl.load(b + c[None, :] * width + w[:, None], (c[None, :] < n) & (w[:, None] < width), other=0.0)
@@ -162,28 +155,28 @@ def add_update(
     tl.store(place, nearest(total, ROUND), live)
 
 
-@triton.jit(do_not_specialize=["rows", "splits", "adapters", "end0", "end1", "n0", "n1", "n2"])
+@triton.jit(do_not_specialize=["rows", "adapters", "end0", "end1", "n0", "n1", "n2"])
 def lora_expand_kernel(
     low, mask, b0, b1, b2, y0, y1, y2, n0, n1, n2, end0, end1, stride0, stride1, stride2, rows, ranks, width, rank,
-    adapters, splits, MASKED: tl.constexpr, UPCAST: tl.constexpr, ROUND: tl.constexpr, BLOCK_T: tl.constexpr,
+    adapters, MASKED: tl.constexpr, UPCAST: tl.constexpr, ROUND: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """One program adds one tile of one of the outputs."""
     tile = tl.program_id(0)
     if tile < end0:
         add_update(
-            low, mask, b0, y0, tile * BLOCK_N, n0, stride0, 0, rows, ranks, width, rank, adapters, splits, MASKED,
+            low, mask, b0, y0, tile * BLOCK_N, n0, stride0, 0, rows, ranks, width, rank, adapters, MASKED,
             UPCAST, ROUND, BLOCK_T, BLOCK_N, BLOCK_W,
         )  # fmt: skip
     elif tile < end1:
         add_update(
             low, mask, b1, y1, (tile - end0) * BLOCK_N, n1, stride1, width, rows, ranks, width, rank, adapters,
-            splits, MASKED, UPCAST, ROUND, BLOCK_T, BLOCK_N, BLOCK_W,
+            MASKED, UPCAST, ROUND, BLOCK_T, BLOCK_N, BLOCK_W,
         )  # fmt: skip
     else:
         add_update(
             low, mask, b2, y2, (tile - end1) * BLOCK_N, n2, stride2, 2 * width, rows, ranks, width, rank, adapters,
-            splits, MASKED, UPCAST, ROUND, BLOCK_T, BLOCK_N, BLOCK_W,
+            MASKED, UPCAST, ROUND, BLOCK_T, BLOCK_N, BLOCK_W,
         )  # fmt: skip
 
 
@@ -191,12 +184,12 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     """Kernels with the argument types and options they are launched with, for compilation without a GPU."""
     examples: list[tuple] = []
     shrink = dict.fromkeys(("rows", "ranks", "k", "share", "x_stride"), "i32")
-    shrink |= {"x": f"*{float_dtype}", "a": f"*{float_dtype}", "low": "*fp32"}
+    shrink |= {"x": f"*{float_dtype}", "a": f"*{float_dtype}", "parts": "*fp32"}
     names = [name for name in lora_expand_kernel.arg_names if not name.isupper()]
     expand = dict.fromkeys(names, "i32") | {"low": "*fp32", "mask": f"*{float_dtype}"}
     expand |= {name: f"*{float_dtype}" for name in ("b0", "b1", "b2", "y0", "y1", "y2")}
-    for tile in (16, 128):
-        shape = {"UPCAST": False, "BLOCK_T": tile, "BLOCK_R": 32, "BLOCK_K": 128 if tile <= 64 else 64}
+    for tile in (16, 32):
+        shape = {"UPCAST": False, "BLOCK_T": tile, "BLOCK_R": 32, "BLOCK_K": 128}
         examples.append((lora_shrink_kernel, shrink, shape, {"num_warps": 4, "num_stages": 3}))
         shape = {"MASKED": tile == 16, "UPCAST": False, "ROUND": False, "BLOCK_T": tile, "BLOCK_N": 64, "BLOCK_W": 32}
         examples.append((lora_expand_kernel, expand, shape, {"num_warps": 4, "num_stages": 2}))

@@ -192,8 +192,9 @@ def launch_shape() -> tuple[int, int]:
     return 512, 4
 
 
-def _assembly(*lines: str) -> tl.constexpr:
-    return tl.constexpr("\n".join(["{", ".reg .b32 a, b, c, d, x;", *lines, "}"]))
+def assembly(*lines: str) -> tl.constexpr:
+    """Text for ``tl.inline_asm_elementwise``, with a scope of its own for registers."""
+    return tl.constexpr("\n".join(["{", *lines, "}"]))
 
 
 def _shuffled(*places: tuple[int, int]) -> list[str]:
@@ -243,8 +244,9 @@ def _permuted() -> list[str]:
 
 
 _UPPER = ((4, 20), (5, 16), (6, 28), (7, 24))
-SHUFFLE_ASSEMBLY = _assembly(*_shuffled((0, 4), (1, 0), (2, 12), (3, 8), *_UPPER))
-MIXED_ASSEMBLY = _assembly(*_permuted(), *_shuffled(*_UPPER))
+_REGISTERS = ".reg .b32 a, b, c, d, x;"
+SHUFFLE_ASSEMBLY = assembly(_REGISTERS, *_shuffled((0, 4), (1, 0), (2, 12), (3, 8), *_UPPER))
+MIXED_ASSEMBLY = assembly(_REGISTERS, *_permuted(), *_shuffled(*_UPPER))
 
 
 @triton.jit

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from unsloth.kernels.dispatch import capability, interpreting, launch_on, processor_count
-from unsloth.kernels.nf4 import NF4Weight, scale_arguments, scale_signature
+from unsloth.kernels.nf4 import NF4Weight, assembly, scale_arguments, scale_signature
 
 MOST_ROWS = 16
 
@@ -63,7 +63,7 @@ def multiply_fragments(
     weight: NF4Weight,
     *,
     side: LowRank | None = None,
-    shape: tuple[int, int] | None = None,
+    shape: tuple[int, int, int] | None = None,
 ) -> torch.Tensor:
     """``x @ W.T`` for x [M, K] that :func:`takes_fragments` accepts.
 
@@ -79,7 +79,7 @@ def multiply_fragments(
     rows, (n, k) = x.shape[0], weight.shape
     y = torch.empty((rows, n), dtype=x.dtype, device=x.device)
     tiles = triton.cdiv(n, 16)
-    warps, programs = shape or launch_shape(rows, tiles, processor_count(x.device))
+    warps, programs, depth = shape or launch_shape(rows, tiles, processor_count(x.device))
     columns = triton.cdiv(rows, 8)
     parts, _, ranks = (0, 0, 0) if side is None else side.projections.shape
     with launch_on(x):
@@ -89,20 +89,16 @@ def multiply_fragments(
             0.0 if side is None else side.scale, parts, ranks, 0 if side is None else side.first,
             RANK=0 if side is None else side.b.shape[1], BLOCKSIZE=weight.blocksize, NESTED=weight.nested,
             NESTED_BLOCKSIZE=weight.nested_blocksize,
-            HALF=x.dtype == torch.float16, COLUMNS=columns, WARPS=warps, num_warps=warps,
+            HALF=x.dtype == torch.float16, COLUMNS=columns, WARPS=warps, DEPTH=depth, num_warps=warps,
         )  # fmt: skip
     return y
 
 
-def launch_shape(rows: int, tiles: int, processors: int) -> tuple[int, int]:
-    """Warps of a program (1, 2, 4 or 8), and programs a multiprocessor: more warps where tiles are few."""
-    if tiles < 4 * processors:
-        return 8, 3 if rows <= 8 else 2
-    return 4, 4 if rows <= 8 else 3
-
-
-def _assembly(*lines: str) -> tl.constexpr:
-    return tl.constexpr("\n".join(["{", *lines, "}"]))
+def launch_shape(rows: int, tiles: int, processors: int) -> tuple[int, int, int]:
+    """Warps of a program (1, 2, 4 or 8), programs a multiprocessor, and how many steps ahead words are loaded."""
+    if tiles < 4 * processors:  # more warps where tiles are few
+        return 8, 3 if rows <= 8 else 2, 1
+    return 4, 4 if rows <= 8 else 3, 1
 
 
 def _load_pairs() -> tl.constexpr:
@@ -114,7 +110,7 @@ def _load_pairs() -> tl.constexpr:
     for i in range(4):
         lines += [f"cvt.u64.u32 o, ${10 + i % 2};", f"add.u64 a, ${8 + i // 2}, o;"]
         lines.append(f"ld.global.v2.b64 {{${2 * i}, ${2 * i + 1}}}, [a];")
-    return _assembly(*lines)
+    return assembly(*lines)
 
 
 def _multiply_pair(columns: int, kind: str) -> tl.constexpr:
@@ -152,7 +148,7 @@ def _multiply_pair(columns: int, kind: str) -> tl.constexpr:
                     f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{{sums}}}, {{a0, a1, a2, a3}}, "
                     f"{{{b0}, {b1}}}, {{{before}}};"
                 )
-    return _assembly(*lines)
+    return assembly(*lines)
 
 
 def _add_side(kind: str) -> tl.constexpr:
@@ -161,7 +157,7 @@ def _add_side(kind: str) -> tl.constexpr:
     product = (
         f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{$0, $1, $2, $3}}, {{a0, a1, a2, a3}}, {{$6, $7}}"
     )
-    return _assembly(
+    return assembly(
         ".reg .b32 a<4>;",
         ".reg .f32 zero;",
         "mov.f32 zero, 0f00000000;",
@@ -170,25 +166,27 @@ def _add_side(kind: str) -> tl.constexpr:
     )
 
 
-THREAD = _assembly("mov.u32 $0, %tid.x;")
-TABLE = _assembly(".shared .align 128 .b8 table[32768];", "mov.u32 $0, table;")
+THREAD = assembly("mov.u32 $0, %tid.x;")
+TABLE = assembly(".shared .align 128 .b8 table[32768];", "mov.u32 $0, table;")
 SUMS = tl.constexpr(
-    tuple(_assembly(f".shared .align 128 .b8 sums[{warps * 1024}];", "mov.u32 $0, sums;").value for warps in range(9))
+    tuple(assembly(f".shared .align 128 .b8 sums[{warps * 1024}];", "mov.u32 $0, sums;").value for warps in range(9))
 )
-NESTED_TABLE = _assembly(".shared .align 16 .b8 nested[1024];", "mov.u32 $0, nested;")
-STORE_ONE = _assembly("st.shared.f32 [$1], $2;", "mov.b32 $0, 0;")
-FILL = _assembly("st.shared.v4.b32 [$1], {$2, $2, $2, $2};", "mov.b32 $0, 0;")
-PAIR_BF16 = _assembly("cvt.rn.bf16x2.f32 $0, $2, $1;")
-PAIR_FP16 = _assembly("cvt.rn.f16x2.f32 $0, $2, $1;")
-STAY = _assembly("bar.warp.sync 0xffffffff;", "mov.b32 $0, 0;")  # loads before it are not moved behind it
-FROM_QUAD = _assembly("shfl.sync.idx.b32 $0, $1, $2, 0x1c1f, 0xffffffff;")
-STORE_SUMS = _assembly("st.shared.v2.f32 [$1], {$2, $3};", "st.shared.v2.f32 [$1 + 256], {$4, $5};", "mov.b32 $0, 0;")
-LOAD_SUM = _assembly("ld.shared.f32 $0, [$1];")
-STORE_BF16 = _assembly(
+NESTED_TABLE = assembly(".shared .align 16 .b8 nested[1024];", "mov.u32 $0, nested;")
+STORE_ONE = assembly("st.shared.f32 [$1], $2;", "mov.b32 $0, 0;")
+FILL = assembly("st.shared.v4.b32 [$1], {$2, $2, $2, $2};", "mov.b32 $0, 0;")
+PAIR_BF16 = assembly("cvt.rn.bf16x2.f32 $0, $2, $1;")
+PAIR_FP16 = assembly(  # for cards older than 8.0 too
+    ".reg .b16 a, b;", "cvt.rn.f16.f32 a, $1;", "cvt.rn.f16.f32 b, $2;", "mov.b32 $0, {a, b};"
+)
+STAY = assembly("bar.warp.sync 0xffffffff;", "mov.b32 $0, 0;")  # loads before it are not moved behind it
+FROM_QUAD = assembly("shfl.sync.idx.b32 $0, $1, $2, 0x1c1f, 0xffffffff;")
+STORE_SUMS = assembly("st.shared.v2.f32 [$1], {$2, $3};", "st.shared.v2.f32 [$1 + 256], {$4, $5};", "mov.b32 $0, 0;")
+LOAD_SUM = assembly("ld.shared.f32 $0, [$1];")
+STORE_BF16 = assembly(
     ".reg .pred p;", ".reg .b16 v;", "setp.ne.u32 p, $3, 0;", "cvt.rn.bf16.f32 v, $2;", "@p st.global.b16 [$1], v;",
     "mov.b32 $0, 0;",
 )  # fmt: skip
-STORE_FP16 = _assembly(
+STORE_FP16 = assembly(
     ".reg .pred p;", ".reg .b16 v;", "setp.ne.u32 p, $3, 0;", "cvt.rn.f16.f32 v, $2;", "@p st.global.b16 [$1], v;",
     "mov.b32 $0, 0;",
 )  # fmt: skip
@@ -262,6 +260,26 @@ def load_codes(
 
 
 @triton.jit
+def load_step(
+    words, absmax, nested_absmax, tile, first, n, k_blocks, g, t, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+):  # fmt: skip
+    """Words (8) and what scales are made of (4) of four blocks in two rows of a tile (or of any tile)."""
+    row0, row1 = tl.minimum(tile * 16 + g, n - 1), tl.minimum(tile * 16 + 8 + g, n - 1)
+    found = load_pairs(words, row0, row1, first, k_blocks, t)
+    code0, nested0 = load_codes(absmax, nested_absmax, row0, first, k_blocks, t, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE)
+    code1, nested1 = load_codes(absmax, nested_absmax, row1, first, k_blocks, t, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE)
+    return found + (code0, nested0, code1, nested1)
+
+
+@triton.jit
+def next_step(tile, first, warp, steps, WARPS: tl.constexpr):
+    """The step after one: of the same tile, or the first one of the program's next tile."""
+    ends = first + 4 * WARPS >= steps * 4 * WARPS
+    return tl.where(ends, tile + tl.num_programs(0), tile), tl.where(ends, warp * 4, first + 4 * WARPS)
+
+
+@triton.jit
 def finish_scale(index, nested, shift, nested_table, exists, NESTED: tl.constexpr):
     """The scale from what load_codes gave, 0 for a block that does not exist."""
     scale = nested
@@ -284,19 +302,20 @@ def nf4_fragments_kernel(  # noqa: C901  its switches are compile-time constants
     x, words, code, absmax, nested_code, nested_absmax, offset, y, m, n, k_blocks, tiles, stride_x, stride_y,
     projections, side_b, side_scale, parts, ranks, first_rank, RANK: tl.constexpr,
     BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, HALF: tl.constexpr,
-    COLUMNS: tl.constexpr, WARPS: tl.constexpr,
+    COLUMNS: tl.constexpr, WARPS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """A program computes every tile of 16 outputs that is its own, for up to 8 * COLUMNS rows of x."""
     thread = assembly_int(THREAD, "=r,r", [0])
     lane, warp = thread & 31, thread >> 5
     g, t = lane >> 2, lane & 3
     steps = tl.cdiv(tl.cdiv(k_blocks, 4), WARPS)
-    tile = tl.program_id(0)
-    row0, row1 = tl.minimum(tile * 16 + g, n - 1), tl.minimum(tile * 16 + 8 + g, n - 1)
-    first = warp * 4
-    ahead = load_pairs(words, row0, row1, first, k_blocks, t)
-    code0, nested0 = load_codes(absmax, nested_absmax, row0, first, k_blocks, t, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE)
-    code1, nested1 = load_codes(absmax, nested_absmax, row1, first, k_blocks, t, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE)
+    tile, first = tl.program_id(0), warp * 4
+    waiting = tl.tuple(())  # what DEPTH steps will need, the next one first
+    for _ in tl.static_range(DEPTH):
+        waiting = waiting + load_step(
+            words, absmax, nested_absmax, tile, first, n, k_blocks, g, t, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE
+        )
+        tile, first = next_step(tile, first, warp, steps, WARPS)
     shift, nested_table = 0.0, 0
     if NESTED:
         shift = tl.load(offset)
@@ -316,26 +335,17 @@ def nf4_fragments_kernel(  # noqa: C901  its switches are compile-time constants
         for i in tl.static_range(RANK // 8):
             at = tl.minimum(column * 8 + g, m - 1) * ranks + first_rank + 8 * i + 2 * t
             thin = thin + (sum_parts(projections, at, parts, m * ranks, HALF),)
-    parity = 0
+    parity, ahead = 0, tile
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         total = (0.0,) * (4 * COLUMNS)
         for step in range(steps):
-            current, place = ahead, first
-            scale0 = finish_scale(code0, nested0, shift, nested_table, place + t < k_blocks, NESTED)
-            scale1 = finish_scale(code1, nested1, shift, nested_table, place + t < k_blocks, NESTED)
-            # the next words: of this tile, or the first ones of the next tile, or any where there is none
-            ends = step + 1 == steps
-            following = tl.where(ends, tile + tl.num_programs(0), tile)
-            row0 = tl.minimum(following * 16 + g, n - 1)
-            row1 = tl.minimum(following * 16 + 8 + g, n - 1)
-            first = tl.where(ends, warp * 4, first + 4 * WARPS)
-            ahead = load_pairs(words, row0, row1, first, k_blocks, t)
-            code0, nested0 = load_codes(
-                absmax, nested_absmax, row0, first, k_blocks, t, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE
+            current, place = waiting, (step * WARPS + warp) * 4
+            scale0 = finish_scale(current[8], current[9], shift, nested_table, place + t < k_blocks, NESTED)
+            scale1 = finish_scale(current[10], current[11], shift, nested_table, place + t < k_blocks, NESTED)
+            waiting = waiting[12:] + load_step(
+                words, absmax, nested_absmax, ahead, first, n, k_blocks, g, t, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE
             )
-            code1, nested1 = load_codes(
-                absmax, nested_absmax, row1, first, k_blocks, t, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE
-            )
+            ahead, first = next_step(ahead, first, warp, steps, WARPS)
             assembly_int(STAY, "=r,r", [0])
             for pair in tl.static_range(2):
                 at = tl.minimum((place + 2 * pair) * 128 + t * 64, k_blocks * 128 - 64)
@@ -406,7 +416,7 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     examples = []
     for columns, nested in ((1, True), (2, False)):
         constants = {"BLOCKSIZE": 64, "NESTED": nested, "NESTED_BLOCKSIZE": 256, "HALF": not nested}
-        constants |= {"COLUMNS": columns, "WARPS": 4, "RANK": 32}
+        constants |= {"COLUMNS": columns, "WARPS": 4, "RANK": 32, "DEPTH": 2}
         types = signature if nested else {**signature, "x": "*fp16", "y": "*fp16", "side_b": "*fp16", "absmax": "*fp32"}
         examples.append((nf4_fragments_kernel, types, constants, {"num_warps": 4}))
     return examples

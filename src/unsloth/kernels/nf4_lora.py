@@ -5,14 +5,15 @@ Several linears of one input (q/k/v, gate/up), M rows of x, adapters A_i (r_i, K
 
     t = x [A_0; A_1; ...]^T                 y_i = x W_i^T + s_i t_i B_i^T
 
-One launch makes t for all of them, in float32 and in parts of K that are added where they are read; one launch a linear
-multiplies with W_i and adds the adapter's part before y_i is rounded. Bytes: packed W once, A and B once; t is a few
-kilobytes. Separate products would launch two to three kernels more a linear, which take longer than their bytes.
+One launch makes t for all of them, in float32 and in parts of K, which are added where they are read (beyond 16 rows by
+a launch of their own); one launch a linear multiplies with W_i and adds the adapter's part before y_i is rounded.
+Bytes: packed W once, A and B once; t is a few kilobytes. Separate products would launch two to three kernels more a
+linear, which take longer than their bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,7 @@ from unsloth.core.errors import ConfigError
 from unsloth.kernels.dispatch import as_rows, interpreting, launch_on
 from unsloth.kernels.nf4 import NF4Weight
 from unsloth.kernels.nf4_fragments import LowRank, multiply_fragments, takes_fragments
-from unsloth.kernels.nf4_matmul import nf4_linear
+from unsloth.kernels.nf4_matmul import add_parts, multiply_tiles, nf4_linear, takes_tiles
 
 STEP = 512  # columns of x that a program multiplies at a time
 MOST_PARTS = 8  # every program of the products adds up so many
@@ -77,16 +78,31 @@ def nf4_lora_linears(
     if adapters is None:
         return [nf4_linear(x, weight, fast=fast) for weight in weights]
     rows = as_rows(x)
-    fits = fast and adapters.a.dtype == x.dtype and all(b.shape[1] % 16 == 0 for b in adapters.b)
-    if not (fits and rows.shape[0] and all(takes_fragments(rows, weight) for weight in weights)):
+    multiply = joined_product(rows, weights, adapters) if fast else None
+    if multiply is None:
         return _one_by_one(x, weights, adapters, fast)
     projections = project_few(rows, adapters.a)
+    if multiply is multiply_tiles:  # every program would read all parts again
+        projections = add_parts(projections, torch.float32)[None]
     outputs, first = [], 0
     for weight, b, scale in zip(weights, adapters.b, adapters.scales, strict=True):
         side = LowRank(projections, first, b, scale)
-        outputs.append(multiply_fragments(rows, weight, side=side).view(*x.shape[:-1], weight.shape[0]))
+        outputs.append(multiply(rows, weight, side=side).view(*x.shape[:-1], weight.shape[0]))
         first += b.shape[1]
     return outputs
+
+
+def joined_product(
+    x: torch.Tensor, weights: Sequence[NF4Weight], adapters: StackedAdapters
+) -> Callable[..., torch.Tensor] | None:
+    """The kernel that adds adapters within products of ``x`` [M, K], or None where there is none for these."""
+    ranks = [b.shape[1] for b in adapters.b]
+    if not x.shape[0] or adapters.a.dtype != x.dtype or any(rank % 16 for rank in ranks):
+        return None
+    if all(takes_fragments(x, weight) for weight in weights):
+        return multiply_fragments
+    powers = all(rank & (rank - 1) == 0 for rank in ranks)
+    return multiply_tiles if powers and all(takes_tiles(x, weight) for weight in weights) else None
 
 
 def _one_by_one(
@@ -105,7 +121,7 @@ def project_few(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """Parts of ``x @ a.T`` over slices of K, which add up to it.
 
     Args:
-        x: [M, K] with adjacent columns, M at most 16.
+        x: [M, K] with adjacent columns.
         a: [R, K], contiguous.
 
     Returns:
@@ -113,22 +129,26 @@ def project_few(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """
     (m, k), r = x.shape, a.shape[0]
     share = triton.cdiv(triton.cdiv(k, STEP), MOST_PARTS) * STEP
+    batch = 16 if m <= 16 else 32
     parts = triton.cdiv(k, share)
     t = torch.empty((parts, m, r), dtype=torch.float32, device=x.device)
     with launch_on(x):
-        project_few_kernel[(triton.cdiv(r, 16), parts)](
-            x, a, t, m, r, k, share, x.stride(0), UPCAST=interpreting(), STEP=STEP, num_warps=4, num_stages=2
-        )
+        project_few_kernel[(triton.cdiv(r, 16), parts, triton.cdiv(m, batch))](
+            x, a, t, m, r, k, share, x.stride(0), UPCAST=interpreting(), BATCH=batch, STEP=STEP // (batch // 16),
+            num_warps=4, num_stages=2,
+        )  # fmt: skip
     return t
 
 
 @triton.jit
-def project_few_kernel(x, a, t, m, r, k, share, stride_x, UPCAST: tl.constexpr, STEP: tl.constexpr):
-    """One program multiplies 16 rows of a with a share of the columns of all rows of x."""
+def project_few_kernel(
+    x, a, t, m, r, k, share, stride_x, UPCAST: tl.constexpr, BATCH: tl.constexpr, STEP: tl.constexpr
+):  # fmt: skip
+    """One program multiplies 16 rows of a with a share of the columns of BATCH rows of x."""
     rank = tl.program_id(0) * 16 + tl.arange(0, 16)
-    row = tl.arange(0, 16)
+    row = tl.program_id(2) * BATCH + tl.arange(0, BATCH)
     first = tl.program_id(1) * share
-    part = tl.zeros((16, 16), tl.float32)
+    part = tl.zeros((BATCH, 16), tl.float32)
     for start in range(first, tl.minimum(first + share, k), STEP):
         column = start + tl.arange(0, STEP)
         left_mask, right_mask = (row[:, None] < m) & (column[None, :] < k), (rank[None, :] < r) & (column[:, None] < k)
@@ -145,4 +165,5 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     """Kernels with the argument types and options they are launched with, for compilation without a GPU."""
     ptr = f"*{float_dtype}"
     signature = {"x": ptr, "a": ptr, "t": "*fp32"} | dict.fromkeys(("m", "r", "k", "share", "stride_x"), "i32")
-    return [(project_few_kernel, signature, {"UPCAST": False, "STEP": STEP}, {"num_warps": 4, "num_stages": 2})]
+    shape = {"UPCAST": False, "BATCH": 16, "STEP": STEP}
+    return [(project_few_kernel, signature, shape, {"num_warps": 4, "num_stages": 2})]

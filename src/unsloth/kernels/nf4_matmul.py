@@ -5,9 +5,10 @@
 With 16-bit activations, on cards with bfloat16 products, up to 16 rows of x go through the kernel of
 :mod:`unsloth.kernels.nf4_fragments`. Elsewhere up to :data:`MATVEC_ROWS` rows go through a matrix-vector kernel: values
 are decoded to float32 and multiplied there (with 16-bit activations, to within 2^-13 of a block's largest value), so
-nothing else is rounded before the output. Up to :data:`FUSED_ROWS` rows go through a kernel that decodes tiles of W to
-x's dtype and multiplies them on the matrix units, splitting K over programs where N alone gives too few. Beyond that,
-and wherever a gradient is needed, W is dequantized first.
+nothing else is rounded before the output. Up to :data:`FUSED_ROWS` rows go through a kernel of tiles, which looks
+values up as pairs of 16-bit numbers in shared memory, multiplies them with x on the matrix units, a block of 64 columns
+at a time, and the sums with the block's scale in float32: what is rounded is the table alone. It splits K over programs
+where N alone gives too few. Beyond that, and wherever a gradient is needed, W is dequantized first.
 
 The layout of W is described in :mod:`unsloth.kernels.nf4`.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from unsloth.core.errors import ConfigError
 from unsloth.kernels.dispatch import (
@@ -26,10 +28,12 @@ from unsloth.kernels.dispatch import (
     check_tensors,
     interpreting,
     launch_on,
+    overlaps_launches,
     processor_count,
 )
 from unsloth.kernels.nf4 import (
     NF4Weight,
+    assembly,
     block_scales,
     decode_words,
     dequantize_nf4,
@@ -39,7 +43,14 @@ from unsloth.kernels.nf4 import (
     scale_arguments,
     scale_signature,
 )
-from unsloth.kernels.nf4_fragments import multiply_fragments, takes_fragments
+from unsloth.kernels.nf4_fragments import (
+    THREAD,
+    LowRank,
+    assembly_int,
+    fill_table,
+    multiply_fragments,
+    takes_fragments,
+)
 from unsloth.kernels.rounding import must_round, nearest
 
 MATVEC_ROWS = 4
@@ -75,10 +86,10 @@ def nf4_linear(x: torch.Tensor, weight: NF4Weight, *, fast: bool = True) -> torc
         y = multiply_fragments(matrix, weight)
     elif rows <= MATVEC_ROWS:
         y = _matvec(matrix, weight, words)
-    elif x.dtype == torch.float32:
-        y = matrix @ dequantize_nf4(weight, dtype=x.dtype).T
+    elif takes_tiles(matrix, weight):
+        y = multiply_tiles(matrix, weight)
     else:
-        y = _matmul(matrix, weight, words)
+        y = matrix @ dequantize_nf4(weight, dtype=x.dtype).T
     return y.view(*x.shape[:-1], n)
 
 
@@ -101,18 +112,18 @@ def matvec_shape(rows: int, n: int, k: int) -> tuple[int, int, int]:
     return (8, min(32, columns), 4) if rows == 1 and n < 8192 else (16, min(16, columns), 4)
 
 
-def matmul_shape(rows: int, n: int, k: int, device: torch.device) -> tuple[int, int, int, int, int, int]:
-    """Rows of x in a tile, rows of W in a tile, blocks of 64 columns, parts that K is split into, warps, stages."""
-    large = interpreting() or capability(device) in ((8, 0), (9, 0), (10, 0))  # shared memory of 164 KiB and more
-    batch = min(128 if large else 32, max(16, triton.next_power_of_2(rows)))
-    tile, blocks = 64, 1 if batch <= 32 else 2
-    tiles, processors = triton.cdiv(n, tile) * triton.cdiv(rows, batch), processor_count(device)
-    split, enough = 1, 1.5 * processors
-    if tiles < enough and batch <= 32:
-        enough = 3 * processors
-    while split < 8 and tiles * split < enough and k // 64 >= 4 * blocks * split:
+def tile_shape(rows: int, n: int, k: int, processors: int, small: bool = False) -> tuple[int, int, int, int, int]:
+    """Rows of x in a tile, rows of W in a tile, parts that K is split into, warps, stages of loads.
+
+    Every tile of W reads all of x, so more rows of x want larger tiles; ``small`` says that a program has but 64 KiB of
+    shared memory, of which the table takes 32.
+    """
+    batch = min(32 if small else 128, max(16, triton.next_power_of_2(rows)))
+    tile, warps = (64, 4) if batch <= 32 else (128, 8)
+    tiles, split = triton.cdiv(n, tile) * triton.cdiv(rows, batch), 1
+    while split < 8 and tiles * split < (2 * processors if warps == 4 else processors) and k // 64 >= 8 * split:
         split *= 2
-    return batch, tile, blocks, split, 4, 3 if large else 2
+    return batch, tile, split, warps, 2 if small else 3
 
 
 def _matvec(x: torch.Tensor, weight: NF4Weight, words: torch.Tensor) -> torch.Tensor:
@@ -128,16 +139,47 @@ def _matvec(x: torch.Tensor, weight: NF4Weight, words: torch.Tensor) -> torch.Te
     return y
 
 
-def _matmul(x: torch.Tensor, weight: NF4Weight, words: torch.Tensor) -> torch.Tensor:
+def takes_tiles(x: torch.Tensor, weight: NF4Weight) -> bool:
+    """Whether :func:`multiply_tiles` can take ``x`` [M, K]: at most :data:`FUSED_ROWS` rows of a 16-bit dtype."""
+    whole = weight.shape[1] % 64 == 0 and weight.blocksize >= 64 and weight.words() is not None
+    half = x.dtype == torch.float16 or (
+        x.dtype == torch.bfloat16 and (interpreting() or capability(x.device) >= (8, 0))
+    )
+    return half and whole and 0 < x.shape[0] <= FUSED_ROWS and x.stride(1) == 1 and can_launch(x)
+
+
+def multiply_tiles(
+    x: torch.Tensor,
+    weight: NF4Weight,
+    *,
+    side: LowRank | None = None,
+    shape: tuple[int, int, int, int, int] | None = None,
+) -> torch.Tensor:
+    """``x @ W.T`` for x [M, K] that :func:`takes_tiles` accepts.
+
+    Args:
+        x: [M, K].
+        weight: The quantized matrix.
+        side: Added before the result is rounded, or None; its rank must be a power of two.
+        shape: Overrides :func:`tile_shape`.
+
+    Returns:
+        [M, N].
+    """
     rows, (n, k) = x.shape[0], weight.shape
-    batch, tile, blocks, split, warps, stages = matmul_shape(rows, n, k, x.device)
+    small = not interpreting() and capability(x.device) == (7, 5)
+    batch, tile, split, warps, stages = shape or tile_shape(rows, n, k, processor_count(x.device), small)
     y = torch.empty((split, rows, n), dtype=x.dtype if split == 1 else torch.float32, device=x.device)
-    part = triton.cdiv(triton.cdiv(k // 64, split), blocks) * blocks
+    parts, _, ranks = (0, 0, 0) if side is None else side.projections.shape
     with launch_on(x):
         nf4_matmul_kernel[(triton.cdiv(n, tile), triton.cdiv(rows, batch), split)](
-            x, words, *scale_arguments(weight), y, rows, n, k // 64, part, x.stride(0), BLOCKSIZE=weight.blocksize,
-            NESTED=weight.nested, NESTED_BLOCKSIZE=weight.nested_blocksize, LOOK_UP=look_up(weight, x.dtype),
-            UPCAST=interpreting(), BATCH=batch, ROWS=tile, BLOCKS=blocks, num_warps=warps, num_stages=stages,
+            x, weight.words(), *scale_arguments(weight), y, rows, n, k // 64, triton.cdiv(k // 64, split), x.stride(0),
+            None if side is None else side.projections, None if side is None else side.b,
+            0.0 if side is None else side.scale, parts, ranks, 0 if side is None else side.first,
+            RANK=0 if side is None else side.b.shape[1], BLOCKSIZE=weight.blocksize, NESTED=weight.nested,
+            NESTED_BLOCKSIZE=weight.nested_blocksize, PLAIN=interpreting(),
+            EARLY=split > 1 and overlaps_launches(x.device), BATCH=batch, ROWS=tile, WARPS=warps, STAGES=stages,
+            num_warps=warps,
         )  # fmt: skip
     return y[0] if split == 1 else add_parts(y, x.dtype)
 
@@ -145,11 +187,28 @@ def _matmul(x: torch.Tensor, weight: NF4Weight, words: torch.Tensor) -> torch.Te
 def add_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Sum of float32 ``parts`` [P, M, N] over P, rounded once, in one launch."""
     y = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
+    early = overlaps_launches(parts.device)
     with launch_on(parts):
         add_parts_kernel[(triton.cdiv(y.numel(), 1024),)](
-            parts, y, y.numel(), PARTS=parts.shape[0], ROUND=must_round(dtype), BLOCK=1024, num_warps=4
-        )
+            parts, y, y.numel(), PARTS=parts.shape[0], ROUND=must_round(dtype), EARLY=early, BLOCK=1024, num_warps=4,
+            **({"launch_pdl": True} if early else {}),
+        )  # fmt: skip
     return y
+
+
+def _look_up_pairs() -> tl.constexpr:
+    """The eight values of the word $8, in order, from the table of pairs at $9."""
+    lines = [".reg .b32 a;"]
+    for byte in range(4):
+        lines += [f"prmt.b32 a, $8, 0, {0x4440 + byte};", "mad.lo.u32 a, a, 128, $9;", "ld.shared.b32 a, [a];"]
+        lines.append(f"mov.b32 {{${2 * byte}, ${2 * byte + 1}}}, a;")
+    return assembly(*lines)
+
+
+LOOK_UP_PAIRS = _look_up_pairs()
+EIGHT_HALVES = tl.constexpr((tl.int16,) * 8)
+LOAD_BYTE = assembly("ld.global.nc.u8 $0, [$1];")
+LOAD_FLOAT = assembly("ld.global.nc.f32 $0, [$1];")
 
 
 @triton.jit
@@ -236,54 +295,119 @@ def nf4_matvec_kernel(  # noqa: C901  one branch a row of x
 
 
 @triton.jit
+def load_from(base, at, BYTE: tl.constexpr, PLAIN: tl.constexpr):
+    """Entries ``at`` of uint8 (as int32) or float32 numbers.
+
+    Written as an instruction, since the compiler would give a load the layout that suits memory, and then move what it
+    loads to the threads that need it through shared memory, with two barriers in every step.
+    """
+    if PLAIN:
+        return tl.load(base + at).to(tl.int32) if BYTE else tl.load(base + at)
+    elif BYTE:
+        return tl.inline_asm_elementwise(
+            LOAD_BYTE, "=r,l", [base.to(tl.int64) + at], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            LOAD_FLOAT, "=f,l", [base.to(tl.int64) + at.to(tl.int64) * 4], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def decode_pairs(words, code, table, dtype: tl.constexpr, PLAIN: tl.constexpr):
+    """Values [R, 64] of words [R, 8], without their scales, rounded to ``dtype``."""
+    if PLAIN:
+        v0, v1, v2, v3, v4, v5, v6, v7 = decode_words(words, code, table, "memory")
+        return tl.reshape(interleave_eight(v0, v1, v2, v3, v4, v5, v6, v7), [words.shape[0], 64]).to(dtype)
+    else:
+        v0, v1, v2, v3, v4, v5, v6, v7 = tl.inline_asm_elementwise(
+            LOOK_UP_PAIRS, "=h,=h,=h,=h,=h,=h,=h,=h,r,r", [words, table], dtype=EIGHT_HALVES, is_pure=False, pack=1
+        )
+        both = interleave_eight(v0, v1, v2, v3, v4, v5, v6, v7)
+        return tl.reshape(both, [words.shape[0], 64]).to(dtype, bitcast=True)
+
+
+@triton.jit
 def nf4_matmul_kernel(
     x, words, code, absmax, nested_code, nested_absmax, offset, y, m, n, k_blocks, part_blocks, stride_x,
-    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, LOOK_UP: tl.constexpr,
-    UPCAST: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    projections, side_b, side_scale, parts, ranks, first_rank, RANK: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, PLAIN: tl.constexpr,
+    EARLY: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program computes a tile [BATCH, ROWS] of one part of the sum over K; y is [parts, m, n]."""
-    table = lane_table(code, LOOK_UP)
+    """One program computes a tile [ROWS, BATCH] of one part of the sum over K; y is [parts, m, n].
+
+    A step is a block of 64 columns. Its scale is made of numbers that were loaded a step before (the nested scale and
+    its code) and two steps before (which code), so that no step waits for memory; words and x come by the pipeline.
+    """
+    dtype: tl.constexpr = x.dtype.element_ty
+    table = 0
+    if not PLAIN:
+        thread = assembly_int(THREAD, "=r,r", [0])
+        table = fill_table(code, dtype == tl.float16, 32 * WARPS) + (thread & 31) * 4
+        tl.debug_barrier()
+    row = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), n - 1)
+    batch = tl.minimum(tl.program_id(1) * BATCH + tl.arange(0, BATCH), m - 1)
+    start = tl.minimum(tl.program_id(2) * part_blocks, k_blocks - 1)
+    stop = tl.minimum(tl.program_id(2) * part_blocks + part_blocks, k_blocks)
+    stop = tl.where(tl.program_id(2) * part_blocks < k_blocks, stop, start)
+    ratio: tl.constexpr = BLOCKSIZE // 64
+    first = row * k_blocks
+    w_at = words + (row * (k_blocks * 8))[:, None] + tl.arange(0, 8)[None, :]
+    x_at = x + batch[None, :].to(tl.int64) * stride_x + tl.arange(0, 64)[:, None]
+    total = tl.zeros((ROWS, BATCH), tl.float32)
+    if NESTED:
+        shift = tl.load(offset)
+        entry = load_from(nested_code, load_from(absmax, (first + start) // ratio, True, PLAIN), False, PLAIN)
+        nested = load_from(nested_absmax, (first + start) // ratio // NESTED_BLOCKSIZE, False, PLAIN)
+        index = load_from(absmax, (first + tl.minimum(start + 1, k_blocks - 1)) // ratio, True, PLAIN)
+    else:
+        entry = load_from(absmax, (first + start) // ratio, False, PLAIN)
+    for block in tl.range(start, stop, num_stages=STAGES):
+        packed = tl.load(w_at + block * 8)
+        activation = tl.load(x_at + block * 64)
+        following = (first + tl.minimum(block + 1, k_blocks - 1)) // ratio
+        if NESTED:
+            scale = entry * nested + shift
+            entry = load_from(nested_code, index, False, PLAIN)
+            nested = load_from(nested_absmax, following // NESTED_BLOCKSIZE, False, PLAIN)
+            index = load_from(absmax, (first + tl.minimum(block + 2, k_blocks - 1)) // ratio, True, PLAIN)
+        else:
+            scale = entry
+            entry = load_from(absmax, following, False, PLAIN)
+        tile = decode_pairs(packed, code, table, dtype, PLAIN)
+        if PLAIN:
+            part = tl.dot(tile.to(tl.float32), activation.to(tl.float32))
+        else:
+            part = tl.dot(tile, activation)
+        total += part * scale[:, None]
+    if RANK:
+        rank = tl.arange(0, RANK)
+        t_at = projections + (batch * ranks)[None, :] + (first_rank + rank)[:, None]
+        t = tl.zeros((RANK, BATCH), tl.float32)
+        for i in range(parts):
+            t += tl.load(t_at + i * (m * ranks))
+        b = tl.load(side_b + (row * RANK)[:, None] + rank[None, :])
+        t = t.to(dtype)
+        if PLAIN:
+            part = tl.dot(b.to(tl.float32), t.to(tl.float32))
+        else:
+            part = tl.dot(b, t)
+        total += part * tl.where(tl.program_id(2) == 0, side_scale, 0.0)
+    if EARLY:
+        gdc_launch_dependents()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     batch = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
-    start = tl.program_id(2) * part_blocks
-    stop = tl.minimum(start + part_blocks, k_blocks)
-    row3 = row[:, None, None]
-    piece = tl.arange(0, BLOCKS)[None, :, None]
-    inner = tl.arange(0, 8)[None, None, :]
-    column = tl.arange(0, BLOCKS * 64)
-    total = tl.zeros((ROWS, BATCH), tl.float32)
-    for first in range(start, stop, BLOCKS):
-        mask = (row3 < n) & (first + piece < stop)
-        block = row3 * k_blocks + first + piece
-        packed = tl.load(words + block * 8 + inner, mask, other=0)
-        scale = block_scales(
-            block // (BLOCKSIZE // 64), mask, absmax, nested_code, nested_absmax, offset, NESTED, NESTED_BLOCKSIZE
-        )
-        place = first * 64 + column
-        inside = (place[:, None] < stop * 64) & (batch[None, :] < m)
-        activation = tl.load(x + batch[None, :].to(tl.int64) * stride_x + place[:, None], inside, other=0.0)
-        w0, w1, w2, w3, w4, w5, w6, w7 = decode_words(packed, code, table, LOOK_UP)
-        shift = scale * 0.0
-        if LOOK_UP == "mixed":
-            shift = scale * -3.0  # decode_words added 3 to the first four
-        tile = interleave_eight(
-            (w0 * scale + shift).to(x.dtype.element_ty), (w1 * scale + shift).to(x.dtype.element_ty),
-            (w2 * scale + shift).to(x.dtype.element_ty), (w3 * scale + shift).to(x.dtype.element_ty),
-            (w4 * scale).to(x.dtype.element_ty), (w5 * scale).to(x.dtype.element_ty),
-            (w6 * scale).to(x.dtype.element_ty), (w7 * scale).to(x.dtype.element_ty),
-        )  # fmt: skip
-        tile = tl.reshape(tile, [ROWS, BLOCKS * 64])
-        if UPCAST:
-            total = tl.dot(tile.to(tl.float32), activation.to(tl.float32), total)
-        else:
-            total = tl.dot(tile, activation, total)
     out = (tl.program_id(2).to(tl.int64) * m + batch[None, :]) * n + row[:, None]
     tl.store(y + out, total.to(y.dtype.element_ty), (batch[None, :] < m) & (row[:, None] < n))
 
 
 @triton.jit
-def add_parts_kernel(parts, y, size, PARTS: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr):
+def add_parts_kernel(
+    parts, y, size, PARTS: tl.constexpr, ROUND: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """One program adds BLOCK entries."""
+    if EARLY:
+        gdc_wait()
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for part in tl.static_range(PARTS):
@@ -295,8 +419,8 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     """Kernels with the argument types and options they are launched with, for compilation without a GPU."""
     ptr = f"*{float_dtype}"
     vector = scale_signature() | {"x": ptr, "y": ptr} | dict.fromkeys(("n", "k_blocks", "stride_x", "stride_y"), "i32")
-    matrix = scale_signature() | {"x": ptr, "y": "*fp32"}
-    matrix |= dict.fromkeys(("m", "n", "k_blocks", "part_blocks", "stride_x"), "i32")
+    matrix = scale_signature() | {"x": ptr, "y": "*fp32", "projections": "*fp32", "side_b": ptr, "side_scale": "fp32"}
+    matrix |= dict.fromkeys(("m", "n", "k_blocks", "part_blocks", "stride_x", "parts", "ranks", "first_rank"), "i32")
     constants = {"BLOCKSIZE": 64, "NESTED": True, "NESTED_BLOCKSIZE": 256, "LOOK_UP": "mixed"}
     examples = []
     for batch in (1, 4):
@@ -304,8 +428,15 @@ def compile_examples(float_dtype: str) -> list[tuple]:
         shape = {**constants, "BATCH": batch, "ROWS": rows, "BLOCKS": blocks}
         examples.append((nf4_matvec_kernel, vector, shape, {"num_warps": warps}))
     signature = {"parts": "*fp32", "y": ptr, "size": "i32"}
-    examples.append((add_parts_kernel, signature, {"PARTS": 4, "ROUND": False, "BLOCK": 1024}, {"num_warps": 4}))
-    for batch in (16, 32):
-        shape = {**constants, "BATCH": batch, "ROWS": 64, "BLOCKS": 2, "UPCAST": False}
-        examples.append((nf4_matmul_kernel, matrix, shape, {"num_warps": 4, "num_stages": 2}))
+    examples.append(
+        (add_parts_kernel, signature, {"PARTS": 4, "ROUND": False, "EARLY": False, "BLOCK": 1024}, {"num_warps": 4})
+    )
+    del constants["LOOK_UP"]
+    small = float_dtype == "fp16"
+    for rows, rank, nested in ((32, 32, True), (128, 0, False)):
+        batch, tile, _, warps, stages = tile_shape(rows, 14336, 4096, 132, small)
+        shape = {**constants, "NESTED": nested, "RANK": rank, "PLAIN": False, "EARLY": False, "BATCH": batch}
+        shape |= {"ROWS": tile, "WARPS": warps, "STAGES": stages}
+        types = matrix if nested else {**matrix, "absmax": "*fp32"}
+        examples.append((nf4_matmul_kernel, types, shape, {"num_warps": warps}))
     return examples

@@ -31,6 +31,32 @@ _BLOCK_N = 64
 
 
 @triton.jit
+def load_tokens(
+    k_ptr, v_ptr, table_row, n, stop, d, D, head, page_size, page_stride, token_stride, head_stride, v_page_stride,
+    v_token_stride, v_head_stride,
+):  # fmt: skip
+    """Keys (D, tokens) and values (tokens, D) of one head for tokens ``n`` of a sequence, zeros from ``stop`` on."""
+    page = tl.load(table_row + n // page_size, mask=n < stop, other=0).to(tl.int64)
+    within = n % page_size
+    k_at = page * page_stride + within * token_stride + head * head_stride
+    k = tl.load(k_ptr + k_at[None, :] + d[:, None], mask=(n[None, :] < stop) & (d[:, None] < D), other=0.0)
+    v_at = page * v_page_stride + within * v_token_stride + head * v_head_stride
+    v = tl.load(v_ptr + v_at[:, None] + d[None, :], mask=(n[:, None] < stop) & (d[None, :] < D), other=0.0)
+    return k, v
+
+
+@triton.jit
+def take_tokens(s, v, top, total, acc):
+    """One step of a softmax that goes on: scores (rows, tokens) and values; largest score, sum and output so far."""
+    new_top = tl.maximum(top, tl.max(s, axis=1))
+    shrink = tl.exp(top - new_top)
+    p = tl.exp(s - new_top[:, None])
+    total = total * shrink + tl.sum(p, axis=1)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return new_top, total, acc
+
+
+@triton.jit
 def paged_attention_kernel(
     q_ptr,
     k_ptr,
@@ -85,12 +111,10 @@ def paged_attention_kernel(
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     for n0 in range(start, stop, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
-        page = tl.load(table_ptr + b * table_stride + n // page_size, mask=n < stop, other=0).to(tl.int64)
-        within = n % page_size
-        k_at = page * page_stride + within * token_stride + head * head_stride
-        k = tl.load(k_ptr + k_at[None, :] + d[:, None], mask=(n[None, :] < stop) & (d[:, None] < D), other=0.0)
-        v_at = page * v_page_stride + within * v_token_stride + head * v_head_stride
-        v = tl.load(v_ptr + v_at[:, None] + d[None, :], mask=(n[:, None] < stop) & (d[None, :] < D), other=0.0)
+        k, v = load_tokens(
+            k_ptr, v_ptr, table_ptr + b * table_stride, n, stop, d, D, head, page_size, page_stride, token_stride,
+            head_stride, v_page_stride, v_token_stride, v_head_stride,
+        )  # fmt: skip
         if UPCAST:
             k, v = k.to(tl.float32), v.to(tl.float32)
         k, v = k.to(q.dtype), v.to(q.dtype)  # a cache may hold eight-bit floats
@@ -101,12 +125,7 @@ def paged_attention_kernel(
         if WINDOW:
             visible = visible & (n >= length - window)
         s = tl.where(visible[None, :], s, float("-inf"))
-        new_m = tl.maximum(m, tl.max(s, axis=1))
-        shrink = tl.exp(m - new_m)
-        p = tl.exp(s - new_m[:, None])
-        total = total * shrink + tl.sum(p, axis=1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        m = new_m
+        m, total, acc = take_tokens(s, v, m, total, acc)
     at = (b * tl.num_programs(1) * G + head * G + g) * splits + split
     tl.store(m_ptr + at, m, mask=g < G)
     tl.store(l_ptr + at, total, mask=g < G)

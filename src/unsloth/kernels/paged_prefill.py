@@ -22,6 +22,7 @@ import triton.language as tl
 
 from unsloth.core.errors import ConfigError
 from unsloth.kernels import dispatch
+from unsloth.kernels.paged_attention import load_tokens, take_tokens
 from unsloth.kernels.rounding import must_round, nearest
 
 TILE = 16
@@ -114,12 +115,10 @@ def paged_prefill_kernel(
     acc = tl.zeros([BLOCK_T * BLOCK_G, BLOCK_D], tl.float32)
     for n0 in range(begin, stop, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
-        page = tl.load(table_ptr + row * table_stride + n // page_size, mask=n < stop, other=0).to(tl.int64)
-        within = n % page_size
-        k_at = page * page_stride + within * token_stride + head * head_stride
-        k = tl.load(k_ptr + k_at[None, :] + d[:, None], mask=(n[None, :] < stop) & (d[:, None] < D), other=0.0)
-        v_at = page * v_page_stride + within * v_token_stride + head * v_head_stride
-        v = tl.load(v_ptr + v_at[:, None] + d[None, :], mask=(n[:, None] < stop) & (d[None, :] < D), other=0.0)
+        k, v = load_tokens(
+            k_ptr, v_ptr, table_ptr + row * table_stride, n, stop, d, D, head, page_size, page_stride, token_stride,
+            head_stride, v_page_stride, v_token_stride, v_head_stride,
+        )  # fmt: skip
         s = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale
         if CAP:
             s = softcap * (2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0)
@@ -127,12 +126,7 @@ def paged_prefill_kernel(
         if WINDOW:
             visible = visible & (n[None, :] > position[:, None] - window)
         s = tl.where(visible, s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, axis=1))
-        shrink = tl.exp(top - new_top)
-        p = tl.exp(s - new_top[:, None])
-        total = total * shrink + tl.sum(p, axis=1)
-        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], input_precision="ieee")
-        top = new_top
+        top, total, acc = take_tokens(s, v.to(q.dtype), top, total, acc)
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_at = out_ptr + (first + t)[:, None] * out_stride_t + (head * G + g)[:, None] * out_stride_h + d[None, :]
     tl.store(out_at, nearest(out, ROUND), mask=live)

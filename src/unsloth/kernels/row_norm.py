@@ -43,6 +43,18 @@ def result_buffers(
 
 
 @triton.jit
+def load_sum(x, residual, h, row, col, mask, n, stride_x, stride_r, ADD: tl.constexpr):
+    """A tile of x in float32; with ADD the residual is added, and the sum rounded and stored to the contiguous h."""
+    value = tl.load(x + row * stride_x + col, mask, other=0.0).to(tl.float32)
+    if ADD:
+        value += tl.load(residual + row * stride_r + col, mask, other=0.0).to(tl.float32)
+        rounded = value.to(h.dtype.element_ty)
+        tl.store(h + row * n + col, rounded, mask)
+        value = rounded.to(tl.float32)
+    return value
+
+
+@triton.jit
 def add_two(a0, b0, a1, b1):
     """Sums of two pairs."""
     return a0 + a1, b0 + b1
