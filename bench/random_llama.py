@@ -36,7 +36,9 @@ SHAPES = {
 }
 
 
-def build(shape: Shape, device: torch.device, *, quantized: bool = True, positions: int = 131072) -> peft.PeftModel:
+def build(
+    shape: Shape, device: torch.device, *, quantized: bool = True, positions: int = 131072, full: bool = False
+) -> torch.nn.Module:
     """The model with its adapter, in training mode; A random, B random and small, both float32.
 
     Args:
@@ -44,6 +46,7 @@ def build(shape: Shape, device: torch.device, *, quantized: bool = True, positio
         device: Where it is made.
         quantized: Whether the blocks' linear layers are NF4 with double quantization; else bfloat16.
         positions: Longest sequence that the configuration knows.
+        full: Whether there is no adapter, and all weights are trained.
     """
     config = transformers.LlamaConfig(
         vocab_size=shape.vocabulary,
@@ -73,6 +76,8 @@ def build(shape: Shape, device: torch.device, *, quantized: bool = True, positio
         model.model.rotary_emb = LlamaRotaryEmbedding(config)
     model.is_loaded_in_4bit = quantized
     nf4.keep_layout(model)
+    if full:
+        return model.requires_grad_(True).train()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     options = peft.LoraConfig(r=shape.rank, lora_alpha=shape.rank, target_modules=TARGETS, task_type="CAUSAL_LM")
