@@ -5,7 +5,9 @@ TRL's trainer, this library's plan under a memory policy, its trainer) runs on t
 Reported: tokens a second without padding (median over updates: forward, backward and optimizer), peak of allocated and
 of reserved memory, what the library's rules say of the former, kernel launches and kernel time by kind for one
 micro-batch, how long the GPU waited, and how far loss and gradients of an update are from the first way's. Prints a
-table and appends a line a case to bench/results/train.csv; ``--plot`` draws that file and runs nothing.
+table and appends a line a case to bench/results/train.csv; ``--plot`` draws that file and runs nothing. Of rows longer
+than 32,768 tokens one update is measured, without a profile and a comparison, and with a cap (``@24``) the first one.
+A case may name its own ways: ``1x16384x1=ours-0+host,liger``.
 
     python bench/train.py [--shape 8b] [--cases 2x2048x4 8xspreadx8] [--ways ...] [--trained qlora] [--dry-run]
 """
@@ -36,6 +38,7 @@ from train_ways import Way, train
 from unsloth.core.errors import UnslothError
 from unsloth.layers.block import BlockOptions
 from unsloth.layers.fast import Fast
+from unsloth.memory.allocator import ALLOCATOR_VARIABLES, grow_segments
 from unsloth.models.patch import PatchPlan
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -111,6 +114,13 @@ def peaks() -> dict[str, float]:
         return {"allocated_mib": 0.0, "reserved_mib": 0.0}
     found = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     return {"allocated_mib": found[0] / 2**20, "reserved_mib": found[1] / 2**20}
+
+
+def limit(gib: float) -> None:
+    """What torch's allocator may take; 0 for all there is."""
+    if DEVICE.type == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total) if gib else 1.0)
 
 
 def trained_items(case: Case, seed: int) -> int:
@@ -225,7 +235,7 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def allocator() -> str:
     """Settings of torch's allocator that are not its defaults."""
-    return os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    return next((os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ), "")
 
 
 def clean(model: torch.nn.Module) -> None:
@@ -351,7 +361,6 @@ class Options:
         profiled: Whether kernels are looked at.
         compared: Whether losses and gradients are.
         trained: ``qlora``, ``lora`` (16 bits) or ``full``.
-        cap: GiB that the allocator may take, or None.
         deadline: On the performance counter, after which no measurement begins.
         dry: Whether nothing is written.
     """
@@ -362,18 +371,20 @@ class Options:
     profiled: bool
     compared: bool
     trained: str
-    cap: float | None
     deadline: float
     dry: bool
 
+    def of(self, case: Case, ways: str) -> Options:
+        """For one case, with its own ways: long updates are few, and where memory is capped nothing else counts."""
+        own = replace(self, ways=ways.split(",") if ways else self.ways)
+        if not case.is_long:
+            return own
+        warm_up = 0 if case.cap else min(1, self.warm_up)
+        return replace(own, warm_up=warm_up, steps=1, profiled=False, compared=False)
+
     def text(self) -> str:
         """For the results file."""
-        parts = [
-            "" if self.trained == "qlora" else self.trained,
-            allocator(),
-            f"cap {self.cap} GiB" if self.cap else "",
-        ]
-        return "; ".join(part for part in parts if part)
+        return "; ".join(part for part in ("" if self.trained == "qlora" else self.trained, allocator()) if part)
 
 
 def parse() -> argparse.Namespace:
@@ -384,13 +395,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--trained", default="qlora", choices=["qlora", "lora", "full"], help="NF4, 16 bits, or no LoRA"
     )
-    parser.add_argument("--cases", nargs="+", default=["2x2048x4"], help="rows x tokens (or spread) x accumulation")
+    parser.add_argument(
+        "--cases", nargs="+", default=["2x2048x4"], help="rows x tokens (or spread) x accumulation[@GiB]"
+    )
     parser.add_argument("--ways", nargs="+", default=["hf", "hf-keep", "ours", "ours-keep", "liger"])
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--warm-up", type=int, default=1)
     parser.add_argument("--no-profile", action="store_true")
     parser.add_argument("--no-parity", action="store_true")
-    parser.add_argument("--cap", type=float, help="GiB that the allocator may take")
+    parser.add_argument("--segments", action="store_true", help="torch's own setting of its allocator")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no further measurement after these")
     parser.add_argument("--dry-run", action="store_true", help="a tiny model; writes nothing")
     parser.add_argument("--plot", action="store_true")
@@ -404,13 +417,12 @@ def main() -> None:
         print(plot())
         return
     begin = time.perf_counter()
+    if not given.segments:
+        grow_segments()
     shape = random_llama.SHAPES["tiny" if given.dry_run else given.shape]
     if given.layers:
         shape = replace(shape, layers=given.layers)
     label = ("tiny" if given.dry_run else given.shape) + (f", {given.layers} layers" if given.layers else "")
-    if given.cap and DEVICE.type == "cuda":
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(given.cap * 2**30 / total)
     model = random_llama.build(shape, DEVICE, quantized=given.trained == "qlora", full=given.trained == "full")
     print(f"built {label} in {time.perf_counter() - begin:.1f} s", flush=True)
     options = Options(
@@ -420,13 +432,15 @@ def main() -> None:
         profiled=not given.no_profile,
         compared=not given.no_parity,
         trained=given.trained,
-        cap=given.cap,
         deadline=begin + given.seconds,
         dry=given.dry_run,
     )
     rows = []
     for text in given.cases:
-        rows += run_case(model, label, Case.parse(text), options)
+        wanted, _, ways = text.partition("=")
+        case = Case.parse(wanted)
+        limit(case.cap)
+        rows += run_case(model, label, case, options.of(case, ways))
     show(rows)
 
 

@@ -22,20 +22,29 @@ class Case:
         batch: Rows of a micro-batch.
         tokens: Of a row; 0 for the spread of :func:`spread`.
         accumulate: Micro-batches.
+        cap: GiB that torch's allocator may take; 0 for all.
     """
 
     batch: int
     tokens: int
     accumulate: int
+    cap: float = 0.0
 
     @classmethod
     def parse(cls, text: str) -> Case:
-        """``2x2048x4``, or ``8xspreadx8``."""
-        batch, tokens, accumulate = text.split("x")
-        return cls(int(batch), 0 if tokens == "spread" else int(tokens), int(accumulate))
+        """``2x2048x4``, ``8xspreadx8``, or ``1x80000x1@24``."""
+        shape, _, cap = text.partition("@")
+        batch, tokens, accumulate = shape.split("x")
+        return cls(int(batch), 0 if tokens == "spread" else int(tokens), int(accumulate), float(cap or 0))
 
     def __str__(self) -> str:
-        return f"{self.batch}x{self.tokens or 'spread'}x{self.accumulate}"
+        cap = f"@{self.cap:g}" if self.cap else ""
+        return f"{self.batch}x{self.tokens or 'spread'}x{self.accumulate}{cap}"
+
+    @property
+    def is_long(self) -> bool:
+        """Whether one update takes so long that one is measured, and nothing else is looked at."""
+        return self.tokens > 32768
 
     def lengths(self, seed: int) -> list[int]:
         """Tokens of each row of an update."""
