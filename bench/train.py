@@ -91,7 +91,7 @@ class Row:
 def forward(model: torch.nn.Module, batch: Batch, items: int | None = None) -> torch.Tensor:
     """The loss under autocast, as trainers compute it: a mean, or a sum divided by ``items``."""
     more = {} if items is None else {"num_items_in_batch": items}
-    with torch.autocast(DEVICE.type, torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.float16 if model.dtype == torch.float16 else torch.bfloat16):
         return model(**batch, **more, use_cache=False).loss
 
 
@@ -399,6 +399,7 @@ def parse() -> argparse.Namespace:
         "--cases", nargs="+", default=["2x2048x4"], help="rows x tokens (or spread) x accumulation[@GiB]"
     )
     parser.add_argument("--ways", nargs="+", default=["hf", "hf-keep", "ours", "ours-keep", "liger"])
+    parser.add_argument("--float16", action="store_true", help="as on GPUs without bfloat16")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--warm-up", type=int, default=1)
     parser.add_argument("--no-profile", action="store_true")
@@ -423,7 +424,13 @@ def main() -> None:
     if given.layers:
         shape = replace(shape, layers=given.layers)
     label = ("tiny" if given.dry_run else given.shape) + (f", {given.layers} layers" if given.layers else "")
-    model = random_llama.build(shape, DEVICE, quantized=given.trained == "qlora", full=given.trained == "full")
+    model = random_llama.build(
+        shape,
+        DEVICE,
+        quantized=given.trained == "qlora",
+        full=given.trained == "full",
+        dtype=torch.float16 if given.float16 else torch.bfloat16,
+    )
     print(f"built {label} in {time.perf_counter() - begin:.1f} s", flush=True)
     options = Options(
         ways=given.ways,
@@ -431,7 +438,7 @@ def main() -> None:
         warm_up=given.warm_up,
         profiled=not given.no_profile,
         compared=not given.no_parity,
-        trained=given.trained,
+        trained=given.trained + (", float16" if given.float16 else ""),
         deadline=begin + given.seconds,
         dry=given.dry_run,
     )

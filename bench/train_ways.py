@@ -148,7 +148,7 @@ def train(model: torch.nn.Module, way: Way, case: Case, vocabulary: int, updates
         from unsloth import SFTConfig, SFTTrainer
 
         inner = record.transformers_model(model)
-        form = record.LoadRecord("random", None, "4bit", torch.bfloat16, 2**17, way.memory(), 0)
+        form = record.LoadRecord("random", None, "4bit", inner.dtype, 2**17, way.memory(), 0)
         record.attach(inner, form)
         more = {"padding_free": way.policy == "free"}
     meter = Meter()
