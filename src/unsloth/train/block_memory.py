@@ -11,6 +11,7 @@ from unsloth.layers import linear
 from unsloth.layers.attention import AttentionOptions
 from unsloth.layers.block import BlockOptions
 from unsloth.layers.block_sizes import block_sizes
+from unsloth.layers.fused_head import LEAN_CHUNK_BYTES
 from unsloth.layers.linear import Frozen
 from unsloth.layers.mlp import MlpOptions
 from unsloth.memory.budget import Assignment, Budget, LayerSizes, Place, assign, fixed_assignment
@@ -93,7 +94,7 @@ def measure(blocks: Blocks, policy: Policy, rows: int, itemsize: int, vocabulary
     sizes = blocks.sizes(rows, itemsize)
     chosen = _assignment(blocks.layers, sizes, policy)
     hidden = rows * blocks.width * itemsize
-    logits = min(CHUNK_BYTES, rows * vocabulary * 4)
+    logits = min(LEAN_CHUNK_BYTES if chosen.lean else CHUNK_BYTES, rows * vocabulary * 4)
     # the head's input as it was normalized, the rows of it that are trained on, their gradient, and that of all rows
     head = chosen.waiting_bytes(sizes) + 4 * hidden
     host = chosen.places.count(Place.OFFLOAD) * sizes.least
