@@ -277,6 +277,7 @@ class Engine:
             preemptions=self._scheduler.preemptions,
             graphs=0 if graphs is None else len(graphs),
             cache_bytes=self._cache.bytes,
+            graph_seconds=0.0 if graphs is None else graphs.seconds,
         )
 
     def sleep(self) -> None:
