@@ -90,8 +90,9 @@ class KnownTokensBuffer:
         sent = on_device(torch.from_numpy(host), self._device)
         if padded is not None and self._buffer is not None:
             sent = self._buffer[: len(host)].copy_(sent)
-        rows = sent[: 4 * width].view(4, width)
-        return KnownTokens(*rows, SpanBatch(spans, table, sent[4 * width :].view(height, 4)), ends, padded)
+        ids_T, positions_T, places_T, slots_T = sent[: 4 * width].view(4, width)
+        batch = SpanBatch(spans, table, sent[4 * width :].view(height, 4))
+        return KnownTokens(ids_T, positions_T, places_T, slots_T, batch, ends, padded)
 
     def _padded_size(self, chunks: Many[Chunk], total: int, tiles: int) -> int | None:
         if self._buffer is None or any(chunk.sequence.request.embeddings is not None for chunk in chunks):
