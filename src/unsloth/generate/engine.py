@@ -137,8 +137,12 @@ class Engine:
         self._check_open()
         try:
             self._advance()
-        except RuntimeError as error:  # of torch: out of memory, a failed launch
-            self._fail(str(error).strip().splitlines()[0])
+        except (
+            RuntimeError,
+            ArithmeticError,
+            ValueError,
+        ) as error:  # out of memory, a failed launch
+            self._fail(next(iter(str(error).strip().splitlines()), type(error).__name__))
         return self._report()
 
     def has_unfinished(self) -> bool:

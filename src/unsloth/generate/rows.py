@@ -67,7 +67,10 @@ class RowTable:
         """Fill the row of a sequence whose first token (after its known ones) is about to be drawn."""
         row, params = sequence.row, sequence.request.params
         assert row is not None
-        ints = {"slot": -1 if sequence.slot is None else sequence.slot, "top_k": max(params.top_k, 0)}
+        ints = {
+            "slot": -1 if sequence.slot is None else sequence.slot,
+            "top_k": min(max(params.top_k, 0), self.vocabulary),
+        }
         floats = {
             "temperature": 0.0 if params.greedy else params.temperature,
             "top_p": params.top_p,
