@@ -59,14 +59,16 @@ class Projection:
         """(T, in) to (T, out), bias included, in the dtype of ``x``."""
         if self.opaque or (fast and self.native):
             return self.module(x).to(x.dtype)
-        bias = self.module.bias
         if self.packed is not None:
-            y = nf4_linear(x, self.packed, fast=fast)
-            return y if bias is None else y.add_(bias)
-        weight = self.module.weight
+            return self.add_bias(nf4_linear(x, self.packed, fast=fast))
+        weight, bias = self.module.weight, self.module.bias
         if weight.dtype == x.dtype:
             return linear(x, weight, bias)
         return linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+    def add_bias(self, y: torch.Tensor) -> torch.Tensor:
+        """``y`` with the layer's bias, if it has one; may change ``y``."""
+        return y if self.module.bias is None else y.add_(self.module.bias)
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """All that a product reads."""
