@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from unsloth.core.errors import ConfigError, DataError
-from unsloth.data.conversation import Conversation, is_missing, parse_json, parse_messages
+from unsloth.data.conversation import Conversation, is_missing, parse_json, parse_messages, pruned
 
 Layout = Literal["tokens", "text", "conversation", "alpaca", "completion", "preference", "unpaired", "prompt"]
 
@@ -199,4 +199,4 @@ def tools_of(row: Mapping[str, Any], number: int) -> list[dict[str, Any]] | None
         tools = parse_json(tools, number, "tools") or None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
         raise DataError(f"row {number}: 'tools' must be a list of JSON schemas", got=tools)
-    return tools
+    return pruned(tools)
