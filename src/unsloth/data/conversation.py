@@ -61,6 +61,8 @@ def parse_messages(messages: Any, number: int, column: str = "messages") -> list
     """
     if isinstance(messages, str):
         messages = parse_json(messages, number, column)
+    elif hasattr(messages, "tolist"):  # an array of numpy, as pandas reads lists from Parquet files
+        messages = messages.tolist()
     if not isinstance(messages, Sequence) or not messages:
         raise DataError(
             f"row {number}: '{column}' must be a non-empty list of messages",

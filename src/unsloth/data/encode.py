@@ -297,6 +297,7 @@ class Encoder:
         return Piece(text, trained, begin=not (bos and text.startswith(bos)))
 
     def _conversation(self, row: Mapping[str, Any], number: int) -> Piece | Filled:
+        formats.refuse_images(row, number)
         return self._rendered(formats.conversation_of(row, number, self.detection), number)
 
     def _rendered(self, conversation: Conversation, number: int, first: int = 0) -> Piece | Filled:

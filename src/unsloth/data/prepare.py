@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unsloth.core.errors import ConfigError, DataError
 from unsloth.core.log import get_logger
-from unsloth.data import encode, formats, masking, packing, render, sources, token_cache
+from unsloth.data import encode, formats, masking, packing, render, sources, tables, token_cache
 from unsloth.data.encode import Encoder, PrepareOptions
 from unsloth.data.json_rows import LazyRows, as_row
 from unsloth.data.passes import encoded, encoded_stream, of_table
@@ -128,7 +128,11 @@ def opened(rows: Rows | str | os.PathLike[str]) -> tuple[Rows, list[Mapping[str,
 
 
 def _checked(rows: Rows) -> Rows:
-    if isinstance(rows, Dataset | IterableDataset | LazyRows):
+    if isinstance(rows, Dataset | IterableDataset):
+        return tables.undecoded(rows)
+    if tables.is_frame(rows):
+        return tables.as_dataset(rows)
+    if isinstance(rows, LazyRows):
         return rows
     if isinstance(rows, Iterable) and not isinstance(rows, str | bytes | Mapping):
         return [as_row(row, f"row {number}") for number, row in enumerate(rows)]
