@@ -63,11 +63,11 @@ def test_adapters_join_the_products_of_four_bit_weights(monkeypatch):
     engine = Engine(adapted, None, EngineOptions(page_size=4))
     calls = []
 
-    def few(x, weight):
+    def few(x, weights, adapters):
         calls.append(x.shape[0])
-        return True
+        return "some kernel"
 
-    monkeypatch.setattr(adapter_bank, "takes_fragments", few)
+    monkeypatch.setattr(adapter_bank, "joined_product", few)
     assert tokens(engine.generate(PROMPTS, GREEDY)) == expected
     assert calls
     calls.clear()

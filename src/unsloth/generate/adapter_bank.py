@@ -21,8 +21,7 @@ import torch
 from unsloth.core.errors import AdapterError
 from unsloth.generate.weights import Projection
 from unsloth.kernels.lora_rows import lora_rows
-from unsloth.kernels.nf4_fragments import takes_fragments
-from unsloth.kernels.nf4_lora import StackedAdapters, nf4_lora_linears
+from unsloth.kernels.nf4_lora import StackedAdapters, joined_product, nf4_lora_linears
 
 _STEP = 16  # ranks are rounded up to it, so that rows stay aligned
 
@@ -67,9 +66,9 @@ class Site:
     def __call__(self, x: torch.Tensor, adapters: Selection, fast: bool = True) -> list[torch.Tensor]:
         """(T, out) of each projection for ``x`` (T, in)."""
         if fast and adapters.used and adapters.mask is None and self.stacked is not None:
-            packed = [projection.packed for projection in self.projections]
-            if all(weight is not None and takes_fragments(x, weight) for weight in packed):
-                outputs = nf4_lora_linears(x, [w for w in packed if w is not None], self.stacked)
+            packed = [p.packed for p in self.projections if p.packed is not None]
+            if len(packed) == len(self.projections) and joined_product(x, packed, self.stacked) is not None:
+                outputs = nf4_lora_linears(x, packed, self.stacked)
                 return [p.add_bias(y) for p, y in zip(self.projections, outputs, strict=True)]
         outputs = [projection.multiply(x, fast) for projection in self.projections]
         if self.a is None or not adapters.used:
