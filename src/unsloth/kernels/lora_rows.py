@@ -75,7 +75,7 @@ def lora_rows(
             *[y.stride(0) for y in three_y], rows, a.shape[0], width,
             width // (1 if mask is None else mask.shape[1]), 1 if mask is None else mask.shape[1], SPLITS=splits,
             MASKED=mask is not None, UPCAST=dispatch.interpreting(), ROUND=must_round(x.dtype), BLOCK_T=tile,
-            BLOCK_N=block_n, BLOCK_W=block_w, num_warps=4, num_stages=2,
+            BLOCK_N=block_n, BLOCK_W=block_w, num_warps=4, num_stages=1,
         )  # fmt: skip
 
 
@@ -196,5 +196,5 @@ def compile_examples(float_dtype: str) -> list[tuple]:
         examples.append((lora_shrink_kernel, shrink, shape, {"num_warps": 4, "num_stages": 3}))
         shape = {"SPLITS": splits, "MASKED": tile == 16, "UPCAST": False, "ROUND": False, "BLOCK_T": tile}
         shape |= {"BLOCK_N": block_n, "BLOCK_W": 32}
-        examples.append((lora_expand_kernel, expand, shape, {"num_warps": 4, "num_stages": 2}))
+        examples.append((lora_expand_kernel, expand, shape, {"num_warps": 4, "num_stages": 1}))
     return examples
