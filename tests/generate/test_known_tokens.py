@@ -54,6 +54,13 @@ def test_embeddings_and_too_many_short_prompts_are_not_padded(make_engine, model
     assert sizes[-1][0] is None or sizes[-1][0] > 16
 
 
+def test_four_bits_in_bfloat16_with_an_adapter():
+    model = tiny_families.build("llama").bfloat16()
+    tiny_families.quantize(model)
+    adapted = tiny_families.adapt(model, tiny_families.TARGETS).eval()
+    assert [len(row) for row in tokens(Engine(adapted).generate(PROMPTS, GREEDY))] == [6] * 4
+
+
 def test_adapters_join_the_products_of_four_bit_weights(monkeypatch):
     """On a GPU with few rows; here the kernels' reference is computed at the same place."""
     model = tiny_families.build("qwen2")  # whose projections have biases
