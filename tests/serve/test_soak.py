@@ -90,6 +90,7 @@ class Clients:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(SECONDS + 600)
 def test_sixty_four_streams_for_minutes(smollm2, tmp_path, capsys):
     process, url = serve(smollm2, tmp_path / "log")
     start = time.monotonic()
@@ -98,11 +99,14 @@ def test_sixty_four_streams_for_minutes(smollm2, tmp_path, capsys):
     for thread in threads:
         thread.start()
     memory = []
-    while any(thread.is_alive() for thread in threads):
-        memory.append((time.monotonic() - start, resident(process.pid)))
-        time.sleep(1)
-    process.terminate()
-    assert process.wait(60) in (0, -signal.SIGTERM), (tmp_path / "log").read_text()[-2000:]
+    try:
+        while any(thread.is_alive() for thread in threads):
+            memory.append((time.monotonic() - start, resident(process.pid)))
+            time.sleep(1)
+        process.terminate()
+        assert process.wait(60) in (0, -signal.SIGTERM), (tmp_path / "log").read_text()[-2000:]
+    finally:
+        process.kill()
     warm = [mib for seconds, mib in memory if seconds >= min(WARM, SECONDS / 2)]
     with capsys.disabled():
         sys.stdout.write(
