@@ -345,15 +345,16 @@ def plot() -> Path:
     with (results_file.RESULTS / "train.csv").open(newline="") as handle:
         newest = {(row["shape"], row["case"], row["way"], row["options"]): row for row in csv.DictReader(handle)}
     cases = list(dict.fromkeys((shape, case) for shape, case, *_ in newest))
-    figure, axes = pyplot.subplots(1, len(cases), figsize=(5 * len(cases), 4), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(cases), figsize=(5 * len(cases), 4.5), squeeze=False)
     for axis, (shape, case) in zip(axes[0], cases, strict=True):
         for (*place, way, options), row in newest.items():
             if tuple(place) == (shape, case):
                 x, y = float(row["allocated_mib"]) / 1024, float(row["tokens_per_s"])
-                axis.scatter(x, y)
-                axis.annotate(f"{way} {options}".strip(), (x, y))
+                axis.scatter(x, y, label=f"{way} {options}".strip())
         axis.set(title=f"{shape}, {case}", xlabel="peak allocated, GiB", ylabel="tokens/s")
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.15 * axis.get_ylim()[1])
+        axis.set_xlim(0, 1.15 * axis.get_xlim()[1])
+        axis.legend(fontsize=7, loc="lower right")
     figure.tight_layout()
     path = results_file.RESULTS / "train.png"
     figure.savefig(path, dpi=120)
