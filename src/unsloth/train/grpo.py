@@ -170,6 +170,14 @@ class GRPOTrainer(ModelLoop, TRLTrainer):
                 )
             self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; what sampling needs is freed at the end."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.rollouts is not None:
+                self.rollouts.close()
+
     # Rollouts
 
     def _make_rollouts(self, required: bool) -> Rollouts | None:
