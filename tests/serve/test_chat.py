@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests.serve.conftest import start, wait_until
 
-from unsloth.serve import tool_calls
+from unsloth.data import tool_calls
 from unsloth.serve.chat_prompt import ChatPrompt
 from unsloth.serve.requests import ChatRequest
 

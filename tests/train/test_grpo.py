@@ -8,9 +8,8 @@ from datasets import Dataset
 from trl.trainer.grpo_config import GRPOConfig as TRLConfig
 from trl.trainer.grpo_trainer import GRPOTrainer as TRLTrainer
 
-from unsloth import FastLanguageModel, GRPOConfig, GRPOTrainer, SamplingParams
-from unsloth.core.errors import ConfigError, DataError, RewardError
-from unsloth.train import rollouts
+from unsloth import FastLanguageModel, GRPOConfig, GRPOTrainer
+from unsloth.core.errors import ConfigError
 
 ROWS = [{"prompt": f"Say {i}:", "answer": str(i)} for i in range(16)]
 
