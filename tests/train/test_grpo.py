@@ -10,6 +10,8 @@ from trl.trainer.grpo_trainer import GRPOTrainer as TRLTrainer
 
 from unsloth import FastLanguageModel, GRPOConfig, GRPOTrainer
 from unsloth.core.errors import ConfigError
+from unsloth.layers import packed_attention
+from unsloth.losses.policy import sampling_correction
 
 ROWS = [{"prompt": f"Say {i}:", "answer": str(i)} for i in range(16)]
 
@@ -331,3 +333,203 @@ def test_the_loss_is_that_of_the_paper(shared_model, tmp_path):
     torch.testing.assert_close(loss, total.detach(), rtol=1e-5, atol=1e-6)
     for name, grad in grads.items():
         torch.testing.assert_close(grad, model.get_parameter(name).grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+# Completions of a prompt end to end, the prompt once
+
+
+@pytest.mark.parametrize("lengths", [(3, 9, 5, 12, 1, 7, 12, 4), (2, 0, 3, 1, 0, 0, 4, 1)])
+def test_a_shared_prompt_is_computed_once(tiny, tmp_path, lengths):
+    """Completions of length 0 are those that were masked for being cut off."""
+    model = adapted(tiny())
+    model[0].set_attn_implementation(packed_attention.NAME)  # as the plan does on a GPU
+    seen = []
+    model[0].get_input_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
+    found = {}
+    for packing in (None, False):
+        trainer = trainer_of(None, tmp_path, model=model, beta=0.04, packing=packing)
+        found[packing] = loss_and_gradients(trainer, injected(trainer, lengths=lengths))
+    assert seen[0] == (1, 6 + 4 + sum(lengths)) and seen[1] == (8, 6 + max(lengths))
+    torch.testing.assert_close(found[None][0], found[False][0], rtol=1e-5, atol=1e-6)
+    for name, grad in found[None][1].items():
+        torch.testing.assert_close(grad, found[False][1][name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+# Prompts, engines, precisions
+
+
+def test_each_row_has_its_own_variables_for_the_template(tiny, tmp_path, tokenizer):
+    template = (
+        "{{ reasoning_effort }}/{{ style }}: {% for m in messages %}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %} ->{% endif %}"
+    )
+    rows = [
+        {"prompt": [{"role": "user", "content": text}], "reasoning_effort": effort, "chat_template_kwargs": style}
+        for text, effort, style in (("a", "low", {"style": "x"}), ("b", "high", None))
+    ]
+    seen = []
+
+    def reward(prompts, completions, reasoning_effort):
+        seen.extend(zip((p[0]["content"] for p in prompts), reasoning_effort, strict=True))
+        assert all(completion[0]["role"] == "assistant" for completion in completions)
+        return [0.0] * len(completions)
+
+    model, own = adapted(tiny())
+    own.chat_template = template
+    changes = {"max_steps": 1, "num_generations": 4, "chat_template_kwargs": {"style": "plain"}}
+    trainer = trainer_of(None, tmp_path, reward, rows, model=(model, own), **changes)
+    batches, compute = [], trainer._compute_loss
+    trainer._compute_loss = lambda model, inputs: batches.append(inputs) or compute(model, inputs)
+    trainer.train()
+    texts = own.batch_decode(batches[0]["prompt_ids"], skip_special_tokens=True)
+    assert sorted(texts) == ["high/plain: b ->"] * 4 + ["low/x: a ->"] * 4
+    assert sorted(seen) == [("a", "low")] * 4 + [("b", "high")] * 4
+
+
+def test_full_fine_tuning_keeps_a_copy_as_the_reference(tiny, tmp_path):
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(tiny()), max_seq_length=128, dtype=torch.float32, full_finetuning=True
+    )
+    trainer = trainer_of(None, tmp_path, length, model=(model, tokenizer), beta=0.1, max_steps=3, learning_rate=1e-3)
+    before = {name: p.clone() for name, p in trainer.ref_model.named_parameters()}
+    trainer.train()
+    kl = logged(trainer, "kl")
+    assert kl[0] == pytest.approx(0, abs=1e-5) and kl[-1] > 1e-5
+    assert all(torch.equal(p, before[name]) for name, p in trainer.ref_model.named_parameters())
+    with pytest.raises(ConfigError, match="sync_ref_model needs a reference of its own"):
+        trainer_of(None, tmp_path, length, model=(model, tokenizer), sync_ref_model=True)
+    assert max(logged(trainer, "sampling/sampling_logp_difference/max")) < 1e-4
+
+
+def test_sft_first_then_grpo_on_the_same_model(tiny, tmp_path):
+    from unsloth import SFTConfig, SFTTrainer
+
+    model, tokenizer = adapted(tiny(), load_in_4bit=True, load_in_16bit=False)
+    texts = [{"text": f"Say {i}: eeee"} for i in range(8)]
+    args = SFTConfig(**{k: v for k, v in settings(tmp_path).items() if k not in ("num_generations", "max_completion_length")})  # fmt: skip # noqa: E501
+    SFTTrainer(model=model, tokenizer=tokenizer, train_dataset=texts, args=args).train()
+    trainer = trainer_of(None, tmp_path, model=(model, tokenizer), beta=0.01)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    answer = model.fast_generate(["Say 1:"])[0].outputs[0]  # its own engine still works
+    assert answer.token_ids
+
+
+def test_transformers_samples_where_it_is_asked_to(tiny, tmp_path):
+    trainer = trainer_of(tiny, tmp_path, rollout_engine="transformers")
+    assert trainer.rollouts is None
+    trainer.train()
+    assert len(logged(trainer, "reward")) == 2 and not logged(trainer, "rollout/seconds")
+    with pytest.raises(ConfigError, match="samples without the engine"):
+        trainer.sample([[1]])
+    with pytest.raises(ConfigError, match="vLLM is not installed"):
+        trainer_of(tiny, tmp_path, rollout_engine="vllm")
+
+
+def test_tokens_are_weighed_where_precisions_differ(tiny, tmp_path):
+    """Training under autocast in bfloat16, sampling in the float32 of the weights."""
+    trainer = trainer_of(tiny, tmp_path, bf16=True, vllm_importance_sampling_cap=1.5)
+    trainer.train()
+    assert max(logged(trainer, "sampling/sampling_logp_difference/max")) > 1e-4
+    assert max(logged(trainer, "sampling/importance_sampling_ratio/max")) <= 1.5
+    assert min(logged(trainer, "sampling/importance_sampling_ratio/min")) < 1
+    without = trainer_of(tiny, tmp_path, bf16=True, vllm_importance_sampling_correction=False)
+    without.train()
+    assert not logged(without, "sampling/importance_sampling_ratio/max")
+
+
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+def test_weights_of_the_correction(mode):
+    """Against TRL's way of writing them."""
+    generator = torch.Generator().manual_seed(3)
+    ours, sampled = (torch.randn(4, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    sampled[1, 2] = float("nan")
+    mask = (torch.arange(6) < torch.tensor([6, 4, 1, 0])[:, None]).double()
+    difference = torch.nan_to_num((ours - sampled) * mask, nan=0.0)
+    if mode.startswith("sequence"):
+        difference = difference.sum(-1, keepdim=True)
+    ratio = difference.exp()
+    expected = ratio.clamp(0.5, 2.0)
+    if mode.endswith("mask"):
+        expected = ratio.masked_fill((ratio < 0.5) | (ratio > 2.0), 0.0)
+    torch.testing.assert_close(sampling_correction(ours, sampled, mask, mode, 0.5, 2.0), expected)
+
+
+def test_every_completion_cut_off_and_masked_gives_no_nan(tiny, tmp_path):
+    trainer = trainer_of(
+        tiny, tmp_path, length, mask_truncated_completions=True, beta=0.1, max_completion_length=3,
+        vllm_sampling_params={"logit_bias": {2: -100.0, 1: -100.0, 0: -100.0, 3: -100.0}, "max_tokens": 3},
+    )  # fmt: skip
+    before = [p.clone() for p in trainer.model.parameters() if p.requires_grad]
+    trainer.train()
+    for name in ("loss", "kl", "entropy", "grad_norm"):
+        assert logged(trainer, name) == [0.0, 0.0], name
+    after = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def test_evaluation_is_repeatable_and_disturbs_nothing(tiny, tmp_path):
+    trainer = trainer_of(tiny, tmp_path, length, per_device_eval_batch_size=8)
+    held_out = Dataset.from_list([{"prompt": f"Held {i}"} for i in range(4)])
+    first, again = trainer.evaluate(held_out), trainer.evaluate(held_out)
+    assert first["eval_reward"] == again["eval_reward"]
+    assert "eval_completions/mean_length" in first
+
+
+def test_trls_own_configuration_is_taken(tiny, tmp_path):
+    model, tokenizer = adapted(tiny())
+    args = TRLConfig(**settings(tmp_path), bf16=False)
+    trainer = GRPOTrainer(model, share_of_e, args, ROWS, processing_class=tokenizer)
+    assert isinstance(trainer.args, GRPOConfig) and trainer.args.generation_batch_size == 8
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_trls_rloo_keeps_working(tiny, tmp_path):
+    from trl import RLOOConfig, RLOOTrainer
+
+    model, tokenizer = adapted(tiny())
+    args = RLOOConfig(**settings(tmp_path, beta=0.0), bf16=False)
+    trainer = RLOOTrainer(
+        model=model,
+        reward_funcs=share_of_e,
+        args=args,
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_cuts_hide_probabilities(tiny, tmp_path):
+    """With a temperature and cuts, the engine does not know what training computes, and nothing is compared."""
+    trainer = trainer_of(tiny, tmp_path, temperature=0.8, top_p=0.5, max_steps=1)
+    trainer.train()
+    assert logged(trainer, "sampling/sampling_logp_difference/max") == [0.0]
+    plain = trainer_of(tiny, tmp_path, temperature=0.8, max_steps=1)
+    plain.train()
+    assert 0 < logged(plain, "sampling/sampling_logp_difference/max")[0] < 1e-4
+    cut = trainer_of(tiny, tmp_path, top_p=0.5, max_steps=1)
+    cut.train()
+    assert 0 < logged(cut, "sampling/sampling_logp_difference/max")[0] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_generations": 1}, "a group needs two at least"),
+        ({"temperature": 0.0}, "greedy completions"),
+        ({"rollout_engine": "tgi"}, "unknown rollout_engine"),
+        ({"invalid_rewards": "zero"}, "unknown invalid_rewards"),
+        ({"max_prompt_length": 0}, "max_prompt_length must be above 0"),
+        ({"delta": 1.1}, "delta must be above"),
+        ({"vllm_importance_sampling_mode": "word"}, "unknown vllm_importance_sampling_mode"),
+        ({"steps_per_generation": 2, "generation_batch_size": 8}, "can not be both configured"),
+        ({"num_generation": 4}, "Did you mean num_generations"),
+        ({"reward_weights": {"a": 1.0}}, "reward_weights must be a list"),
+    ],
+)
+def test_arguments_that_make_no_sense(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        GRPOConfig(**settings(tmp_path, **changes))

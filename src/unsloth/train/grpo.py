@@ -36,7 +36,7 @@ from unsloth.data.prepare import Rows
 from unsloth.generate.sampling import SamplingParams
 from unsloth.losses.policy import PolicyLoss, policy_loss, sampling_correction
 from unsloth.models import record
-from unsloth.train import masters, setup
+from unsloth.train import masters, reward_names, setup
 from unsloth.train.checked_reward import CheckedReward, mask_whole_rows
 from unsloth.train.environments import (
     Environments,
@@ -117,9 +117,11 @@ class GRPOTrainer(Phases, Environments, ModelLoop, TRLTrainer):
                 "an adapter on the output head cannot be trained by GRPO", do="Leave lm_head out of target_modules."
             )
         self._tokenizer = given.tokenizer
-        functions = [] if reward_funcs is None else reward_funcs
+        functions = reward_funcs
+        if functions is None:
+            functions = [reward_names.find(entry) for entry in args.reward_functions or ()]
         functions = list(functions) if isinstance(functions, list | tuple) else [functions]
-        rows, held_out = _rows(train_dataset, given.more), _rows(eval_dataset, {"eval": True})
+        rows, held_out = prompt_rows(train_dataset, given.more), prompt_rows(eval_dataset, {"eval": True})
         _check_columns(functions, rows, given.more)
         talk = conversations(given.more.get("environment_factory"))
         if talk is not None:
@@ -132,6 +134,7 @@ class GRPOTrainer(Phases, Environments, ModelLoop, TRLTrainer):
         engine = _choose_engine(args)
         args.use_vllm = engine == "vllm"
         beta, args.beta = args.beta, 0.0  # TRL would copy the adapter, or load the model again, as the reference
+        reference = reference_of(given.model) if beta else None  # before TRL puts its head around the model
         synchronized, args.sync_ref_model = args.sync_ref_model, False
         with masters.preserved(given.model), tools_accepted(given.tokenizer, with_tools):
             super().__init__(
@@ -156,7 +159,7 @@ class GRPOTrainer(Phases, Environments, ModelLoop, TRLTrainer):
                 got=record.transformers_model(given.model).config._attn_implementation,
                 do="Leave packing out; it is used where it can be. It also needs fused_head.",
             )
-        self._add_reference(chunked)
+        self._add_reference(reference, chunked)
         self._batch_rows: Sequence[Mapping[str, Any]] = ()
         self._turn = self._evaluated = 0
         if engine in (None, "unsloth"):
@@ -170,21 +173,20 @@ class GRPOTrainer(Phases, Environments, ModelLoop, TRLTrainer):
             return function  # a reward model, or its name
         return CheckedReward(function, args.invalid_rewards, args.reward_time_limit)  # type: ignore[arg-type]
 
-    def _add_reference(self, chunked: bool) -> None:
+    def _add_reference(self, reference: nn.Module | None, chunked: bool) -> None:
         """The reference of the KL term: the model without its adapter, or else a frozen copy."""
         self._reference = self._policy
         self.ref_model = None
-        if not self.beta:
-            return
-        reference = reference_of(self.model)
-        if not isinstance(reference, AdapterFree):  # which TRL's own way of switching the adapter off does, too
+        if reference is not None and not isinstance(
+            reference, AdapterFree
+        ):  # which TRL's own way of switching the adapter off does, too
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
             self._reference = TokenLogprobs(reference, chunked)
         if self.args.sync_ref_model:
             if self.ref_model is None:
                 raise ConfigError(
-                    "sync_ref_model needs a reference of its own, and with an adapter there is none",
-                    do="Leave it out, or fine-tune in full.",
+                    "sync_ref_model needs a reference of its own, and with an adapter or beta=0 there is none",
+                    do="Leave it out, or fine-tune in full with beta above 0.",
                 )
             self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
 
@@ -274,26 +276,15 @@ class GRPOTrainer(Phases, Environments, ModelLoop, TRLTrainer):
         return found, None, {}
 
     def _encode(self, prompt: Any, tools: list[Any], variables: Mapping[str, Any]) -> list[int]:
-        if isinstance(prompt, str):
-            ids = self._tokenizer(text=prompt)["input_ids"]
-        else:
-            if self.chat_template is None:
-                render.require_template(self._tokenizer)
-            ids = self._tokenizer.apply_chat_template(
-                prompt,
-                tools=tools or None,
-                chat_template=self.chat_template,
-                add_generation_prompt=True,
-                return_dict=False,
-                **{**self.chat_template_kwargs, **variables},
-            )
+        more = {**self.chat_template_kwargs, **variables}
+        ids = encode_prompt(prompt, self._tokenizer, more, tools, self.chat_template)
         most = self.args.max_prompt_length
-        if most is not None and len(ids) > most:
-            logger.warning(
-                "a prompt is longer than max_prompt_length=%d and loses its beginning", most, extra={"once": True}
-            )
-            ids = ids[-most:]
-        return list(ids)
+        if most is None or len(ids) <= most:
+            return ids
+        logger.warning(
+            "a prompt is longer than max_prompt_length=%d: it loses its beginning", most, extra={"once": True}
+        )
+        return ids[-most:]
 
     def _tools_of(self, number: int) -> list[Any]:
         if self.environment_factories is not None:
@@ -554,19 +545,58 @@ def _choose_engine(args: GRPOConfig) -> str | None:
     return wanted
 
 
-def _rows(rows: Any, more: Mapping[str, Any]) -> Any:
+def encode_prompt(
+    prompt: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    variables: Mapping[str, Any],
+    tools: Sequence[Any] = (),
+    template: str | None = None,
+) -> list[int]:
+    """Token ids of a prompt; of messages by the chat template, up to where the answer begins.
+
+    Args:
+        prompt: A text, or a list of messages.
+        tokenizer: The tokenizer.
+        variables: For the chat template.
+        tools: What the model may call.
+        template: In the place of the tokenizer's own.
+
+    Raises:
+        TokenizerError: There are messages, and no template.
+    """
+    if isinstance(prompt, str):
+        return list(tokenizer(text=prompt)["input_ids"])
+    if template is None:
+        render.require_template(tokenizer)
+    ids = tokenizer.apply_chat_template(
+        prompt,
+        tools=list(tools) or None,
+        chat_template=template,
+        add_generation_prompt=True,
+        return_dict=False,
+        **variables,
+    )
+    return list(ids)
+
+
+def prompt_rows(rows: Any, more: Mapping[str, Any] | None = None) -> Any:
     """A data set with prompts; a mapping is taken part by part.
+
+    Args:
+        rows: A data set, or a list of mappings.
+        more: Further arguments of the trainer; an environment needs no rows, and no prompts in them.
 
     Raises:
         ConfigError: There is none.
         DataError: It has no prompts, or a row whose prompt is none.
     """
+    more = more or {}
     if rows is None:
         if more.get("environment_factory") is None and not more.get("eval"):
             raise ConfigError("train_dataset is missing", got=None, do="Pass a data set or a list of mappings.")
         return None
     if isinstance(rows, Mapping):
-        return {name: _rows(part, more) for name, part in rows.items()}
+        return {name: prompt_rows(part, more) for name, part in rows.items()}
     if not isinstance(rows, Dataset | IterableDataset):
         rows = Dataset.from_list([dict(row) for row in rows])
     if isinstance(rows, Dataset):

@@ -27,6 +27,8 @@ class RolloutArguments(SurvivalArguments, FollowsModel):
     """Fields that our GRPO has beside TRL's.
 
     Attributes:
+        reward_functions: Reward functions by name, for runs that are described by a file; see
+            :func:`unsloth.train.reward_names.find`. Used where the trainer is given no ``reward_funcs``.
         rollout_engine: What samples completions: ``"unsloth"``, this library's engine, on the weights and the adapter
             that are trained; ``"vllm"``, if it is installed; ``"transformers"``. None means our engine, and
             transformers for families of models that it does not know. ``use_vllm=True`` alone means our engine, too.
@@ -45,6 +47,7 @@ class RolloutArguments(SurvivalArguments, FollowsModel):
             share once. None means wherever the model's attention tells them apart, which is on a GPU.
     """
 
+    reward_functions: list[Any] | None = field(default=None, metadata={"help": "Reward functions by name."})
     rollout_engine: str | None = field(default=None, metadata={"help": "unsloth, vllm or transformers."})
     vllm_sampling_params: Any = field(default=None, metadata={"help": "Further sampling parameters."})
     vllm_importance_sampling_correction: bool | None = field(
@@ -75,7 +78,7 @@ class GRPOConfig(RolloutArguments, TRLConfig):
     """
 
     def __post_init__(self) -> None:
-        if self.loss_type == "gspo":  # the name of the paper for this pair
+        if self.loss_type == "gspo":  # type: ignore[has-type] # the name of the paper for this pair
             self.loss_type, self.importance_sampling_level = "grpo", "sequence"
         _check(self)
         self._raise_batches()
@@ -128,16 +131,16 @@ class GRPOConfig(RolloutArguments, TRLConfig):
         """Make batches hold a whole group at least."""
         group = self.num_generations
         spread = self.steps_per_generation is not None or self.generation_batch_size is not None
-        if self.per_device_train_batch_size < group and not spread:
+        if self.per_device_train_batch_size < group and not spread:  # type: ignore[has-type]
             logger.warning(
                 "per_device_train_batch_size is raised from %d to num_generations, %d: a group is compared with itself",
-                self.per_device_train_batch_size,
+                self.per_device_train_batch_size,  # type: ignore[has-type]
                 group,
                 extra={"once": True},
             )
             self.per_device_train_batch_size = group
         evaluated = self.num_generations_eval or group
-        if self.per_device_eval_batch_size < evaluated:
+        if self.per_device_eval_batch_size < evaluated:  # type: ignore[has-type]
             self.per_device_eval_batch_size = evaluated
 
 
