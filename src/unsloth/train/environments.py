@@ -100,11 +100,11 @@ def check_prompts(rows: Any) -> None:
     """Raise :class:`ConfigError` unless prompts are lists of messages, which environments need."""
     if not isinstance(rows, Dataset | IterableDataset):
         return
-    first = next(iter(rows), {}).get("prompt", [])
-    if isinstance(first, str):
+    first = next(iter(rows), None)
+    if first is not None and isinstance(first.get("prompt"), str):
         raise ConfigError(
             "environments and tools need prompts that are lists of messages",
-            got=first,
+            got=first["prompt"],
             do='Write {"prompt": [{"role": "user", "content": ...}]}.',
         )
 

@@ -147,7 +147,7 @@ class GRPOTrainer(Phases, Environments, ModelLoop, TRLTrainer):
                 **given.more,
             )
         self._set_up_environments(talk)
-        self.reward_funcs = [self._checked(function, args) for function in self.reward_funcs]  # environments' own, too
+        self._check_own_rewards(args)
         self.beta = args.beta = beta
         args.sync_ref_model = synchronized
         chunked = args.fused_head is not False
@@ -172,6 +172,11 @@ class GRPOTrainer(Phases, Environments, ModelLoop, TRLTrainer):
         if not callable(function) or isinstance(function, nn.Module | CheckedReward):
             return function  # a reward model, or its name
         return CheckedReward(function, args.invalid_rewards, args.reward_time_limit)  # type: ignore[arg-type]
+
+    def _check_own_rewards(self, args: GRPOConfig) -> None:
+        """Check what environments reward themselves as well; TRL has added it."""
+        functions: list[Any] = self.reward_funcs  # type: ignore[has-type]
+        self.reward_funcs = [self._checked(function, args) for function in functions]
 
     def _add_reference(self, reference: nn.Module | None, chunked: bool) -> None:
         """The reference of the KL term: the model without its adapter, or else a frozen copy."""

@@ -18,10 +18,12 @@ class Phases(TRLTrainer):
     was neither sampling nor rewards) and, on a GPU, the peaks ``rollout/memory_gib`` and ``training/memory_gib``.
     """
 
-    _tokens_logged = 0
+    _tokens_logged: int | None = None
 
     def _generate(self, prompts: list[Any]) -> Any:
         mode = "train" if self.model.training else "eval"
+        if self._tokens_logged is None:
+            self._tokens_logged = self.state.num_input_tokens_seen
         self._note_peak("training/memory_gib")
         found = super()._generate(prompts)
         self._note_peak("rollout/memory_gib", mode)
@@ -40,7 +42,7 @@ class Phases(TRLTrainer):
         if self.model.training and found.get("step_time"):
             sampling = found.get("rollout/seconds", []) + found.get("rewards/seconds", [])
             seconds = sum(found["step_time"]) - sum(sampling)
-            tokens = self.state.num_input_tokens_seen - self._tokens_logged
+            tokens = self.state.num_input_tokens_seen - (self._tokens_logged or 0)
             self._tokens_logged = self.state.num_input_tokens_seen
             if seconds > 0:
                 found["training/tokens_per_second"].append(tokens * self.num_iterations / seconds)

@@ -133,7 +133,7 @@ class TrainingProgress(TrainerCallback):
         return f"{_clock((time.monotonic() - self._started) / done * (state.max_steps - state.global_step))} left"
 
     def _say(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _clock(seconds: float) -> str:

@@ -165,13 +165,14 @@ def plot(history: Sequence[Entry], path: str | os.PathLike[str]) -> Path:
         places, values = _points(found, figure.key)
         axes.plot(places, _smooth(values), color=colour, linewidth=1.5, label=figure.name)
     _dress(axes, "reward (unweighted for each function; running means)")
-    places = [grid[0, 2], grid[1, 2], grid[2, 0], grid[2, 1], grid[2, 2]]
-    for place, (title, keys) in zip(places, _PANELS, strict=True):
-        axes = picture.add_subplot(place)
+    corners = [(0, 2), (1, 2), (2, 0), (2, 1), (2, 2)]
+    for (row, column), (title, keys) in zip(corners, _PANELS, strict=True):
+        axes = picture.add_subplot(grid[row, column])
         for key, colour in zip(keys, _COLOURS, strict=False):
             at, values = _points(found, key)
             if at:
                 axes.plot(at, values, color=colour, linewidth=1.3, label=_NAMES.get(key, key))
+        axes.set_ylim(bottom=0)
         _dress(axes, title)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -207,4 +208,4 @@ def _dress(axes: Any, title: str) -> None:
     axes.tick_params(labelsize=8)
     axes.set_xlabel("step", fontsize=8)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=True, framealpha=0.8, edgecolor="none", fontsize=8)
