@@ -65,7 +65,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     train: Rows | methods.PreferenceRows
     evaluation: Rows | methods.PreferenceRows | None
-    memory: estimate.MemoryEstimate | None  # of supervised fine-tuning only
+    memory: estimate.MemoryEstimate
     plan: PatchPlan | None
 
     @property
@@ -169,7 +169,8 @@ def prepare_run(config: RunConfig, *, trust_remote_code: bool = False) -> Run:
             for part in (rows, held_out)
         )
         assert pairs is not None
-        return Run(loading, adapter, training, loaded_tokenizer, pairs, held_out_pairs, None, built.plan)
+        memory = estimate.estimate(loading, adapter, training, built=built, sequence_length=pairs.longest)
+        return Run(loading, adapter, training, loaded_tokenizer, pairs, held_out_pairs, memory, built.plan)
     prepared = _prepared(rows, loaded_tokenizer, training, config.data)
     evaluation = None if held_out is None else _prepared(held_out, loaded_tokenizer, training, config.data)
     memory = estimate.estimate(
@@ -313,10 +314,9 @@ def _summary(run: Run, config: RunConfig) -> Table:
     }
     if config.method != "sft":
         facts["method"] = config.method
-    if run.memory is not None:
-        share = run.memory.trainable_parameters / run.memory.total_parameters
-        counts = f"{run.memory.trainable_parameters:,} of {run.memory.total_parameters:,}"
-        facts |= {"trained": f"{counts} parameters ({share:.2%})", "memory": str(run.memory)}
+    share = run.memory.trainable_parameters / run.memory.total_parameters
+    counts = f"{run.memory.trainable_parameters:,} of {run.memory.total_parameters:,}"
+    facts |= {"trained": f"{counts} parameters ({share:.2%})", "memory": str(run.memory)}
     if run.evaluation is not None:
         facts["held out"] = f"{run.evaluation.report.rows:,} rows"
     return screen.facts("The run", facts)
