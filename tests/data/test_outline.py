@@ -33,7 +33,7 @@ TEXTS = [
 ]
 
 
-def talks(roles, seed=0, count=25):
+def talks(roles, seed=0, count=12):
     draw = random.Random(seed)
     for _ in range(count):
         yield [{"role": role, "content": draw.choice(TEXTS)} for role in roles]
@@ -51,7 +51,7 @@ def test_a_filled_outline_is_the_rendering(file):
         outline = tracer.trace([{"role": role, "content": "x"} for role in roles], VARIABLES)
         if outline is None:
             continue
-        for talk in talks(roles):
+        for talk in talks(roles, len(source)):
             texts = [message["content"] for message in talk]
             if outline.holds(texts):
                 assert outline.rendered(texts) == reference.render(talk, VARIABLES)
