@@ -5,7 +5,8 @@ included. First the log-probabilities of what was generated are compared with th
 forward, and captured steps with steps that are not. Prints a table and appends a line a case to
 bench/results/generate.csv.
 
-    python bench/generate.py [--shape 8b] [--precision nf4 bf16] [--batches 1 32 128] [--profile 32] [--no-graphs]
+    python bench/generate.py [--shape 8b] [--precision nf4 bf16] [--batches 1 32 128] [--profile 32] [--switches 100]
+                             [--profile-prefill] [--training-forward] [--no-graphs]
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ import torch
 from unsloth.generate.engine import Engine
 from unsloth.generate.options import EngineOptions
 from unsloth.generate.sampling import SamplingParams
+from unsloth.memory import checkpointing
+from unsloth.models import record
+from unsloth.models.plan import plan
 
 RESULTS = Path(__file__).parent / "results"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -81,6 +85,13 @@ def compare(model: torch.nn.Module, engine: Engine, args: argparse.Namespace) ->
     print(f"  log-probability, engine against forward: mean {error.mean():.5f}, largest {error.max():.5f}", flush=True)
 
 
+def warm(engine: Engine, args: argparse.Namespace) -> None:
+    """Compile what prompts of few tokens need: pieces of prompts may have any size."""
+    one = SamplingParams(max_tokens=1, ignore_eos=True, detokenize=False)
+    for tokens in (2, 10, 20, 40, 80, 120, 200):
+        engine.generate([[args.vocabulary - 1 - i % 7 for i in range(min(tokens, args.prompt))]], one)
+
+
 def throughput(engine: Engine, batch: int, args: argparse.Namespace) -> dict:
     """Tokens a second of whole generations; the first, which compiles and captures, apart."""
     vocabulary = args.vocabulary
@@ -103,69 +114,123 @@ def throughput(engine: Engine, batch: int, args: argparse.Namespace) -> dict:
     }
 
 
-def prefill(engine: Engine, args: argparse.Namespace) -> None:
-    """Tokens a second of prompts alone, 8 of 2,048 tokens."""
+def long_prompts(seed: int, args: argparse.Namespace) -> list[list[int]]:
+    """8 of 2,048 tokens, or of 48 on a CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    length = 2048 if DEVICE.type == "cuda" else 48
+    return [torch.randint(0, args.vocabulary, (length,), generator=generator).tolist() for _ in range(8)]
+
+
+def prefill(model: torch.nn.Module, engine: Engine, args: argparse.Namespace) -> None:
+    """Tokens a second of prompts alone, beside the forward pass of training on the same shape."""
     one = SamplingParams(temperature=1.0, max_tokens=1, ignore_eos=True, detokenize=False, seed=1)
-    seconds = []
-    for seed in range(4):
-        generator = torch.Generator().manual_seed(seed)
-        prompts = [torch.randint(0, args.vocabulary, (2048,), generator=generator).tolist() for _ in range(8)]
-        seconds.append(timed(lambda prompts=prompts: engine.generate(prompts, one))[0])
-    print(f"  prefill 8 x 2,048: {8 * 2048 / statistics.median(seconds[1:]):,.0f} tokens/s", flush=True)
+    seconds = [timed(lambda s=seed: engine.generate(long_prompts(s, args), one))[0] for seed in range(4)]
+    ids = torch.tensor(long_prompts(0, args), device=DEVICE)
+    ours = ids.numel() / statistics.median(seconds[1:])
+    print(f"  prefill {ids.shape[0]} x {ids.shape[1]:,}: {ours:,.0f} tokens/s", flush=True)
+    if args.training_forward:
+        forward = ids.numel() / training_forward(model, ids)
+        print(f"  the forward pass of training: {forward:,.0f} tokens/s; prefill is {ours / forward:.0%} of it")
 
 
-def profile(engine: Engine, batch: int, args: argparse.Namespace) -> None:
+def training_forward(model: torch.nn.Module, ids: torch.Tensor) -> float:
+    """Seconds of the blocks' forward pass with our layers, recomputing in the backward pass, two rows at a time."""
+    inner = record.transformers_model(model)
+    made = plan(model, attention=True)
+    made.apply()
+    checkpointing.apply(inner, True)
+    model.train()
+
+    def forward() -> None:
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            for rows in ids.split(2):
+                inner.model(input_ids=rows, use_cache=False)
+
+    seconds = [timed(forward)[0] for _ in range(4)]
+    checkpointing.apply(inner, False)
+    made.undo()
+    model.eval()
+    return statistics.median(seconds[1:])
+
+
+def profile_decoding(engine: Engine, batch: int, args: argparse.Namespace) -> None:
     """Kernel time of some decoding steps, by kernel."""
     params = SamplingParams(temperature=1.0, max_tokens=24, ignore_eos=True, detokenize=False, seed=1)
     for prompt in make_prompts(batch, args.prompt, args.vocabulary, 7):
         engine.add_request(prompt, params)
     for _ in range(8):
         engine.step()
-    wait()
-    steps = 4
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
-        start = time.perf_counter()
-        for _ in range(steps):
-            engine.step()
-        wait()
-        wall = time.perf_counter() - start
+    profile(engine.step, 4, f"one step at batch {batch}")
     while engine.has_unfinished():
         engine.step()
-    times: Counter[str] = Counter()
+
+
+def profile_prefill(engine: Engine, args: argparse.Namespace) -> None:
+    """Kernel time of long prompts, by kernel."""
+    one = SamplingParams(max_tokens=1, ignore_eos=True, detokenize=False)
+    profile(lambda: engine.generate(long_prompts(11, args), one), 1, "prefill")
+
+
+def profile(function: Callable[[], object], times: int, name: str) -> None:
+    """Kernel time of a function, by kernel."""
+    wait()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+        wall, _ = timed(lambda: [function() for _ in range(times)])
+    micros: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     for event in recorded.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
-            times[event.name] += event.device_time / steps
+            micros[event.name] += event.device_time / times
             counts[event.name] += 1
-    total = sum(times.values())
-    print(f"  one step at batch {batch}: {wall / steps * 1e3:.2f} ms, kernels {total / 1e3:.2f} ms")
-    for name, micros in times.most_common(18):
-        print(f"    {micros:8.1f} us {counts[name] / steps:6.1f} x  {name[:100]}")
+    total = sum(micros.values())
+    print(f"  {name}: {wall / times * 1e3:.2f} ms, kernels {total / 1e3:.2f} ms in {sum(counts.values()) / times:.0f}")
+    for kernel, each in micros.most_common(18):
+        print(f"    {each:8.1f} us {counts[kernel] / times:6.1f} x  {kernel[:100]}")
 
 
 def switches(model: torch.nn.Module, engine: Engine, args: argparse.Namespace) -> None:
-    """What a change between training and generation costs, cache given back in between or not."""
+    """Training steps with generations between them: what a change from one to the other and back costs.
+
+    A generation after a step of training, with the cache taken again before it and given back after it, against the
+    same generation when nothing has changed.
+    """
     prompts = make_prompts(8, args.prompt, args.vocabulary, 9)
     params = SamplingParams(temperature=1.0, max_tokens=8, ignore_eos=True, detokenize=False, seed=1)
     adapters = [p for n, p in model.named_parameters() if "lora_" in n]
-    engine.generate(prompts, params)
-    engine.generate(prompts, params)
-    for name, standby in (("cache kept", False), ("cache given back", True)):
-        seconds, memory, graphs = [], [], engine.stats().graphs
-        for _ in range(6):
-            with torch.no_grad():
-                torch._foreach_mul_(adapters, 1.0)
-            if standby:
-                engine.sleep()
-            elapsed, _ = timed(lambda: engine.generate(prompts, params))
-            seconds.append(elapsed)
-            memory.append(torch.cuda.memory_reserved() if DEVICE.type == "cuda" else 0)
-        held = engine.stats().graphs
-        print(
-            f"  8 prompts, 8 tokens after a change of the adapter, {name}: {[round(s, 4) for s in seconds]} s; "
-            f"graphs {graphs} before, {held} after; reserved {memory[0] >> 20} to {memory[-1] >> 20} MiB",
-            flush=True,
-        )
+    ids = torch.randint(0, args.vocabulary, (1, 64), device=DEVICE)
+
+    def train() -> None:
+        model.train()
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            model(input_ids=ids, labels=ids).loss.backward()
+        with torch.no_grad():
+            torch._foreach_add_(adapters, [p.grad for p in adapters], alpha=-1e-4)
+        model.zero_grad(set_to_none=True)
+        model.eval()
+
+    def produce() -> None:
+        engine.generate(prompts, params)
+
+    def turn() -> None:
+        produce()
+        engine.sleep()
+
+    for _ in range(3):
+        produce()
+    alone = statistics.median(timed(produce)[0] for _ in range(10))
+    seconds, reserved, graphs = [], [], engine.stats().graphs
+    for _ in range(args.switches):
+        train()
+        seconds.append(timed(turn)[0] - alone)
+        reserved.append(torch.cuda.memory_reserved() >> 20 if DEVICE.type == "cuda" else 0)
+    held = engine.stats()
+    print(
+        f"  {args.switches} changes of training to generation and back: median {statistics.median(seconds):.4f} s, "
+        f"longest {max(seconds):.4f} s, beside {alone:.4f} s of generation; graphs {graphs} before, {held.graphs} "
+        f"after, {held.graph_seconds:.1f} s of capturing in all; reserved by torch after the third "
+        f"{reserved[min(2, len(reserved) - 1)]} MiB, after the last {reserved[-1]} MiB",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -177,6 +242,9 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--profile", nargs="*", type=int, default=[])
+    parser.add_argument("--profile-prefill", action="store_true")
+    parser.add_argument("--training-forward", action="store_true", help="compare prefill with it")
+    parser.add_argument("--switches", type=int, default=0)
     parser.add_argument("--no-graphs", action="store_true")
     args = parser.parse_args()
     shape = random_llama.SHAPES[args.shape]
@@ -185,13 +253,14 @@ def main() -> None:
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     for precision in args.precision:
         made, model = timed(lambda p=precision: random_llama.build(shape, DEVICE, quantized=p == "nf4", positions=4096))
-        longest = max(2 * args.prompt + args.new, 2112 if DEVICE.type == "cuda" else 0)
+        longest = max(2 * args.prompt + args.new, 2112 if DEVICE.type == "cuda" else 64)
         options = EngineOptions(
             max_model_len=longest, max_num_seqs=max(args.batches), gpu_memory_utilization=0.8, graphs=not args.no_graphs
         )
         engine = Engine(model, None, options)
         print(f"{args.shape} {precision} on {name}, torch {torch.__version__}, made in {made:.1f} s", flush=True)
         compare(model, engine, args)
+        warm(engine, args)
         for batch in args.batches:
             row = throughput(engine, batch, args)
             print("  " + ", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
@@ -204,11 +273,13 @@ def main() -> None:
                 if new:
                     writer.writeheader()
                 writer.writerow(row)
-        if DEVICE.type == "cuda":
-            prefill(engine, args)
-        switches(model, engine, args)
+        prefill(model, engine, args)
+        if args.switches:
+            switches(model, engine, args)
         for batch in args.profile if DEVICE.type == "cuda" else []:
-            profile(engine, batch, args)
+            profile_decoding(engine, batch, args)
+        if args.profile_prefill and DEVICE.type == "cuda":
+            profile_prefill(engine, args)
         engine.shutdown()
         del engine, model
         gc.collect()

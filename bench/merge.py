@@ -1,8 +1,8 @@
 """Time and peak memory of merging a LoRA adapter into a random NF4 model of Llama 3.1 8B's shape, and of proving it.
 
-``python bench/merge.py [--shape 8b|tiny] [--folder DIR]``. Weights are made layer by layer, so that the 16-bit model
-is never whole in the device's memory. Prints the time of each part, and the memory above what the model itself takes:
-on the device, and anonymous memory on the host (files that are read are not counted). Appends to
+``python bench/merge.py [--shape 8b|tiny] [--folder DIR] [--out FILE]``. Weights are made layer by layer, so that the
+16-bit model is never whole in the device's memory. Prints the time of each part, and the memory above what the model
+itself takes: on the device, and anonymous memory on the host (files that are read are not counted). Appends to
 results/merge.csv: what, seconds, device GiB, host GiB.
 """
 
@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from unsloth.core import artifact
 from unsloth.export import merge, save, shards, verify
+from unsloth.quant import nf4
 
 GIB = 2**30
 SHAPES = {
@@ -105,6 +106,7 @@ def build(shape, device):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)
+    nf4.keep_layout(model)
     return model.eval()
 
 
@@ -134,7 +136,8 @@ def timed(report, module, name, what):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--shape", choices=SHAPES, default="8b")
-    parser.add_argument("--folder", default=None, help="where the model is written; 16 GB are needed")
+    parser.add_argument("--folder", default=None, help="where the model is written; 32 GB are needed")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
@@ -146,26 +149,28 @@ def main():
         rows.append((what, f"{seconds:.2f}", f"{on_device:.3f}", f"{on_host:.3f}"))
         print(f"{what:45} {seconds:7.1f} s   device + {on_device:.2f} GiB   host + {on_host:.2f} GiB", flush=True)
 
-    start = time.perf_counter()
-    for _ in merge.merged_tensors(model):
-        pass
-    report("merged tensors, one after another", time.perf_counter() - start)
     save.attach_methods(model)
     with (
         tempfile.TemporaryDirectory(dir=arguments.folder) as folder,
         timed(report, shards, "write", "- merged, checked layer by layer, written"),
         timed(report, verify, "compare_reloaded", "- reloaded and compared"),
         timed(report, artifact, "write_manifest", "- checksums"),
+        timed(report, artifact, "_sync_tree", "- flushed to the disk"),
     ):
-        for way, share in (("whole", 0.75), ("layer by layer", 1e-3)):
+        for way, share in (("layer by layer", 1e-3), ("whole", 0.75)):
             meter.reset()
             start = time.perf_counter()
             comparison = model.save_pretrained_merged(Path(folder) / "merged", maximum_memory_usage=share)
             report(f"save_pretrained_merged, reloaded {way}", time.perf_counter() - start)
             print(comparison, flush=True)
+    meter.reset()
+    start = time.perf_counter()
+    for _ in merge.merged_tensors(model):
+        pass
+    report("merged tensors, one after another", time.perf_counter() - start)
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a", newline="") as file:
+    arguments.out.parent.mkdir(exist_ok=True)
+    with arguments.out.open("a", newline="") as file:
         for row in rows:
             csv.writer(file).writerow([datetime.date.today(), name, versions, arguments.shape, *row])
 

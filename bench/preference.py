@@ -1,7 +1,7 @@
 """DPO of a QLoRA model of Llama-3.1-8B's shape with random weights: ours and TRL's, side by side.
 
     python bench/preference.py [--shape 8b] [--pairs 4] [--length 1024] [--prompts 512 64] [--steps 8]
-                               [--budgets 1.6 0] [--profile] [--dry-run]
+                               [--budgets 1.6 0] [--trainers trl unsloth] [--profile] [--dry-run]
 
 Both get the same weights, adapters and rows, in a process each, and gradient checkpointing. A sequence is a prompt and
 an answer of together ``--length`` tokens; a case for each length of prompt. ``--budgets``: GiB that ours may keep
@@ -51,6 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, nargs="+", default=[512, 64])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--budgets", type=float, nargs="+", default=[1.6, 0.0])
+    parser.add_argument("--trainers", choices=["trl", "unsloth"], nargs="+", default=["trl", "unsloth"])
     parser.add_argument("--budget", type=float, default=0.0, help=argparse.SUPPRESS)
     parser.add_argument("--trainer", choices=["unsloth", "trl"], help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -177,8 +178,6 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
             trainer = trainer_of(given, model, prompt, folder, meter)
             trainer.train()
             losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-            if given.profile and given.trainer == "unsloth" and given.budget and prompt == given.prompts[0]:
-                profile(trainer)
         print(f"{given.trainer}, prompt {prompt}: losses {losses}")
         print(f"  ms a step {[round(1e3 * seconds) for seconds in meter.times]}", flush=True)
         grads = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -189,7 +188,10 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
         versions = [torch.__version__, transformers.__version__, trl.__version__]
         figures = [given.trainer, given.budget, given.shape, given.pairs, given.length, prompt]
         figures += [round(1e3 * seconds), round(speed)]
+        print(f"  {round(speed):,} tokens/s; static, peak and over in GiB {gib}", flush=True)
         results.append(dict(zip(COLUMNS, [date.today().isoformat(), gpu, *versions, *figures, *gib], strict=True)))
+        if given.profile and given.trainer == "unsloth" and given.budget and prompt == given.prompts[0]:
+            profile(trainer)
         del trainer
         if "ref" in model.peft_config:
             model.delete_adapter("ref")  # TRL's copy of the adapter
@@ -274,7 +276,8 @@ def main() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
     results = []
-    for trainer, budget in (("trl", 0.0), *(("unsloth", budget) for budget in given.budgets)):
+    cases = [(name, budget) for name in given.trainers for budget in (given.budgets if name == "unsloth" else [0.0])]
+    for trainer, budget in cases:
         command = [sys.executable, __file__, *sys.argv[1:], "--trainer", trainer, "--budget", str(budget)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None

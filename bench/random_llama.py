@@ -36,7 +36,15 @@ SHAPES = {
 }
 
 
-def build(shape: Shape, device: torch.device, *, quantized: bool = True, positions: int = 131072) -> peft.PeftModel:
+def build(
+    shape: Shape,
+    device: torch.device,
+    *,
+    quantized: bool = True,
+    positions: int = 131072,
+    full: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> torch.nn.Module:
     """The model with its adapter, in training mode; A random, B random and small, both float32.
 
     Args:
@@ -44,6 +52,8 @@ def build(shape: Shape, device: torch.device, *, quantized: bool = True, positio
         device: Where it is made.
         quantized: Whether the blocks' linear layers are NF4 with double quantization; else bfloat16.
         positions: Longest sequence that the configuration knows.
+        full: Whether there is no adapter, and all weights are trained.
+        dtype: Of weights, and of the computation where they are quantized.
     """
     config = transformers.LlamaConfig(
         vocab_size=shape.vocabulary,
@@ -57,22 +67,24 @@ def build(shape: Shape, device: torch.device, *, quantized: bool = True, positio
         use_cache=False,
     )
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(config).bfloat16()
+        model = transformers.LlamaForCausalLM(config).to(dtype)
     torch.manual_seed(0)
     for name, module in list(model.named_modules()):
         if type(module) is torch.nn.Linear and "layers" in name:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, _linear(module, device, quantized))
+            setattr(model.get_submodule(parent), child, _linear(module, device, quantized, dtype))
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
             parent, _, child = name.rpartition(".")
-            value = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
+            value = torch.empty(parameter.shape, dtype=dtype, device=device)
             value = value.fill_(1.0) if parameter.ndim == 1 else value.normal_(std=0.02)
             setattr(model.get_submodule(parent), child, torch.nn.Parameter(value, requires_grad=False))
     with device:
         model.model.rotary_emb = LlamaRotaryEmbedding(config)
     model.is_loaded_in_4bit = quantized
     nf4.keep_layout(model)
+    if full:
+        return model.requires_grad_(True).train()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     options = peft.LoraConfig(r=shape.rank, lora_alpha=shape.rank, target_modules=TARGETS, task_type="CAUSAL_LM")
@@ -85,14 +97,14 @@ def build(shape: Shape, device: torch.device, *, quantized: bool = True, positio
     return adapted.train()
 
 
-def _linear(module: torch.nn.Linear, device: torch.device, quantized: bool) -> torch.nn.Module:
-    weight = torch.empty(module.out_features, module.in_features, dtype=torch.bfloat16, device=device).normal_(std=0.02)
+def _linear(module: torch.nn.Linear, device: torch.device, quantized: bool, dtype: torch.dtype) -> torch.nn.Module:
+    weight = torch.empty(module.out_features, module.in_features, dtype=dtype, device=device).normal_(std=0.02)
     if not quantized:
         new = torch.nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
         new.weight = torch.nn.Parameter(weight, requires_grad=False)
         return new
     four = bnb.nn.Linear4bit(
-        module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4",
+        module.in_features, module.out_features, bias=False, compute_dtype=dtype, quant_type="nf4",
         device="meta",
     )  # fmt: skip
     four.weight = bnb.nn.Params4bit(

@@ -1,12 +1,15 @@
 """Whole training steps of a model with random weights, ours beside peers, in one process on one GPU.
 
-Each case is a batch shape and a memory policy; each way of training it (plain transformers and PEFT, the same with
-Liger's kernels, and this library's plan) runs on the very same weights and adapters. Reported: tokens a second (median
-over steps, forward, backward and optimizer), peak of allocated and of reserved memory, kernel launches a step, kernel
-time by kind for one micro-batch, how long the GPU waited, and how far loss and gradients are from plain PEFT's. Prints
-a table and appends a line a case to bench/results/train.csv; ``--plot`` draws that file and runs nothing.
+Each case is the shape of a batch; each way of training it (plain transformers and PEFT, the same with Liger's kernels,
+TRL's trainer, this library's plan under a memory policy, its trainer) runs on the very same weights and adapters.
+Reported: tokens a second without padding (median over updates: forward, backward and optimizer), peak of allocated and
+of reserved memory, what the library's rules say of the former, kernel launches and kernel time by kind for one
+micro-batch, how long the GPU waited, and how far loss and gradients of an update are from the first way's. Prints a
+table and appends a line a case to bench/results/train.csv; ``--plot`` draws that file and runs nothing. Of rows longer
+than 32,768 tokens one update is measured, without a profile and a comparison, and with a cap (``@24``) the first one.
+A case may name its own ways: ``1x16384x1=ours-0+host,liger``.
 
-    python bench/train.py [--shape 8b] [--cases 2x2048x4 1x16384x1] [--ways ...] [--steps 4] [--dry-run]
+    python bench/train.py [--shape 8b] [--cases 2x2048x4 8xspreadx8] [--ways ...] [--trained qlora] [--dry-run]
 """
 
 from __future__ import annotations
@@ -19,8 +22,7 @@ import os
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +32,14 @@ import torch
 import transformers
 import triton
 from torch.autograd import DeviceType
+from train_batches import Batch, Case, batches
+from train_ways import Way, train
 
 from unsloth.core.errors import UnslothError
-from unsloth.layers import fused_head, host_embedding
 from unsloth.layers.block import BlockOptions
 from unsloth.layers.fast import Fast
-from unsloth.memory import checkpointing
-from unsloth.memory.budget import Budget
-from unsloth.models import record
+from unsloth.memory.allocator import ALLOCATOR_VARIABLES, grow_segments
 from unsloth.models.patch import PatchPlan
-from unsloth.models.plan import plan
-from unsloth.train.adamw_8bit import AdamW8bit
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KINDS = {
@@ -59,25 +58,12 @@ KINDS = {
 
 
 @dataclass(frozen=True)
-class Case:
-    """A batch and how often its gradients are accumulated."""
-
-    batch: int
-    tokens: int
-    accumulate: int
-
-    @classmethod
-    def parse(cls, text: str) -> Case:
-        """``2x2048x4``."""
-        return cls(*map(int, text.split("x")))
-
-    def __str__(self) -> str:
-        return f"{self.batch}x{self.tokens}x{self.accumulate}"
-
-
-@dataclass(frozen=True)
 class Row:
-    """One line of the results file; memory in MiB, kernel time in milliseconds a micro-batch."""
+    """One line of the results file; memory in MiB, kernel time in milliseconds a micro-batch.
+
+    ``over_mib`` is the peak over weights, optimizer states and gradients, with what recorded graphs use while they run,
+    and ``estimated_mib`` what the rules of the library say of it.
+    """
 
     shape: str
     case: str
@@ -85,6 +71,8 @@ class Row:
     tokens_per_s: float
     allocated_mib: float
     reserved_mib: float
+    over_mib: float
+    estimated_mib: float
     launches: int
     kernel_ms: float
     wall_ms: float
@@ -100,67 +88,11 @@ class Row:
     date: str = field(default_factory=lambda: datetime.date.today().isoformat())
 
 
-class Way:
-    """A way to train: switched on for a model, measured, switched off.
-
-    Args:
-        name: ``hf``, ``liger`` or ``ours``, then ``-keep`` to keep all activations instead of recomputing them. Of ours
-            also ``-parts`` (recomputing, no block as one function), ``-calls`` (recomputing, blocks not recorded as
-            graphs), ``-auto`` (as memory allows), or a number: GiB of the device for activations. Then ``+host``: with
-            the input embedding in host memory.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        way, _, self.embedding = name.partition("+")
-        self.kind, _, self.policy = way.partition("-")
-        self.made: PatchPlan | None = None
-        self.original: torch.nn.Module | None = None
-
-    def enter(self, model: torch.nn.Module) -> None:
-        """Change the model."""
-        inner = record.transformers_model(model)
-        checkpointing.apply(inner, self.memory())
-        if self.embedding:
-            self.original = inner.get_input_embeddings()
-            host_embedding.move(inner)
-            self.original.to("cpu")
-        if self.kind == "ours":
-            self.made = plan(model, attention=True, whole=self.policy != "parts", graphs=self.policy != "calls")
-            self.made.apply()
-            fused_head.install(inner)
-        if self.kind == "liger":
-            from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-            apply_liger_kernel_to_llama(model=inner)
-
-    def memory(self) -> checkpointing.Policy:
-        """The memory policy of the name."""
-        if self.policy in ("keep", "auto", "", "parts", "calls"):
-            return {"keep": False, "auto": "unsloth"}.get(self.policy, True)
-        return Budget(device=int(float(self.policy) * 2**30))
-
-    def leave(self, model: torch.nn.Module) -> None:
-        """Take it back, Liger's excepted, which cannot be: it comes last."""
-        if self.original is not None:
-            record.transformers_model(model).set_input_embeddings(self.original.to(DEVICE))
-        if self.made is not None:
-            fused_head.remove(record.transformers_model(model))
-            self.made.undo()
-
-    def optimizer(self, trained: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        """8-bit AdamW: our own, and bitsandbytes' for the others."""
-        if self.kind == "ours":
-            return AdamW8bit(trained, lr=1e-4)
-        import bitsandbytes as bnb
-
-        return bnb.optim.AdamW8bit(trained, lr=1e-4)
-
-
-def forward(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """The loss under autocast, as trainers compute it."""
-    with torch.autocast(DEVICE.type, torch.bfloat16):
-        return model(input_ids=ids, labels=ids, use_cache=False).loss
+def forward(model: torch.nn.Module, batch: Batch, items: int | None = None) -> torch.Tensor:
+    """The loss under autocast, as trainers compute it: a mean, or a sum divided by ``items``."""
+    more = {} if items is None else {"num_items_in_batch": items}
+    with torch.autocast(DEVICE.type, torch.float16 if model.dtype == torch.float16 else torch.bfloat16):
+        return model(**batch, **more, use_cache=False).loss
 
 
 def synchronize() -> None:
@@ -169,31 +101,91 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def measure_steps(model: torch.nn.Module, way: Way, case: Case, vocabulary: int, steps: int) -> dict[str, float]:
-    """Median tokens a second and the peaks of memory over whole steps."""
+def watch_memory() -> None:
+    """From now on, peaks are of what follows."""
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peaks() -> dict[str, float]:
+    """Of allocated and reserved memory, in MiB."""
+    if DEVICE.type != "cuda":
+        return {"allocated_mib": 0.0, "reserved_mib": 0.0}
+    found = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return {"allocated_mib": found[0] / 2**20, "reserved_mib": found[1] / 2**20}
+
+
+def limit(gib: float) -> None:
+    """What torch's allocator may take; 0 for all there is."""
+    if DEVICE.type == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total) if gib else 1.0)
+
+
+def recorded_mib() -> float:
+    """Memory in MiB that recorded graphs use while they run, which counts as reserved but not as allocated."""
+    if DEVICE.type != "cuda":
+        return 0.0
+    pools = (part for part in torch.cuda.memory_snapshot() if tuple(part.get("segment_pool_id", (0, 0))) != (0, 0))
+    return sum(part["total_size"] - part["allocated_size"] for part in pools) / 2**20
+
+
+def trained_items(case: Case, seed: int) -> int:
+    """Positions of an update whose next token counts."""
+    return sum(length - 1 for length in case.lengths(seed))
+
+
+def update(model: torch.nn.Module, way: Way, case: Case, vocabulary: int, seed: int) -> torch.Tensor:
+    """Forward and backward of all micro-batches; the loss."""
+    total = torch.zeros((), device=DEVICE)
+    for batch in batches(case, vocabulary, seed, DEVICE, packed=way.packed):
+        loss = forward(model, batch, trained_items(case, seed))
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def measure_steps(model: torch.nn.Module, way: Way, case: Case, vocabulary: int, options: Options) -> dict[str, float]:
+    """Median tokens a second, and the peaks of memory, over whole updates after those that warm up."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = way.optimizer(trained)
-    times = []
-    for number in range(steps + 1):
-        ids = torch.randint(0, vocabulary, (case.accumulate, case.batch, case.tokens), device=DEVICE)
+    speeds, static = [], 0.0
+    for seed in range(options.warm_up + options.steps):
         synchronize()
-        if number == 1 and DEVICE.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        if seed == options.warm_up:
+            watch_memory()
+            static = torch.cuda.memory_allocated() / 2**20 if DEVICE.type == "cuda" else 0.0
         start = time.perf_counter()
-        for part in ids:
-            (forward(model, part) / case.accumulate).backward()
+        update(model, way, case, vocabulary, seed)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         synchronize()
-        times.append(time.perf_counter() - start)
-    median = statistics.median(times[1:])
-    found = {"tokens_per_s": case.batch * case.tokens * case.accumulate / median, "allocated_mib": 0.0}
-    found["reserved_mib"] = 0.0
-    if DEVICE.type == "cuda":
-        found["allocated_mib"] = torch.cuda.max_memory_allocated() / 2**20
-        found["reserved_mib"] = torch.cuda.max_memory_reserved() / 2**20
+        speeds.append(sum(case.lengths(seed)) / (time.perf_counter() - start))
+        print(f"        {speeds[-1]:.0f} tok/s", flush=True)
+    found = {"tokens_per_s": statistics.median(speeds[options.warm_up :]), **peaks()}
+    gradients, accumulated = sum(p.nbytes for p in trained), case.accumulate > 1
+    found["over_mib"] = found["allocated_mib"] + recorded_mib() - static
+    found["over_mib"] = max(0.0, found["over_mib"] - (gradients / 2**20 if accumulated else 0.0))
+    expected = way.estimate(case.batch * case.tokens, vocabulary, gradients, accumulated=accumulated)
+    found["estimated_mib"] = expected / 2**20
     return found
+
+
+def measure_trainer(
+    model: torch.nn.Module, way: Way, case: Case, vocabulary: int, options: Options
+) -> dict[str, float]:
+    """The same of a trainer's updates."""
+    count = options.warm_up + options.steps
+    seconds = train(model, way, case, vocabulary, count).seconds
+    speeds = [sum(case.lengths(seed)) / s for seed, s in enumerate(seconds)]
+    print(f"        {[round(speed) for speed in speeds]} tok/s", flush=True)
+    return {
+        "tokens_per_s": statistics.median(speeds[options.warm_up :]),
+        **peaks(),
+        "over_mib": 0.0,
+        "estimated_mib": 0.0,
+    }
 
 
 def kind_of(kernel: str) -> str:
@@ -206,19 +198,19 @@ def kind_of(kernel: str) -> str:
     return "other"
 
 
-def profile(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, Any]:
+def profile(model: torch.nn.Module, batch: Batch, wanted: bool) -> dict[str, Any]:
     """Launches, kernel time by kind and wall time of one micro-batch, and the names of the longest kernels."""
-    if DEVICE.type != "cuda":
+    if DEVICE.type != "cuda" or not wanted:
         return {"launches": 0, "kernel_ms": 0.0, "wall_ms": 0.0, "kinds": "", "longest": []}
     from torch.profiler import ProfilerActivity
 
     synchronize()
     start = time.perf_counter()
-    forward(model, ids).backward()
+    forward(model, batch).backward()
     synchronize()
     wall = (time.perf_counter() - start) * 1e3
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as found:
-        forward(model, ids).backward()
+        forward(model, batch).backward()
         synchronize()
     on_gpu = [event for event in found.events() if event.device_type == DeviceType.CUDA]
     events = [(event.name, event.time_range.elapsed_us() / 1e3) for event in on_gpu]
@@ -235,12 +227,12 @@ def profile(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def gradients(model: torch.nn.Module, ids: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """Loss, and all adapter gradients in one vector on the host."""
+def gradients(model: torch.nn.Module, way: Way, case: Case, vocabulary: int) -> tuple[float, torch.Tensor]:
+    """Loss of an update, and all gradients of adapters (of full fine-tuning: every hundredth number) on the host."""
     model.zero_grad(set_to_none=True)
-    loss = forward(model, ids)
-    loss.backward()
-    found = torch.cat([p.grad.float().flatten().cpu() for p in model.parameters() if p.grad is not None])
+    loss = update(model, way, case, vocabulary, seed=3)
+    every = 1 if any("lora_" in name for name, _ in model.named_parameters()) else 100
+    found = torch.cat([p.grad.flatten()[::every].float().cpu() for p in model.parameters() if p.grad is not None])
     model.zero_grad(set_to_none=True)
     return loss.item(), found
 
@@ -253,7 +245,7 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def allocator() -> str:
     """Settings of torch's allocator that are not its defaults."""
-    return os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    return next((os.environ[name] for name in ALLOCATOR_VARIABLES if os.environ.get(name)), "")
 
 
 def clean(model: torch.nn.Module) -> None:
@@ -266,45 +258,55 @@ def clean(model: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def restore(trained: list[torch.nn.Parameter], values: list[torch.Tensor]) -> None:
-    """Set the adapters back, where they are."""
+    """Set trained weights back, in the dtype that they had: TRL changes it."""
     for parameter, value in zip(trained, values, strict=True):
-        parameter.copy_(value)
+        if parameter.dtype != value.dtype:
+            parameter.data = value.to(parameter.device)
+        else:
+            parameter.copy_(value)
 
 
-def run_case(
-    model: torch.nn.Module, shape: str, case: Case, ways: list[str], steps: int, out_of_time: Callable[[], bool]
-) -> list[Row]:
+def run_case(model: torch.nn.Module, label: str, case: Case, options: Options) -> list[Row]:
     """Every way of one case; the first way's loss and gradients are what the others' are compared with."""
     trained = [p for p in model.parameters() if p.requires_grad]
     start = [p.detach().cpu().clone() for p in trained]
     vocabulary = model.config.vocab_size
-    ids = torch.randint(0, vocabulary, (case.batch, case.tokens), generator=torch.Generator().manual_seed(3)).to(DEVICE)
     rows: list[Row] = []
     expected = None
-    for name in ways:
-        if out_of_time():
+    for name in options.ways:
+        if time.perf_counter() > options.deadline:
             print(f"{case} {name}: left out, no time")
             continue
         way = Way(name)
         way.enter(model)
         try:
-            values = measure_steps(model, way, case, vocabulary, steps)
-            more = profile(model, ids)
-            restore(trained, start)
-            loss, found = gradients(model, ids)  # last, when whatever a way does only later is being done
+            if way.kind in ("trl", "trainer"):
+                values = measure_trainer(model, way, case, vocabulary, options)
+                more, loss, found = profile(model, {}, wanted=False), float("nan"), None
+            else:
+                values = measure_steps(model, way, case, vocabulary, options)
+                first = batches(case, vocabulary, 3, DEVICE, packed=way.packed)[0]
+                more = profile(model, first, options.profiled)
+                restore(trained, start)
+                # last, when whatever a way does only later is being done
+                loss, found = gradients(model, way, case, vocabulary) if options.compared else (float("nan"), None)
             expected = expected or (loss, found)
         except (RuntimeError, UnslothError) as error:  # out of memory among others
             print(f"{case} {name}: {type(error).__name__}: {str(error)[:500]}", flush=True)
             continue
         finally:
             clean(model)
-            restore(trained, start)
             way.leave(model)
+            restore(trained, start)
         longest = more.pop("longest")
-        difference = loss - expected[0]
-        rows.append(Row(shape, str(case), name, **values, **more, loss=loss, loss_difference=difference,
-                        gradient_cosine=cosine(found, expected[1]), options=allocator()))  # fmt: skip
+        same = found is not None and expected[1] is not None
+        rows.append(Row(label, str(case), name, **values, **more, loss=loss,
+                        loss_difference=loss - expected[0] if same else float("nan"),
+                        gradient_cosine=cosine(found, expected[1]) if same else float("nan"),
+                        options=options.text()))  # fmt: skip
         show(rows[-1:], longest, way.made)
+        if not options.dry:
+            results_file.append("train.csv", rows[-1:])
     return rows
 
 
@@ -314,6 +316,7 @@ def show(rows: list[Row], longest: list[tuple[str, float]] | None = None, made: 
         print(
             f"{row.shape:5} {row.case:12} {row.way:10} {row.tokens_per_s:9.0f} tok/s"
             f"  {row.allocated_mib / 1024:6.2f} GiB ({row.reserved_mib / 1024:6.2f} reserved)"
+            f"  over {row.over_mib / 1024:6.2f} (estimated {row.estimated_mib / 1024:6.2f})"
             f"  {row.launches:6} launches  kernels {row.kernel_ms:7.1f} of {row.wall_ms:7.1f} ms"
             f"  loss {row.loss:.5f} ({row.loss_difference:+.5f})  cos {row.gradient_cosine:.6f}",
             flush=True,
@@ -342,53 +345,121 @@ def plot() -> Path:
     with (results_file.RESULTS / "train.csv").open(newline="") as handle:
         newest = {(row["shape"], row["case"], row["way"], row["options"]): row for row in csv.DictReader(handle)}
     cases = list(dict.fromkeys((shape, case) for shape, case, *_ in newest))
-    figure, axes = pyplot.subplots(1, len(cases), figsize=(5 * len(cases), 4), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(cases), figsize=(5 * len(cases), 4.5), squeeze=False)
     for axis, (shape, case) in zip(axes[0], cases, strict=True):
         for (*place, way, options), row in newest.items():
             if tuple(place) == (shape, case):
                 x, y = float(row["allocated_mib"]) / 1024, float(row["tokens_per_s"])
-                axis.scatter(x, y)
-                axis.annotate(f"{way} {options}".strip(), (x, y))
+                axis.scatter(x, y, label=f"{way} {options}".strip())
         axis.set(title=f"{shape}, {case}", xlabel="peak allocated, GiB", ylabel="tokens/s")
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.15 * axis.get_ylim()[1])
+        axis.set_xlim(0, 1.15 * axis.get_xlim()[1])
+        axis.legend(fontsize=7, loc="lower right")
     figure.tight_layout()
     path = results_file.RESULTS / "train.png"
     figure.savefig(path, dpi=120)
     return path
 
 
-def main() -> None:
-    """Entry point."""
+@dataclass(frozen=True)
+class Options:
+    """What all cases of a run have in common.
+
+    Attributes:
+        ways: Names of :class:`train_ways.Way`.
+        steps: Updates that are measured.
+        warm_up: Updates before them.
+        profiled: Whether kernels are looked at.
+        compared: Whether losses and gradients are.
+        trained: ``qlora``, ``lora`` (16 bits) or ``full``.
+        deadline: On the performance counter, after which no measurement begins.
+        dry: Whether nothing is written.
+    """
+
+    ways: list[str]
+    steps: int
+    warm_up: int
+    profiled: bool
+    compared: bool
+    trained: str
+    deadline: float
+    dry: bool
+
+    def of(self, case: Case, ways: str) -> Options:
+        """For one case, with its own ways: long updates are few, and where memory is capped nothing else counts."""
+        own = replace(self, ways=ways.split(",") if ways else self.ways)
+        if not case.is_long:
+            return own
+        warm_up = 0 if case.cap else min(1, self.warm_up)
+        return replace(own, warm_up=warm_up, steps=1, profiled=False, compared=False)
+
+    def text(self) -> str:
+        """For the results file."""
+        return "; ".join(part for part in ("" if self.trained == "qlora" else self.trained, allocator()) if part)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="8b", choices=list(random_llama.SHAPES))
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
-    parser.add_argument("--cases", nargs="+", default=["2x2048x4"])
+    parser.add_argument(
+        "--trained", default="qlora", choices=["qlora", "lora", "full"], help="NF4, 16 bits, or no LoRA"
+    )
+    parser.add_argument(
+        "--cases", nargs="+", default=["2x2048x4"], help="rows x tokens (or spread) x accumulation[@GiB]"
+    )
     parser.add_argument("--ways", nargs="+", default=["hf", "hf-keep", "ours", "ours-keep", "liger"])
+    parser.add_argument("--float16", action="store_true", help="as on GPUs without bfloat16")
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--warm-up", type=int, default=1)
+    parser.add_argument("--no-profile", action="store_true")
+    parser.add_argument("--no-parity", action="store_true")
+    parser.add_argument("--segments", action="store_true", help="torch's own setting of its allocator")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no further measurement after these")
     parser.add_argument("--dry-run", action="store_true", help="a tiny model; writes nothing")
     parser.add_argument("--plot", action="store_true")
-    arguments = parser.parse_args()
-    if arguments.plot:
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Entry point."""
+    given = parse()
+    if given.plot:
         print(plot())
         return
     begin = time.perf_counter()
-    shape = random_llama.SHAPES["tiny" if arguments.dry_run else arguments.shape]
-    if arguments.layers:
-        shape = random_llama.Shape(**{**asdict(shape), "layers": arguments.layers})
-    label = (
-        "tiny" if arguments.dry_run else arguments.shape + (f", {arguments.layers} layers" if arguments.layers else "")
+    if not given.segments:
+        print(f"segments grow: {grow_segments()}")
+    shape = random_llama.SHAPES["tiny" if given.dry_run else given.shape]
+    if given.layers:
+        shape = replace(shape, layers=given.layers)
+    label = ("tiny" if given.dry_run else given.shape) + (f", {given.layers} layers" if given.layers else "")
+    model = random_llama.build(
+        shape,
+        DEVICE,
+        quantized=given.trained == "qlora",
+        full=given.trained == "full",
+        dtype=torch.float16 if given.float16 else torch.bfloat16,
     )
-    model = random_llama.build(shape, DEVICE)
-    print(f"built {label} in {time.perf_counter() - begin:.1f} s")
+    print(f"built {label} in {time.perf_counter() - begin:.1f} s", flush=True)
+    options = Options(
+        ways=given.ways,
+        steps=given.steps,
+        warm_up=given.warm_up,
+        profiled=not given.no_profile,
+        compared=not given.no_parity,
+        trained=given.trained + (", float16" if given.float16 else ""),
+        deadline=begin + given.seconds,
+        dry=given.dry_run,
+    )
     rows = []
-    for text in arguments.cases:
-        case = Case.parse(text)
-        done = lambda: time.perf_counter() - begin > arguments.seconds
-        rows += run_case(model, label, case, arguments.ways, arguments.steps, done)
+    for text in given.cases:
+        wanted, _, ways = text.partition("=")
+        case = Case.parse(wanted)
+        limit(case.cap)
+        rows += run_case(model, label, case, options.of(case, ways))
     show(rows)
-    if rows and not arguments.dry_run:
-        print(f"appended to {results_file.append('train.csv', rows)}")
 
 
 if __name__ == "__main__":

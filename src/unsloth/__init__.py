@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from unsloth.train.cpo import CPOTrainer as CPOTrainer
     from unsloth.train.dpo import DPOConfig as DPOConfig
     from unsloth.train.dpo import DPOTrainer as DPOTrainer
+    from unsloth.train.grpo import GRPOTrainer as GRPOTrainer
+    from unsloth.train.grpo_config import GRPOConfig as GRPOConfig
     from unsloth.train.kto import KTOConfig as KTOConfig
     from unsloth.train.kto import KTOTrainer as KTOTrainer
     from unsloth.train.orpo import ORPOConfig as ORPOConfig
@@ -60,6 +62,8 @@ _PUBLIC = {
     "CPOTrainer": ("unsloth.train.cpo", "CPOTrainer"),
     "DPOConfig": ("unsloth.train.dpo", "DPOConfig"),
     "DPOTrainer": ("unsloth.train.dpo", "DPOTrainer"),
+    "GRPOConfig": ("unsloth.train.grpo_config", "GRPOConfig"),
+    "GRPOTrainer": ("unsloth.train.grpo", "GRPOTrainer"),
     "KTOConfig": ("unsloth.train.kto", "KTOConfig"),
     "KTOTrainer": ("unsloth.train.kto", "KTOTrainer"),
     "ORPOConfig": ("unsloth.train.orpo", "ORPOConfig"),

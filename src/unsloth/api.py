@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -64,7 +64,7 @@ class FastLanguageModel:
         attn_implementation: str | None = None,
         fast_layers: bool = True,
         fused_head: bool = True,
-        fast_inference: bool = False,
+        fast_inference: bool | Literal["vllm"] = False,
         gpu_memory_utilization: float | None = None,
         float8_kv_cache: bool = False,
         **kwargs: Any,
@@ -102,7 +102,8 @@ class FastLanguageModel:
             fused_head: Whether a forward with labels computes output head and loss together, without whole logits
                 (see :mod:`unsloth.layers.fused_head`). ``return_logits=True`` in that forward computes them too.
             fast_inference: Say at once if ``model.fast_generate`` cannot go through the engine. (The method is there
-                anyway; the engine is made when it is first used.)
+                anyway; the engine is made when it is first used.) ``"vllm"``: generate with vLLM, on weights that it
+                loads itself, instead of the engine on the model's own.
             gpu_memory_utilization: Share of the GPU's memory for weights, cache of keys and values, and all else,
                 while generating; None gives the cache half of what is free.
             float8_kv_cache: Keep keys and values in eight bits.
@@ -119,6 +120,7 @@ class FastLanguageModel:
             gpu_memory_utilization=gpu_memory_utilization,
             float8_kv_cache=float8_kv_cache,
             standby=settings.standby(),
+            backend="vllm" if fast_inference == "vllm" else "own",
         )
         options = load.LoadOptions(
             model_name=model_name,
@@ -148,7 +150,7 @@ class FastLanguageModel:
         if fused_head:
             _fuse_head(record.transformers_model(model))
         model_methods.attach(model, tokenizer, engine_options)
-        if fast_inference:
+        if fast_inference and engine_options.backend == "own":
             model_methods.announce(model)
         return model, tokenizer
 

@@ -22,6 +22,8 @@ _BOUND = {
         "SFTTrainer": "unsloth.train.sft",
         "DPOConfig": "unsloth.train.dpo",
         "DPOTrainer": "unsloth.train.dpo",
+        "GRPOConfig": "unsloth.train.grpo_config",
+        "GRPOTrainer": "unsloth.train.grpo",
         "KTOConfig": "unsloth.train.kto",
         "KTOTrainer": "unsloth.train.kto",
         "ORPOConfig": "unsloth.train.orpo",

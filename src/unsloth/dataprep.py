@@ -78,10 +78,15 @@ class SyntheticDataKit:
     def chunk_data(self, filename: str | os.PathLike[str], overlap: int = 200) -> list[str]:
         """The text of a document in pieces, each repeating up to ``overlap`` characters of the one before.
 
+        Args:
+            filename: A file, or the address of a web page (``http://`` or ``https://``).
+            overlap: Characters.
+
         Raises:
             DataError: The document cannot be read.
+            NetworkError: The page could not be fetched.
         """
-        return documents.chunks(documents.read_document(Path(filename)), self._chunk_size, overlap)
+        return documents.chunks(documents.read_document(filename), self._chunk_size, overlap)
 
     def make_pairs(
         self,
@@ -94,7 +99,7 @@ class SyntheticDataKit:
         An interrupted call is taken up again with the same arguments.
 
         Args:
-            sources: One or several documents.
+            sources: One or several documents, files or addresses of web pages.
             output_folder: Where progress and result are kept.
             options: How pairs are made.
 
@@ -108,22 +113,48 @@ class SyntheticDataKit:
         pieces = [piece for path in paths for piece in self.chunk_data(path)]
         folder = Path(output_folder)
         rows, report = synthetic.make_pairs(pieces, self._generate, folder / "progress.jsonl", options)
-        with artifact.stage(folder / "pairs", kind="training data", details={"rows": len(rows)}) as staging:
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (staging / "train.jsonl").write_text(lines, encoding="utf-8")
+        _write(folder, "pairs", rows)
         return rows, report
 
-    def make_variations(self, rows: Sequence[Mapping[str, Any]], count: int) -> list[dict[str, Any]]:
-        """New rows after the user's own; see :func:`unsloth.data.synthetic.make_variations`."""
-        return synthetic.make_variations(rows, self._generate, count)
+    def make_variations(
+        self, rows: Sequence[Mapping[str, Any]], count: int, output_folder: str | os.PathLike[str] | None = None
+    ) -> list[dict[str, Any]]:
+        """New rows after the user's own; see :func:`unsloth.data.synthetic.make_variations`.
 
-    def invent(self, task: str, columns: Sequence[str], count: int) -> list[dict[str, Any]]:
+        With an ``output_folder`` they are written to ``OUTPUT/variations/train.jsonl``, and an interrupted call is
+        taken up again with the same arguments. So it is with the two ways below.
+        """
+        made = synthetic.make_variations(rows, self._generate, count, progress=_progress(output_folder, "variations"))
+        _write(output_folder, "variations", made)
+        return made
+
+    def invent(
+        self, task: str, columns: Sequence[str], count: int, output_folder: str | os.PathLike[str] | None = None
+    ) -> list[dict[str, Any]]:
         """Rows for a task, without any examples; see :func:`unsloth.data.synthetic.invent`."""
-        return synthetic.invent(task, columns, self._generate, count)
+        made = synthetic.invent(task, columns, self._generate, count, progress=_progress(output_folder, "invented"))
+        _write(output_folder, "invented", made)
+        return made
 
-    def restructure(self, rows: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
+    def restructure(
+        self, rows: Sequence[Mapping[str, Any]], output_folder: str | os.PathLike[str] | None = None
+    ) -> tuple[list[dict[str, Any]], list[int]]:
         """Rows of any shape as conversations; see :func:`unsloth.data.synthetic.restructure`."""
-        return synthetic.restructure(rows, self._generate)
+        made, failed = synthetic.restructure(rows, self._generate, progress=_progress(output_folder, "restructured"))
+        _write(output_folder, "restructured", made)
+        return made, failed
+
+
+def _progress(folder: str | os.PathLike[str] | None, name: str) -> Path | None:
+    return None if folder is None else Path(folder) / f"{name}.progress.jsonl"
+
+
+def _write(folder: str | os.PathLike[str] | None, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    if folder is None:
+        return
+    with artifact.stage(Path(folder) / name, kind="training data", details={"rows": len(rows)}) as staging:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (staging / "train.jsonl").write_text(lines, encoding="utf-8")
 
 
 def _local(model: Any, tokenizer: Any, max_new_tokens: int) -> Generate:

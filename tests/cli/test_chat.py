@@ -35,6 +35,13 @@ def test_lines_from_a_pipe_and_commands(tiny, monkeypatch, capsys):
     assert "\x1b" not in shown
 
 
+def test_a_message_that_cannot_be_answered_is_not_the_end(tiny, monkeypatch, capsys):
+    lines = "hello\n\udcff\n" + "word " * 3000 + "\nhello\n"
+    assert talk(monkeypatch, str(tiny()), "--max-tokens", "3", "--precision", "16bit", lines=lines) == 0
+    shown = capsys.readouterr().out
+    assert "Error: the text is not Unicode" in shown and "but there is room for" in shown
+
+
 def test_old_exchanges_make_room_for_new_ones(tiny):
     tokens = tokenizers.load(str(tiny()), max_seq_length=512)
     turns = [{"role": role, "content": f"{role} {i}"} for i in range(4) for role in ("user", "assistant")]

@@ -213,12 +213,52 @@ def test_preferences_from_a_file(run_file, tmp_path, monkeypatch, capsys, method
             "dataset_text_field is not a key",
         ),
         ({"training": {"method": "orpo", "cpo_alpha": 0.5}}, "training.method: cpo or simpo"),
-        ({"training": {"method": "ppo"}}, "must be one of sft, dpo, kto, orpo, cpo, simpo"),
+        ({"training": {"method": "ppo"}}, "must be one of sft, dpo, grpo, kto, orpo, cpo, simpo"),
         ({"training": {"method": "dpo", "beta": "high"}}, "must be a number"),
-        ({"training": {"beta": 0.1}}, "belongs to training.method: dpo or kto or orpo or cpo or simpo"),
+        ({"training": {"beta": 0.1}}, "belongs to training.method: dpo or grpo or kto or orpo or cpo or simpo"),
         ({"training": {"method": "dpo"}}, "data.responses_only has no meaning with training.method dpo"),
     ],
 )
 def test_keys_belong_to_the_method(run_file, monkeypatch, capsys, sections, said):
     assert command(monkeypatch, "train", run_file(**sections), "--dry-run") == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_completions_rated_by_functions_that_the_file_names(run_file, tmp_path, monkeypatch, capsys):
+    rows = [{"prompt": [{"role": "user", "content": f"{i} + 1 ="}], "answer": str(i + 1)} for i in range(10)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "own.py").write_text("def short(completions, **columns):\n    return [-1.0 for _ in completions]\n")
+    training = {
+        "method": "grpo",
+        "reward_functions": ["correctness", {"name": "length", "maximum": 20}, "own.py:short"],
+        "num_generations": 2,
+        "max_completion_length": 8,
+        "max_steps": -1,
+        "num_train_epochs": 1,
+    }
+    file = run_file(data={"path": "sums.jsonl", "responses_only": False, "eval_rows": 2}, training=training)
+    assert command(monkeypatch, "train", file, "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"method +grpo\b", shown) and "8 prompts" in shown and re.search(r"steps +8 of 2 x 1", shown)
+    assert command(monkeypatch, "train", file) == 0
+    shown = capsys.readouterr().out
+    assert "reward, first and last" in shown and re.search(r"steps +8\b", shown)
+    AutoPeftModelForCausalLM.from_pretrained(tmp_path / "outputs/adapter")
+
+
+@pytest.mark.parametrize(
+    ("functions", "said"),
+    [
+        (None, "names no reward functions"),
+        (["corectness"], "Did you mean correctness?"),
+        (["contains"], "the reward contains cannot be made: missing a required argument: 'column'"),
+        (["missing.py:f"], "no such file with reward functions"),
+        (["json:nothing"], "json must define nothing"),
+    ],
+)
+def test_reward_functions_that_are_not_there(run_file, tmp_path, monkeypatch, capsys, functions, said):
+    (tmp_path / "sums.jsonl").write_text('{"prompt": "1 + 1 =", "answer": "2"}\n')
+    training = {"method": "grpo", "num_generations": 2, "reward_functions": functions}
+    file = run_file(data={"path": "sums.jsonl", "responses_only": False}, training=training)
+    assert command(monkeypatch, "train", file, "--dry-run") == 2
     assert said in " ".join(capsys.readouterr().err.split())

@@ -43,6 +43,15 @@ def test_the_chat_template_writes_the_same_where_no_thought_is_dropped(case, tok
             assert renderer.render(conversation, 0, prompt).text == expected
 
 
+@pytest.mark.parametrize("number", range(len(GOLDEN["declared"])))
+def test_tools_of_any_shape_are_declared_as_by_the_package(number, tokenizer):
+    entry = GOLDEN["declared"][number]
+    messages = [{"role": "user", "content": "hi"}]
+    renderer = ChatRenderer(get_chat_template(copy.deepcopy(tokenizer), "gpt-oss"))
+    assert entry["text"] in harmony.render_harmony(messages, tool_calls=[entry["tool"]])
+    assert entry["text"] in renderer.render(Conversation(messages, [entry["tool"]]), 0).text
+
+
 def test_a_system_message_is_taken_for_instructions():
     messages = [{"role": "system", "content": "Second."}, {"role": "user", "content": "hi"}]
     text = harmony.render_harmony(messages, developer_instructions="First.")

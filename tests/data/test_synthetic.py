@@ -200,3 +200,124 @@ def test_rows_of_another_shape_become_conversations():
     assert failed == [2, 3]
     with pytest.raises(DataError, match="no reply held a pair for each row"):
         synthetic.restructure([{"x": 1}], lambda asked: ["[]"])
+
+
+class Interrupted:
+    """A model whose connection is lost after some prompts, and comes back."""
+
+    def __init__(self, reply, after):
+        self.reply, self.after, self.asked = reply, after, 0
+
+    def __call__(self, prompts):
+        if self.asked + len(prompts) > self.after:
+            raise NetworkError("gone")
+        self.asked += len(prompts)
+        return [self.reply(prompt) for prompt in prompts]
+
+
+def invented(prompt):
+    return json.dumps([{"text": f"{len(prompt)} {prompt[-40:]}\u2028"}])
+
+
+def pairs(prompt):
+    rows = [line for line in prompt.splitlines() if line.startswith("{")]
+    return json.dumps([{"question": row, "answer": "\u2028 yes"} for row in rows])
+
+
+@pytest.mark.parametrize(
+    ("way", "reply", "lost_after"),
+    [
+        (lambda kit, out: kit.invent("texts", ["text"], 6, out), invented, 4),
+        (lambda kit, out: kit.make_variations([{"text": f"old {i}"} for i in range(90)], 95, out), invented, 16),
+        (lambda kit, out: kit.restructure([{"n": i} for i in range(95)], out), pairs, 16),
+    ],
+    ids=["invent", "make_variations", "restructure"],
+)
+def test_what_a_model_wrote_is_not_asked_for_again(way, reply, lost_after, tmp_path):
+    whole = Interrupted(reply, 1000)
+    expected = way(SyntheticDataKit(whole), None)
+    with pytest.raises(NetworkError):
+        way(SyntheticDataKit(Interrupted(reply, lost_after)), tmp_path)
+    (log,) = tmp_path.glob("*.progress.jsonl")
+    log.write_bytes(log.read_bytes() + b'{"key": "cut \xe2\x80')
+    rest = Interrupted(reply, 1000)
+    assert way(SyntheticDataKit(rest), tmp_path) == expected
+    assert rest.asked == whole.asked - lost_after
+    assert way(SyntheticDataKit(Interrupted(reply, 0)), tmp_path) == expected
+    rows = expected[0] if isinstance(expected, tuple) else expected
+    (written,) = tmp_path.glob("*/train.jsonl")
+    assert [json.loads(line) for line in written.read_bytes().splitlines()] == rows
+
+
+@pytest.fixture
+def site():
+    """A web site: pages by path, as status, headers and body."""
+    pages = {
+        "/page": (200, {"Content-Type": "text/html"}, "<title>T</title><p>Käse &amp; Tee</p>".encode()),
+        "/latin": (200, {"Content-Type": "text/html; charset=latin-1"}, "<p>Käse</p>".encode("latin-1")),
+        "/meta": (200, {"Content-Type": "text/html"}, '<meta charset="windows-1252"><p>Käse</p>'.encode("cp1252")),
+        "/text": (200, {"Content-Type": "text/plain; charset=utf-16"}, "Käse".encode("utf-16")),
+        "/moved": (302, {"Location": "/page"}, b""),
+        "/local": (302, {"Location": "file:///etc/passwd"}, b""),
+        "/gone": (404, {}, b""),
+        "/image": (200, {"Content-Type": "image/png"}, b"x"),
+        "/script": (200, {"Content-Type": "text/html"}, b"<script>fill()</script>"),
+        "/odd": (200, {"Content-Type": "text/html; charset=klingon"}, b"<p>x</p>"),
+        "/wrong": (200, {"Content-Type": "text/html; charset=utf-8"}, b"<p>\xff</p>"),
+        "/cut": (200, {"Content-Type": "text/html", "Content-Length": "1000"}, b"<p>half"),
+    }
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):  # noqa: N802
+            status, headers, body = pages[self.path]
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=lambda: server.serve_forever(poll_interval=0.01), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/page", "T\n\nKäse & Tee"),
+        ("/latin", "Käse"),
+        ("/meta", "Käse"),
+        ("/text", "Käse"),
+        ("/moved", "T\n\nKäse & Tee"),
+    ],
+)
+def test_pages_of_the_web_are_documents(path, expected, site, tmp_path):
+    assert documents.read_document(site + path) == expected
+    assert SyntheticDataKit(model([])).chunk_data(site + path) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "expected"),
+    [
+        ("/gone", NetworkError, "status 404"),
+        ("/local", NetworkError, "status 302"),
+        ("/cut", NetworkError, "IncompleteRead"),
+        ("/image", DataError, "kind image/png"),
+        ("/script", DataError, "no text.*scripts"),
+        ("/odd", DataError, "encoding that is unknown.*klingon"),
+        ("/wrong", DataError, "not utf-8 at byte 3"),
+    ],
+)
+def test_pages_that_cannot_be_read_say_why(path, error, expected, site):
+    with pytest.raises(error, match=expected) as raised:
+        documents.read_document(site + path)
+    assert site + path in str(raised.value) or "klingon" in str(raised.value)
+
+
+def test_a_site_that_does_not_answer():
+    with pytest.raises(NetworkError, match="could not be fetched.*Check the address"):
+        documents.read_document("http://127.0.0.1:9/x", timeout=2)

@@ -259,6 +259,20 @@ def test_bad_requests_are_errors_and_the_engine_goes_on(make_engine, prompt, par
     assert last[0].request_id == good and last[0].outputs[0].finish_reason == "length"
 
 
+def test_a_step_that_fails_ends_its_requests_only(make_engine, monkeypatch):
+    engine = make_engine()
+    engine.add_request(PROMPTS[0], drawn())
+
+    def fail(plan):
+        raise OverflowError("a number is too large")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(engine._runner, "launch", fail)
+        (output,) = engine.step()
+    assert output.finished and output.error == "a number is too large"
+    assert ids(engine.generate(PROMPTS, drawn(seed=3))) == ids(make_engine().generate(PROMPTS, drawn(seed=3)))
+
+
 def test_a_sequence_may_fill_the_context_but_no_more(make_engine):
     out = make_engine().generate([5] * 60, drawn(max_tokens=None))[0].outputs[0]
     assert len(out.token_ids) == 4 and out.finish_reason == "length"

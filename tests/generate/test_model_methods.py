@@ -56,6 +56,24 @@ def test_fast_generate(loaded):
         model.fast_generate(prompts, sampling_parameters=GREEDY)
 
 
+def test_eight_bit_weights(tiny):
+    """LLM.int8(), where outliers are found over all rows of a product: one prompt at a time."""
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(tiny("qwen3")), max_seq_length=128, load_in_8bit=True, dtype=torch.float32
+    )
+    model = FastLanguageModel.get_peft_model(model, r=4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    FastLanguageModel.for_inference(model)
+    for prompt in ("Hello!", "What is 2 + 2?"):
+        expected = plain(model, prompt, tokenizer)[len(tokenizer(prompt)["input_ids"]) :]
+        assert model.fast_generate(prompt, GREEDY)[0].outputs[0].token_ids == expected.tolist()
+    together = model.fast_generate(["Hello!", "What is 2 + 2?", "Hi"], GREEDY)
+    assert all(output.outputs[0].token_ids for output in together)
+
+
 def test_adapters_by_name(loaded, tmp_path):
     model, tokenizer = loaded
     live = model.fast_generate("Hello!", GREEDY)[0].outputs[0].token_ids

@@ -4,6 +4,7 @@ import copy
 import inspect
 import io
 import pickle
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -15,7 +16,10 @@ from unsloth import FastLanguageModel
 from unsloth.core.errors import ModelError
 from unsloth.layers import fused_head
 from unsloth.layers.lazy_logits import LazyLogits
+from unsloth.memory.budget import Assignment
+from unsloth.memory.keeper import Keeper
 from unsloth.models import record
+from unsloth.models.plan import plan
 
 
 @pytest.fixture
@@ -320,3 +324,23 @@ def test_the_record_below_peft_is_the_fused_model(tiny):
     model = FastLanguageModel.get_peft_model(model, r=2)
     assert fused_head.find(record.transformers_model(model)) is not None
     assert is_fused(step(model)[0])
+
+
+@pytest.mark.parametrize(("lean", "trained"), [(True, False), (False, False), (True, True)])
+def test_fewer_logits_exist_where_memory_is_short(model, lean, trained):
+    fused_head.install(model)
+    state = fused_head.find(model)
+    assert fused_head._keeper(model) is None
+    state.keeper = Keeper(2)
+    state.keeper.assignment = Assignment((), lean=lean)
+    origin = SimpleNamespace(hidden=SimpleNamespace(is_cuda=True), linear=model.lm_head.requires_grad_(trained))
+    assert state._is_lean(origin) == (lean and not trained)
+
+
+def test_a_planned_model_says_through_its_blocks_whether_memory_is_short(model):
+    made = plan(model, whole=True)
+    made.apply()
+    keeper = next(r.fast.options.keeper for r in made.replacements if r.new.startswith("block"))
+    assert fused_head._keeper(model) is keeper
+    made.undo()
+    assert fused_head._keeper(model) is None

@@ -26,6 +26,8 @@ VARIANTS = [
     {"loss_type": "bnpo", "level": "sequence", "delta": 1.5},
     {"loss_type": "dr_grpo", "max_completion_length": 16},
     {"loss_type": "dapo", "epsilon_high": 0.28},
+    {"loss_type": "dapo", "beta": 0.04, "weighted_kl": True},
+    {"loss_type": "gspo", "beta": 0.04, "weighted_kl": True},
 ]
 IDS = ["-".join(str(value) for value in variant.values()) for variant in VARIANTS]
 
@@ -65,7 +67,8 @@ def by_hand(logprobs, batch, options, num_items=None):
             bounded = ratio if options.delta is None else min(ratio, options.delta)
             loss = -min(bounded * a, clipped * a) * batch.correction[i, t].item()
             odds = math.exp(batch.ref[i, t].item()) / math.exp(logprobs[i][t])
-            row.append(loss + options.beta * (odds - math.log(odds) - 1))
+            kl = (odds - math.log(odds) - 1) * (ratio if options.weighted_kl else 1)
+            row.append(loss + options.beta * kl)
         rows.append(row)
     total = sum(map(sum, rows))
     if options.loss_type in ("grpo", "gspo"):
@@ -117,7 +120,9 @@ def test_losses_are_trls(batch, variant):
     trainer = types.SimpleNamespace(
         model=types.SimpleNamespace(training=True),
         accelerator=accelerator,
-        args=types.SimpleNamespace(delta=options.delta, use_bias_correction_kl=False, steps_per_generation=1),
+        args=types.SimpleNamespace(
+            delta=options.delta, use_bias_correction_kl=options.weighted_kl, steps_per_generation=1
+        ),
         loss_type="grpo" if options.loss_type == "gspo" else options.loss_type,
         importance_sampling_level="sequence" if options.by_sequence else "token",
         beta=options.beta,

@@ -76,3 +76,11 @@ def test_what_is_left_after_values_holds_weights():
     assert assign(8, sizes, everything + 95, 0).device_bytes(sizes) == everything + 90
     assert assign(8, sizes, everything + 1000, 0).holding == 8
     assert assign(8, sizes, everything - 1, 0).holding == 0
+
+
+def test_buffers_of_recorded_layers_are_there_unless_all_are_kept():
+    sizes = dataclasses.replace(SIZES, buffers=5)
+    recomputed, kept = assign(8, sizes, 100 + 8 + 80 + 5, 0), assign(8, sizes, 107 + 8 + 80 + 400 + 5, 0)
+    assert set(recomputed.places) == {Place.RECOMPUTE} and recomputed.waiting_bytes(sizes) == 8 + 80 + 5
+    assert set(kept.places) == {Place.KEEP} and kept.waiting_bytes(sizes) == 8 + 80 + 400
+    assert assign(8, sizes, 100 + 8 + 80 + 4, 1000).places.count(Place.OFFLOAD) == 1

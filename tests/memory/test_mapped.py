@@ -9,7 +9,7 @@ from unsloth.memory.mapped import MappedMemory
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA's virtual memory needs a GPU")
 def test_memory_comes_back_at_its_address():
     memory = MappedMemory(5 << 20, torch.device("cuda", 0))
-    before = torch.cuda.mem_get_info()[0]
+    free = []
     for _ in range(3):
         memory.take()
         whole = memory.tensor()
@@ -17,7 +17,8 @@ def test_memory_comes_back_at_its_address():
         whole.fill_(7)
         assert int(whole.sum(dtype=torch.int64)) == 7 * whole.numel()
         memory.release()
-    assert torch.cuda.mem_get_info()[0] == before
+        free.append(torch.cuda.mem_get_info()[0])
+    assert free[1] == free[2]  # the first time, kernels are loaded and torch takes memory of its own
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")

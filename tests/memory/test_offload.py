@@ -9,6 +9,7 @@ import torch
 
 from unsloth.memory.arena import Arena
 from unsloth.memory.offload import Offloader
+from unsloth.memory.pinned import host_memory
 
 
 def test_slices_never_overlap_and_merge_when_they_come_back():
@@ -72,3 +73,12 @@ def test_at_most_two_parcels_hold_their_tensors_while_they_leave():
     assert [all(ref() is None for ref in refs) for _, refs in sent] == [True, True, True, False, False]
     sent[4][0].fetch()
     assert all(ref() is None for _, refs in sent for ref in refs)
+
+
+def test_host_memory_is_zero_writable_and_freed():
+    memory = host_memory(3 * 2**20 + 4096)
+    assert memory.dtype == torch.uint8 and memory.numel() == 3 * 2**20 + 4096 and not memory.any()
+    piece = memory[4096 : 4096 + 4000].view(torch.float32)
+    piece.copy_(torch.arange(1000.0))
+    del memory
+    assert piece.sum() == 499500

@@ -188,3 +188,9 @@ def worst(ours: tuple, plain: tuple) -> float:
     assert all(grad.abs().max() > 0 for grad in grads.values())
     differences = [(our_grads[name] - grads[name]).abs().max() / grads[name].abs().max() for name in grads]
     return max([(our_loss - loss).abs() / loss, *differences]).item()
+
+
+def distance(ours: tuple, plain: tuple) -> float:
+    """The relative difference of all gradients as one vector: what rounding makes of it depends little on luck."""
+    squares = [((ours[1][name] - grad).square().sum(), grad.square().sum()) for name, grad in plain[1].items()]
+    return (sum(above for above, _ in squares) / sum(below for _, below in squares)).sqrt().item()

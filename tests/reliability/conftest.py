@@ -123,3 +123,41 @@ def whole_run(runs, tiny, tmp_path_factory):
     trainer = runs.build(str(tiny()), str(output))
     trainer.train()
     return output, runs.weights(trainer), trainer.state.log_history
+
+
+@pytest.fixture
+def grpo_run(tiny, tmp_path):
+    """``grpo_run(folder, **changes)``: a GRPO trainer whose reward is some number from 0 to 6 of each completion."""
+
+    def letters(completions, **columns):
+        return [float(sum(map(ord, completion)) % 7) for completion in completions]
+
+    def build(folder="out", reward_funcs=letters, rows=None, callbacks=None, eval_dataset=None, **changes):
+        from unsloth import FastLanguageModel, GRPOConfig, GRPOTrainer
+
+        model, tokenizer = FastLanguageModel.from_pretrained(
+            str(tiny()), max_seq_length=64, dtype=torch.float32, load_in_16bit=True
+        )
+        options = {
+            "max_steps": 6,
+            "save_steps": 100,
+            "logging_steps": 1,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "per_device_train_batch_size": 4,
+            "num_generations": 4,
+            "max_completion_length": 8,
+            "learning_rate": 2e-2,
+        }
+        return GRPOTrainer(
+            model=FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=False),
+            processing_class=tokenizer,
+            reward_funcs=reward_funcs,
+            args=GRPOConfig(output_dir=str(tmp_path / folder), **{**options, **changes}),
+            train_dataset=rows or [{"prompt": f"Say {i}:", "answer": str(i)} for i in range(5)],
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+        )
+
+    return build

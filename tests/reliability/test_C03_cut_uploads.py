@@ -41,13 +41,16 @@ def step():
 before, write, written = step(), merged_folder.write, []
 merged_folder.write = lambda *args: (written.append(args[1].name), write(*args))[1]
 for name, options in json.loads(sys.argv[2]):
-    again, adapter = options.pop("again", False), options.pop("adapter", False)
+    again, adapter, gguf = (options.pop(key, False) for key in ("again", "adapter", "gguf"))
     try:
         if again:
             urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/heal")
             url = upload.upload(Path(upload.folder_name(name)), upload.prepare(name))
         elif adapter:
             url = model.push_to_hub(name, **options)
+        elif gguf:
+            urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/sicken")
+            url = model.push_to_hub_gguf(name, tokenizer, ["q8_0", "f16"], verify=False, **options)
         else:
             url = model.push_to_hub_merged(name, tokenizer, max_shard_size="40KB", **options)
         result = {"url": url}
@@ -105,6 +108,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.path == "/heal":
             self.server.healed = True
             return self.answer(200)
+        if self.path == "/sicken":
+            self.server.healed = False
+            return self.answer(200)
         found = re.match(r"/api/models/([^/]+/[^/]+)/tree/main", self.path)
         if found is None:
             self.server.unknown.append(self.path)
@@ -126,7 +132,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             files = [
                 {
                     "path": file["path"],
-                    "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                    "uploadMode": "lfs" if file["path"].endswith((".safetensors", ".gguf")) else "regular",
                     "shouldIgnore": False,
                 }
                 for file in json.loads(body)["files"]
@@ -237,9 +243,13 @@ def test_faults_that_pass_are_survived_the_others_are_told_and_an_upload_goes_on
         ("me/adapter", {"adapter": True}),
         "me/always-full",
         ("me/always-full", {"again": True}),
+        ("me/http-401-gguf", {**token, "gguf": True}),
+        ("me/cut-50-gguf", {"gguf": True}),
+        ("me/always-cut-99-gguf", {"gguf": True}),
+        ("me/always-cut-99-gguf", {"again": True}),
     )
     assert all(result["same"] for result in results)
-    refused, forbidden, *whole, adapter, full, again = results
+    refused, forbidden, *whole, adapter, full, again = results[:-4]
     assert refused["error"] == forbidden["error"] == "UploadError"
     assert "HTTP 401" in refused["message"] and "token=" in refused["message"] and not refused["written"]
     assert "HTTP 403" in forbidden["message"] and not forbidden["written"]
@@ -259,3 +269,16 @@ def test_faults_that_pass_are_survived_the_others_are_told_and_an_upload_goes_on
     assert server.sent["me/always-full"] == len([name for name in files if name.endswith(".safetensors")]) > 2
     assert server.tokens >= {"Bearer hf_a_secret"} and "hf_a_secret" not in log + json.dumps(results)
     assert not any(b"hf_a_secret" in data for data in local_files(tmp_path / "cut-0").values())
+
+    refused, cut, always, again = results[-4:]
+    assert "HTTP 401" in refused["message"] and not (tmp_path / "http-401-gguf").exists()
+    assert cut["url"].endswith("/me/cut-50-gguf") and server.private["me/cut-50-gguf"]
+    files = local_files(tmp_path / "cut-50-gguf")
+    assert server.committed["me/cut-50-gguf"] == files and server.commits["me/cut-50-gguf"] == 1
+    kinds = {name.rpartition(".")[2] for name in files}
+    assert kinds == {"gguf", "json", "md", "Modelfile"} and sum(name.endswith(".gguf") for name in files) == 2
+    card = files["README.md"].decode()
+    assert "library_name: gguf" in card and "| adapter | LoRA, r = 2" in card and "Q8_0.gguf" in card
+    assert always["error"] == "UploadError" and "always-cut-99-gguf' is whole" in always["message"]
+    assert "url" in again and server.sent["me/always-cut-99-gguf"] == 2  # each file's bytes went once
+    assert server.committed["me/always-cut-99-gguf"] == local_files(tmp_path / "always-cut-99-gguf")

@@ -43,6 +43,18 @@ def test_a_large_body_without_a_length_is_cut_off(running):
     assert answer.status_code == 413 and "10,000 bytes" in answer.json()["error"]["message"]
 
 
+def test_a_body_that_never_arrives_is_given_up(tiny):
+    running = start(tiny(), body_seconds=0.2)
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {KEY}\r\n"
+        "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+    )
+    with socket.create_connection(("127.0.0.1", running.port), timeout=10) as connection:
+        connection.sendall(head.encode())
+        assert b" 408 " in connection.recv(1000)
+    running.stop()
+
+
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"[]", b"null", b'"text"', b'{"model": "tiny"}', b"\xff\xfe", b'{"model": NaN}', b"[" * 9000]
 )

@@ -5,12 +5,13 @@ import json
 import math
 import threading
 
+import httpx
 import openai
 import pytest
 import torch
-from tests.serve.conftest import start, wait_until
+from tests.serve.conftest import KEY, start, wait_until
 
-from unsloth.serve import tool_calls
+from unsloth.data import tool_calls
 from unsloth.serve.chat_prompt import ChatPrompt
 from unsloth.serve.requests import ChatRequest
 
@@ -197,6 +198,11 @@ BAD = {
     "n": ("/completions", {"prompt": "a", "n": 0}, "greater than or equal to 1"),
     "n without chance": ("/completions", {"prompt": "a", "n": 2, "temperature": 0}, "greedy completions are all"),
     "too many": ("/completions", {"prompt": "a", "n": 1000}, "128 completions"),
+    "temperature beyond float32": ("/completions", {"prompt": "a", "temperature": 1e300}, "at most 1000"),
+    "penalty beyond float32": ("/completions", {"prompt": "a", "repetition_penalty": 1e-300}, "from 0.001 to 1000"),
+    "bias beyond float32": ("/completions", {"prompt": "a", "logit_bias": {"3": 1e300}}, "within 1,000,000,000"),
+    "fewest above most": ("/completions", {"prompt": "a", "min_tokens": 9, "max_tokens": 2}, "min_tokens is more"),
+    "a seed beyond 64 bits": ("/completions", {"prompt": "a", "seed": 2**64}, "seed must fit 64 bits"),
     "empty list": ("/completions", {"prompt": []}, "empty list"),
     "a number as text": ("/completions", {"prompt": "a", "max_tokens": "7"}, "max_tokens"),
     "a mistyped field": ("/completions", {"prompt": "a", "max_token": 7}, "'max_token' is not a field"),
@@ -231,6 +237,29 @@ def test_bad_requests_are_told_what_is_wrong(running, case, stream):
         running.client().post(path, cast_to=object, body={"model": "tiny", "stream": stream, **body})
     assert caught.value.body["type"] == "invalid_request_error"
     assert running.engine.stats().running == 0
+
+
+def test_numbers_larger_than_the_device_holds(running):
+    """None of these may end the engine's thread."""
+    for more in ({"top_k": 2**31}, {"top_k": 2**62}, {"stop_token_ids": [2**40]}, {"seed": 2**64 - 1}):
+        ask = {"model": "tiny", "prompt": "a", "max_tokens": 2, "extra_body": more}
+        assert running.client().completions.create(**ask).choices
+    ask = {"model": "tiny", "prompt": "a", "max_tokens": 10**18, "extra_body": {"logit_bias": {"2": 1e6}}}
+    assert running.client().completions.create(**ask).choices
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", {"messages": [{"role": "user", "content": "\ud800"}]}),
+        ("completions", {"prompt": "\ud800"}),
+    ],
+)
+def test_half_of_a_surrogate_pair(running, path, body):
+    content = json.dumps({"model": "tiny", **body}).encode()  # the client itself cannot send it
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    answer = httpx.post(f"{running.url}/v1/{path}", headers=headers, content=content)
+    assert answer.status_code == 400 and "the text is not Unicode" in answer.text
 
 
 def test_a_model_that_is_not_there(running):

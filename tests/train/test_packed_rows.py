@@ -98,3 +98,15 @@ def test_asked_for_where_it_cannot_be_done(tiny, tmp_path):
     args = DPOConfig(output_dir=str(tmp_path), packing=True, report_to="none")
     with pytest.raises(ConfigError, match="packing needs a model.*'sdpa'"):
         DPOTrainer(model=model, tokenizer=tokenizer, train_dataset=PAIRS, args=args)
+
+
+def test_groups_keep_their_prompt_once():
+    """Rows 0, 2 and 3 have one prompt, with padding in front; row 1 another; row 4 only calls row 0 its leader."""
+    rows = [[0, 5, 6, 7, 0], [8, 9, 4, 1, 2], [0, 5, 6, 8, 9], [0, 5, 6, 0, 0], [0, 7, 6, 1, 0]]
+    ids = torch.tensor(rows)
+    prompts = torch.tensor([[1, 1, 1, 0, 0]]).bool().expand_as(ids)
+    found = pack(ids, ids != 0, prompts, torch.tensor([0, 1, 0, 0, 0]))
+    assert found.input_ids.tolist() == [[5, 6, 7, 8, 9, 7, 6, 1, 8, 9, 4, 1, 2]]
+    assert found.position_ids.tolist() == [[0, 1, 2, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4]]
+    again = found.input_ids[0][found.index].masked_fill(ids == 0, 0)
+    assert torch.equal(again, ids)

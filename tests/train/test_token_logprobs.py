@@ -124,3 +124,27 @@ def test_an_adapter_on_the_head_takes_whole_logits(tiny):
         make("llama", tiny("llama", False)), LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM")
     )
     assert not TokenLogprobs(model).chunked
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_temperature_and_entropy(tiny, kind, chunked):
+    model = make(kind, tiny())
+    inputs, labels = batch(model)
+    counts = labels[:, 1:] != IGNORED
+    found = TokenLogprobs(model, chunked).scores(model, inputs, labels, temperature=0.7, entropy_grad=True)
+    weights = torch.linspace(-1, 1, counts.numel()).view(counts.shape)
+    (found.logprobs * weights + 0.3 * found.entropy * weights.flip(0)).sum().backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    every = (model(**inputs).logits[:, :-1] / 0.7).log_softmax(-1)
+    chosen = every.gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0] * counts
+    entropy = -(every.exp() * every).sum(-1) * counts
+    torch.testing.assert_close(found.logprobs, chosen, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.entropy, entropy, rtol=1e-5, atol=1e-5)
+    (chosen * weights + 0.3 * entropy * weights.flip(0)).sum().backward()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, model.get_parameter(name).grad, rtol=1e-3, atol=1e-4, msg=name)
+    constant = TokenLogprobs(model, chunked).scores(model, inputs, labels, temperature=0.7, entropy=True)
+    assert not constant.entropy.requires_grad and constant.logprobs.requires_grad
+    assert TokenLogprobs(model, chunked).scores(model, inputs, labels).entropy is None

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from unsloth.api import FastLanguageModel
 from unsloth.cli.options import precision_switch
 from unsloth.core.errors import ConfigError
+from unsloth.generate.prompts import check_text
 
 _HELP = "/quit ends, /reset forgets the conversation, /system TEXT sets the system message."
 
@@ -110,7 +111,10 @@ def chat(options: ChatOptions) -> None:
         if line.startswith("/"):
             print(_command(line, conversation))
         elif line:
-            answer(model, tokenizer, conversation, line, options)
+            try:
+                answer(model, tokenizer, conversation, line, options)
+            except ConfigError as error:  # of this message; the next one may be better
+                print(f"Error: {error}")
 
 
 def _command(line: str, conversation: Conversation) -> str:
@@ -131,11 +135,15 @@ def answer(
     """Print the model's answer as it is made, and add it to the conversation; Ctrl-C cuts it short.
 
     Raises:
-        ConfigError: The message is too long.
+        ConfigError: The message is too long, or not Unicode; it is not part of the conversation then.
     """
-    conversation.turns.append({"role": "user", "content": message})
+    conversation.turns.append({"role": "user", "content": check_text(message)})
     room = max(model.max_seq_length - options.max_tokens, 1)
-    ids = conversation.tokens(tokenizer, room).to(model.device)
+    try:
+        ids = conversation.tokens(tokenizer, room).to(model.device)
+    except ConfigError:
+        conversation.turns.pop()
+        raise
     printer = _Printer(tokenizer)
     try:
         with torch.inference_mode():

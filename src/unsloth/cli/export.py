@@ -100,7 +100,7 @@ def export(options: ExportOptions) -> None:
         save_method=options.method,
         adapter_scale=options.adapter_scale,
         base_weight=options.base_weight,
-        adapters=_further(model, options.further) if options.further else None,
+        adapters=load_further(model, options.further),
         max_shard_size=options.max_shard_size,
         maximum_memory_usage=options.maximum_memory_usage,
     )
@@ -111,8 +111,18 @@ def export(options: ExportOptions) -> None:
         console.print(f"Uploaded to {upload.upload(Path(options.out), repository)}", markup=False)
 
 
-def _further(model: Any, further: Sequence[str]) -> dict[str, float]:
-    """Load further adapters beside the first; return the weight of each by name."""
+def load_further(model: Any, further: Sequence[str]) -> dict[str, float] | None:
+    """Load further adapters, given as ``FOLDER=WEIGHT``, beside the first; return the weight of each by name.
+
+    Returns:
+        None if there are none.
+
+    Raises:
+        AdapterError: The model is no adapter, or one of the others is on another base.
+        ConfigError: Not a weight.
+    """
+    if not further:
+        return None
     if not hasattr(model, "peft_config"):
         raise AdapterError("--with adds adapters to an adapter", do="Name an adapter's folder as MODEL.")
     weights = dict.fromkeys(model.peft_config, 1.0)

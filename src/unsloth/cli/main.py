@@ -115,7 +115,9 @@ def export(
         list[str] | None,
         typer.Option("--with", metavar="FOLDER=WEIGHT", help="A further adapter on the same base; may be repeated."),
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Largest file; default: 5GB, or one file for each GGUF type.")
+    ] = None,
     maximum_memory_usage: Annotated[
         float, typer.Option(help="Share of the free memory that the reloaded model may take.")
     ] = 0.75,
@@ -143,23 +145,24 @@ def export(
     if form == "gguf":
         from unsloth.cli import export_gguf
 
-        if dry_run or further or scale != 1.0 or base_weight:
-            raise ConfigError("--dry-run, --with, --scale and --base-weight do not work with --format gguf")
-        export_gguf.export(
-            export_gguf.GgufOptions(
-                name=model,
-                out=out,
-                methods=tuple(quantization or ("fast_quantized",)),
-                imatrix=imatrix,
-                data=data,
-                adapter_only=method == "lora",
-                precision=precision,
-                maximum_memory_usage=maximum_memory_usage,
-                push_to=push_to,
-                public=public,
-                trust_remote_code=trust_remote_code,
-            )
+        gguf_options = export_gguf.GgufOptions(
+            name=model,
+            out=out,
+            methods=tuple(quantization or ("fast_quantized",)),
+            imatrix=imatrix,
+            data=data,
+            adapter_only=method == "lora",
+            precision=precision,
+            adapter_scale=scale,
+            base_weight=base_weight,
+            further=tuple(further or ()),
+            max_shard_size=max_shard_size,
+            maximum_memory_usage=maximum_memory_usage,
+            push_to=push_to,
+            public=public,
+            trust_remote_code=trust_remote_code,
         )
+        (export_gguf.dry_run if dry_run else export_gguf.export)(gguf_options)
         return
     from unsloth.cli import run_config
 
@@ -175,13 +178,29 @@ def export(
         adapter_scale=scale,
         base_weight=base_weight,
         further=tuple(further or ()),
-        max_shard_size=max_shard_size,
+        max_shard_size=max_shard_size or "5GB",
         maximum_memory_usage=maximum_memory_usage,
         push_to=push_to,
         public=public,
         trust_remote_code=trust_remote_code,
     )
     (command.dry_run if dry_run else command.export)(options)
+
+
+@app.command()
+def verify(
+    target: Annotated[str, typer.Argument(metavar="DIR_OR_GGUF", help="What was saved: a folder or a .gguf file.")],
+    against: Annotated[str, typer.Option(help="The original model: a folder or hub id.")],
+    adapter: Annotated[str | None, typer.Option(help="The folder of the adapter that was merged into it.")] = None,
+    precision: Precision = None,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Say whether a saved model is the original, and if not, why: template, tokens, base, tensors, predictions."""
+    from unsloth.cli import verify as command
+
+    options = command.VerifyOptions(target, against, adapter, precision, trust_remote_code)
+    if not command.verify(options):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -59,6 +59,13 @@ TRAINING = {
         ClassSource("unsloth", "train/config.py", "SFTConfig"),
     ),
     "dpo": (_PLAIN, _TRL, ClassSource("trl", "trainer/dpo_config.py", "DPOConfig"), *_PREFERENCE),
+    "grpo": (
+        _PLAIN,
+        _TRL,
+        ClassSource("trl", "trainer/grpo_config.py", "GRPOConfig"),
+        *_COMMON,
+        ClassSource("unsloth", "train/grpo_config.py", "RolloutArguments"),
+    ),
     "kto": (
         _PLAIN,
         _TRL,

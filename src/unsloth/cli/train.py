@@ -63,8 +63,8 @@ class Run:
     adapter: adapters.AdapterOptions | None
     training: Any
     tokenizer: PreTrainedTokenizerBase
-    train: Rows | methods.PreferenceRows
-    evaluation: Rows | methods.PreferenceRows | None
+    train: Rows | methods.PreferenceRows | methods.PromptRows
+    evaluation: Rows | methods.PreferenceRows | methods.PromptRows | None
     memory: estimate.MemoryEstimate | None  # of supervised fine-tuning only
     plan: PatchPlan | None
 
@@ -74,6 +74,12 @@ class Run:
         if self.training.max_steps > 0:
             return self.training.max_steps
         count = len(self.train.rows)
+        if isinstance(self.train, methods.PromptRows):
+            used = count // (self.training.generation_batch_size // self.training.num_generations)
+            batches = used * self.training.steps_per_generation * self.training.num_iterations
+            return math.ceil(
+                self.training.num_train_epochs * max(batches // self.training.gradient_accumulation_steps, 1)
+            )
         if isinstance(self.train, Rows) and self.training.packing and self.training.max_length:
             count = len(packing.pack([len(ids) for ids in self.train.rows["input_ids"]], self.training.max_length))
         batches = math.ceil(count / self.training.per_device_train_batch_size)
@@ -111,6 +117,9 @@ def train(config: RunConfig, *, resume: bool = False, trust_remote_code: bool = 
     facts: dict[str, object] = {"steps": outcome.global_step, "mean loss": f"{outcome.training_loss:.4f}"}
     if losses:
         facts["loss, first and last"] = f"{losses[0]:.4f}, {losses[-1]:.4f}"
+    rewards = [entry["reward"] for entry in trainer.state.log_history if entry.get("reward") is not None]
+    if rewards:
+        facts["reward, first and last"] = f"{rewards[0]:.4f}, {rewards[-1]:.4f}"
     evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if evaluated:
         facts["held-out loss, last"] = f"{evaluated[-1]:.4f}"
@@ -165,8 +174,7 @@ def prepare_run(config: RunConfig, *, trust_remote_code: bool = False) -> Run:
     method = methods.method_of(config)
     if method.prepare is not None:
         pairs, held_out_pairs = (
-            None if part is None else methods.prepare(method, part, loaded_tokenizer, training)
-            for part in (rows, held_out)
+            None if part is None else method.prepare(part, loaded_tokenizer, training) for part in (rows, held_out)
         )
         assert pairs is not None
         return Run(loading, adapter, training, loaded_tokenizer, pairs, held_out_pairs, None, built.plan)
@@ -225,8 +233,10 @@ def first_row(console: Console, run: Run) -> Text:
     return text
 
 
-def _tokens_of(rows: Rows | methods.PreferenceRows) -> list[tuple[int, bool]]:
+def _tokens_of(rows: Rows | methods.PreferenceRows | methods.PromptRows) -> list[tuple[int, bool]]:
     """The tokens of the first row, and whether each is trained; with preferences, its prompt and each answer."""
+    if isinstance(rows, methods.PromptRows):
+        return [(token, False) for token in rows.first]
     row = rows.rows[0]
     if isinstance(rows, Rows):
         # Nothing comes before the first token, so it is never predicted.
@@ -325,7 +335,7 @@ def _summary(run: Run, config: RunConfig) -> Table:
 def _facts_of_rows(run: Run) -> dict[str, object]:
     """What the table says of the training rows."""
     longest = f"up to {run.train.longest:,} tokens"
-    if isinstance(run.train, methods.PreferenceRows):
+    if isinstance(run.train, methods.PreferenceRows | methods.PromptRows):
         return {"rows": f"{run.train.report}; of {longest}"}
     report = run.train.report
     rows = f"{report.rows:,} of {longest}"

@@ -61,6 +61,8 @@ def parse_messages(messages: Any, number: int, column: str = "messages") -> list
     """
     if isinstance(messages, str):
         messages = parse_json(messages, number, column)
+    elif hasattr(messages, "tolist"):  # an array of numpy, as pandas reads lists from Parquet files
+        messages = messages.tolist()
     if not isinstance(messages, Sequence) or not messages:
         raise DataError(
             f"row {number}: '{column}' must be a non-empty list of messages",
@@ -89,6 +91,13 @@ def parse_json(text: str, number: int, column: str) -> Any:
         ) from None
 
 
+def pruned(value: Any) -> Any:
+    """``value`` without keys whose value is None, at any depth: tables put them where rows differ in their keys."""
+    if isinstance(value, Mapping):
+        return {key: pruned(item) for key, item in value.items() if item is not None}
+    return [pruned(item) for item in value] if isinstance(value, list) else value
+
+
 def _message(message: Any, number: int, position: int) -> dict[str, Any]:
     if type(message) is dict and message.keys() == _ESSENTIAL:
         role, content = message["role"], message["content"]
@@ -114,6 +123,8 @@ def _message(message: Any, number: int, position: int) -> dict[str, Any]:
         )
     parsed["role"] = _role(parsed["role"], where)
     parsed.setdefault("content", "")
+    if "tool_calls" in parsed:
+        parsed["tool_calls"] = _tool_calls(parsed["tool_calls"], number, where)
     _check_content(parsed["content"], where)
     return parsed
 
@@ -129,6 +140,24 @@ def _role(role: Any, where: str) -> str:
         got=role,
         do=f"Rename it; known are {', '.join(ROLES)}, and ShareGPT's human and gpt.",
     )
+
+
+def _tool_calls(calls: Any, number: int, where: str) -> list[dict[str, Any]]:
+    if isinstance(calls, str):
+        calls = parse_json(calls, number, "tool_calls")
+    calls = pruned(calls)
+    if isinstance(calls, list) and all(isinstance(call, dict) and _is_call(call) for call in calls):
+        return calls
+    raise DataError(
+        f"{where}: 'tool_calls' must be a list of calls with 'name' and 'arguments'",
+        got=calls,
+        do='Write each as {"type": "function", "function": {"name": "...", "arguments": {...}}}.',
+    )
+
+
+def _is_call(call: dict[str, Any]) -> bool:
+    function = call.get("function", call)
+    return isinstance(function, dict) and isinstance(function.get("name"), str) and "arguments" in function
 
 
 def _check_content(content: Any, where: str) -> None:

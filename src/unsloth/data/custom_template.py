@@ -7,12 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from datasets import Dataset
+from datasets import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from unsloth.core.errors import ConfigError
 from unsloth.core.log import get_logger
-from unsloth.data import formats, ollama
+from unsloth.data import formats, ollama, tables
 from unsloth.data.render import ChatRenderer
 
 DEFAULT_SYSTEM_MESSAGE = (
@@ -101,8 +101,8 @@ def apply_chat_template(
         made = construct_chat_template(tokenizer, chat_template, default_system_message, extra_eos_tokens)
         tokenizer.chat_template = made.jinja_template
         tokenizer._ollama_modelfile = made.modelfile
-    if not hasattr(dataset, "map"):
-        dataset = Dataset.from_list([dict(row) for row in dataset])
+    if not isinstance(dataset, IterableDataset):
+        dataset = tables.as_dataset(dataset)
     renderer = ChatRenderer(tokenizer)
 
     def render(row: Mapping[str, Any], number: int) -> dict[str, str]:

@@ -22,7 +22,7 @@ TrainOn = Literal["all", "responses", "last_response"]
 LongRows = Literal["truncate", "chunk", "drop", "error"]
 
 # What happened to a row, as bits of one column.
-TRUNCATED, CONTROL, DOUBLE_BOS, SILENT, DROPPED = 1, 2, 4, 8, 16
+TRUNCATED, CONTROL, DOUBLE_BOS, SILENT, DROPPED, UNWRITTEN = 1, 2, 4, 8, 16, 32
 
 
 @dataclass(frozen=True)
@@ -194,6 +194,7 @@ class Encoder:
         self.markers = options.responses
         self._eos = tokenizer.eos_token if options.append_eos else None
         self._bos = tokenizer.bos_token_id
+        self._swallowing = frozenset(n for n, token in tokenizer.added_tokens_decoder.items() if token.rstrip)
         self._ends = tuple(
             t for t in tokenizer.all_special_tokens if t not in (tokenizer.pad_token, tokenizer.bos_token)
         )
@@ -296,6 +297,7 @@ class Encoder:
         return Piece(text, trained, begin=not (bos and text.startswith(bos)))
 
     def _conversation(self, row: Mapping[str, Any], number: int) -> Piece | Filled:
+        formats.refuse_images(row, number)
         return self._rendered(formats.conversation_of(row, number, self.detection), number)
 
     def _rendered(self, conversation: Conversation, number: int, first: int = 0) -> Piece | Filled:
@@ -311,8 +313,9 @@ class Encoder:
             return Filled(match.known, match.texts, flags)
         else:
             rendered = match.known.rendered(match.texts)
-        if match is None and self.renderer.has_control_tokens(conversation):
-            flags |= CONTROL
+        if match is None:  # else the row has nothing but texts, and no control token in them
+            flags |= CONTROL * self.renderer.has_control_tokens(conversation)
+            flags |= UNWRITTEN * self.renderer.leaves_out(conversation, rendered.text)
         trained = None
         last_only = self.options.train_on == "last_response"
         if self.options.train_on != "all" or first:
@@ -329,7 +332,7 @@ class Encoder:
             return Piece(whole.text, [(len(prompt), len(whole.text))], whole.begin)
         if self.renderer is None:
             render.require_template(self.tokenizer)
-        return self._rendered(Conversation(prompt + completion, row.get("tools") or None), number, len(prompt))
+        return self._rendered(Conversation(prompt + completion, formats.tools_of(row, number)), number, len(prompt))
 
     def _labelled(self, item: Piece | Filled, encodings: list[Any]) -> tuple[list[int], list[int], int]:
         if isinstance(item, Filled):
@@ -337,7 +340,9 @@ class Encoder:
         else:
             encoding = encodings[0]
             ids = encoding.ids
-            labels = list(ids) if item.trained is None else masking.label_encoding(ids, encoding, item.trained)
+            labels = list(ids)
+            if item.trained is not None:
+                labels = masking.label_encoding(ids, encoding, item.trained, self._swallowing)
         flags, bos = item.flags, self._bos
         if bos is not None and ids[:2] == [bos, bos]:
             ids, labels, flags = ids[1:], labels[1:], flags | DOUBLE_BOS

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from unsloth.core.errors import ConfigError, DataError
-from unsloth.data.conversation import Conversation, is_missing, parse_json, parse_messages
+from unsloth.data.conversation import Conversation, is_missing, parse_json, parse_messages, pruned
 
 Layout = Literal["tokens", "text", "conversation", "alpaca", "completion", "preference", "unpaired", "prompt"]
 
@@ -19,6 +19,7 @@ ACCEPTED = (
     "a text column; 'messages' or 'conversations' with a list of {'role', 'content'} or {'from', 'value'}; "
     "'instruction', 'output' and optionally 'input'; 'prompt' and 'completion'; 'input_ids' and optionally 'labels'"
 )
+_REMOVE = "Remove such rows: dataset = dataset.filter(lambda row: isinstance(row['{0}'], str) and row['{0}'].strip())."
 # Names that other libraries and data sets use for the two columns of a completion.
 _PROMPTS = ("prompt",)
 _COMPLETIONS = ("completion", "response")
@@ -132,7 +133,7 @@ def text_of(row: Mapping[str, Any], text_field: str, number: int) -> str:
         raise DataError(
             f"row {number}: column '{text_field}' must hold non-empty text",
             got=text,
-            do=f"Remove such rows: dataset = dataset.filter(lambda row: row[{text_field!r}]).",
+            do=_REMOVE.format(text_field),
         )
     return text
 
@@ -158,7 +159,7 @@ def completion_of(row: Mapping[str, Any], number: int, detection: Detection) -> 
         DataError: They are missing or of two kinds.
     """
     columns = [detection.columns[name] for name in ("prompt", "completion")]
-    prompt, completion = (row.get(column) for column in columns)
+    prompt, completion = (_cell(row.get(column)) for column in columns)
     if isinstance(prompt, str) and isinstance(completion, str) and completion.strip():
         return prompt, completion
     if isinstance(prompt, list) and isinstance(completion, list):
@@ -171,20 +172,36 @@ def completion_of(row: Mapping[str, Any], number: int, detection: Detection) -> 
 
 
 def _alpaca(row: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
-    for column in ("instruction", "output"):
-        if not isinstance(row.get(column), str) or is_missing(row[column]):
+    asked, answer = (_cell(row.get(column)) for column in ("instruction", "output"))
+    for column, cell in (("instruction", asked), ("output", answer)):
+        if not isinstance(cell, str) or is_missing(cell):
             raise DataError(
                 f"row {number}: column '{column}' must hold non-empty text",
                 got=row.get(column),
-                do=f"Remove such rows: dataset = dataset.filter(lambda row: row[{column!r}]).",
+                do=_REMOVE.format(column),
             )
-    asked = row["instruction"]
     if not is_missing(row.get("input")):
         asked = f"{asked}\n\n{row['input']}"
-    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
     if isinstance(row.get("system"), str) and not is_missing(row["system"]):
         messages.insert(0, {"role": "system", "content": row["system"]})
     return messages
+
+
+def _cell(value: Any) -> Any:
+    """A cell, a number in it as the text it is: tables read a column of numbers as numbers."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and not is_missing(value)
+    return str(value) if is_number else value
+
+
+def refuse_images(row: Mapping[str, Any], number: int) -> None:
+    """Raise :class:`DataError` if row ``number`` brings images, which a text model would not see."""
+    for column in ("images", "image"):
+        if row.get(column):
+            raise DataError(
+                f"row {number}: column '{column}' holds images, which this text model cannot take",
+                do=f"Use a vision model with FastVisionModel, or dataset.remove_columns({column!r}).",
+            )
 
 
 def template_variables(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,4 +216,4 @@ def tools_of(row: Mapping[str, Any], number: int) -> list[dict[str, Any]] | None
         tools = parse_json(tools, number, "tools") or None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
         raise DataError(f"row {number}: 'tools' must be a list of JSON schemas", got=tools)
-    return tools
+    return pruned(tools)

@@ -181,63 +181,74 @@ def _tools(tools: Sequence[Mapping[str, Any]]) -> str:
     """The tools as declarations in TypeScript."""
     lines = ["# Tools", "", "## functions", "", "namespace functions {", ""]
     for tool in tools:
-        lines += [f"// {line}" for line in tool.get("description", "").split("\n")]
-        if tool.get("parameters"):
-            lines += [f"type {tool['name']} = (_: {{", *_members(tool["parameters"], ""), "}) => any;", ""]
-        else:
-            lines += [f"type {tool['name']} = () => any;", ""]
+        lines += [f"// {line}" for line in (tool.get("description") or "").splitlines()]
+        takes = "" if tool.get("parameters") is None else f"_: {_type(tool['parameters'], '')}"
+        lines += [f"type {tool['name']} = ({takes}) => any;", ""]
     return "\n".join([*lines, "} // namespace functions"])
-
-
-def _members(schema: Mapping[str, Any], indent: str) -> list[str]:
-    lines = []
-    for name, member in (schema.get("properties") or {}).items():
-        lines += _comments(member, indent)
-        optional = "" if name in (schema.get("required") or ()) else "?"
-        space = "" if member.get("oneOf") else " "
-        default = "" if member.get("oneOf") else _default(member)
-        comment = f" // default: {default}" if default else ""
-        lines.append(f"{indent}{name}{optional}:{space}{_type(member, indent)},{comment}")
-    return lines
-
-
-def _comments(member: Mapping[str, Any], indent: str) -> list[str]:
-    lines = [f"{indent}// {member['title']}", f"{indent}//"] if member.get("title") else []
-    if member.get("description"):
-        lines.append(f"{indent}// {member['description']}")
-    if member.get("examples"):
-        lines.append(f"{indent}// Examples:")
-        lines += [f'{indent}// - "{example}"' for example in member["examples"] if isinstance(example, str)]
-    return lines
 
 
 def _type(schema: Mapping[str, Any], indent: str) -> str:
     kind = schema.get("type")
-    if schema.get("oneOf"):
-        options = [
-            f"\n{indent} | {_type(option, indent)}"
-            + (f" // default: {_default(option)}" if "default" in option else "")
-            for option in schema["oneOf"]
-        ]
-        found = "".join(options) + f"\n{indent}"
-    elif isinstance(kind, list):
-        found = " | ".join("number" if name == "integer" else name for name in kind)
-    elif kind == "array":
-        found = f"{_type(schema['items'], indent)}[]" if schema.get("items") else "Array<any>"
-    elif kind == "object":
-        inner = indent + _INDENT
-        found = "\n".join(["{", *_members(schema, inner), f"{inner}}}"])
-    elif kind == "string" and schema.get("enum"):
-        found = " | ".join(f'"{value}"' for value in schema["enum"])
-    else:
-        found = {"integer": "number", None: "any"}.get(kind, str(kind))
-    return f"{found} | null" if schema.get("nullable") else found
+    if "oneOf" in schema:
+        return "".join(f"\n{indent} | {_option(option, indent)}" for option in schema["oneOf"])
+    if isinstance(kind, list):
+        return " | ".join("number" if name == "integer" else name for name in kind)
+    if kind == "object":
+        described = f"{indent}// {schema['description']}\n" if "description" in schema else ""
+        return described + "{\n" + _members(schema, indent) + indent + "}"
+    if kind == "array":
+        return f"{_type(schema['items'], indent)}[]" if "items" in schema else "Array<any>"
+    if kind == "string" and schema.get("enum"):
+        return " | ".join(f'"{value}"' for value in schema["enum"] if isinstance(value, str))
+    return {"string": "string", "number": "number", "integer": "number", "boolean": "boolean"}.get(str(kind), "any")
 
 
-def _default(schema: Mapping[str, Any]) -> str:
-    if "default" not in schema:
-        return ""
+def _members(schema: Mapping[str, Any], indent: str) -> str:
+    text = ""
+    for name, member in (schema.get("properties") or {}).items():
+        options, says = member.get("oneOf"), member.get("description")
+        text += "".join(f"{indent}{comment}\n" for comment in _comments(member, options, says))
+        text += f"{indent}{name}" + ("" if name in (schema.get("required") or ()) else "?") + ":"
+        if options:
+            for number, option in enumerate(options):
+                repeats = option.get("description") == says or (number == 0 and says is not None)
+                text += f"\n{indent} | {_option(option, indent, says=not repeats, bare=True)}"
+            text += f"\n{indent},\n"
+        else:
+            default = f" // default: {_default(member)}" if "default" in member else ""
+            text += f" {_nullable(member, _type(member, indent + _INDENT))},{default}\n"
+    return text
+
+
+def _comments(member: Mapping[str, Any], options: Sequence[Any] | None, says: str | None) -> list[str]:
+    """What stands above a member; of one with options the description comes after the examples."""
+    title = [f"// {member['title']}", "//"] if "title" in member else []
+    strings = [f'// - "{example}"' for example in member.get("examples") or () if isinstance(example, str)]
+    examples = ["// Examples:", *strings] if member.get("examples") else []
+    described = [] if says is None else [f"// {says}"]
+    if not options:
+        return [*title, *described, *examples]
+    if options[0].get("description") == says:  # then it stands beside the first option
+        described = []
+    default = [f"// default: {_default(member)}"] if "default" in member else []
+    return [*title, *examples, *described, *default]
+
+
+def _option(option: Mapping[str, Any], indent: str, says: bool = True, bare: bool = False) -> str:
+    comments = [option["description"]] if says and "description" in option else []
+    if "default" in option:
+        comments.append(f"default: {_default(option, bare)}")
+    comment = f" // {' '.join(comments)}" if comments else ""
+    return _nullable(option, _type(option, indent + "   ")) + comment
+
+
+def _nullable(schema: Mapping[str, Any], text: str) -> str:
+    return f"{text} | null" if schema.get("nullable") and "null" not in text else text
+
+
+def _default(schema: Mapping[str, Any], bare: bool = True) -> str:
+    """A default value; a string is quoted, but not escaped, and bare in an enumeration of strings."""
     value = schema["default"]
-    if isinstance(value, str) and (schema.get("enum") or "type" not in schema):
-        return value
-    return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str) and (bare or not schema.get("enum")):
+        return value if schema.get("enum") else f'"{value}"'
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

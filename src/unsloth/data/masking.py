@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,55 +73,64 @@ def response_spans(text: str, markers: ResponseMarkers) -> list[tuple[int, int]]
     return spans
 
 
-def label_spans(ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
-    """Labels for one row: a token is trained if its text begins within one of ``spans``.
+def label_spans(
+    ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]], swallowing: Container[int] = ()
+) -> list[int]:
+    """Labels for one row: a token is trained if one of its characters lies within ``spans``.
+
+    So is a token that begins in a header and goes on into the answer, such as that of `` Hello`` after
+    ``Assistant: ``: else the first word of an answer would not be learned.
 
     Args:
         ids: Token ids.
         offsets: For each token its characters ``[start, end)`` in the text; ``(0, 0)`` for an added token.
         spans: Sorted, disjoint character ranges to train.
+        swallowing: Tokens that take the white space after them in; those of a header are not trained for that.
     """
     labels = [IGNORED] * len(ids)
     current = 0
     for position, (start, end) in enumerate(offsets):
         while current < len(spans) and start >= spans[current][1]:
             current += 1
-        if current < len(spans) and end > start >= spans[current][0]:
+        if current == len(spans) or end == start or end <= spans[current][0]:
+            continue
+        if start >= spans[current][0] or ids[position] not in swallowing:
             labels[position] = ids[position]
     return labels
 
 
-def label_encoding(ids: list[int], encoding: Any, spans: list[tuple[int, int]]) -> list[int]:
+def label_encoding(
+    ids: list[int], encoding: Any, spans: list[tuple[int, int]], swallowing: Container[int] = ()
+) -> list[int]:
     """As :func:`label_spans`, from the encoding of a fast tokenizer: only the ends of spans are looked up.
 
     Args:
         ids: Token ids.
         encoding: The ``tokenizers.Encoding`` they are from.
         spans: Sorted, disjoint character ranges to train.
+        swallowing: As there.
     """
     labels = [IGNORED] * len(ids)
     for start, end in spans:
-        first = _token_from(encoding, start, end)
+        first = _token_with(encoding, start, end)
         if first is None:
             continue
+        if ids[first] in swallowing and encoding.token_to_chars(first)[0] < start:
+            first += 1
         last = encoding.char_to_token(end)
         if last is None:  # the text's end, or a character that no token has
             last = len(ids)
-            while last > first and not start <= encoding.offsets[last - 1][0] < end:
+            while encoding.offsets[last - 1][0] >= end:
                 last -= 1
-        elif encoding.token_to_chars(last)[0] < end:
+        while last < len(ids) and encoding.token_to_chars(last)[0] < end:
             last += 1
         labels[first:last] = ids[first:last]
     return labels
 
 
-def _token_from(encoding: Any, start: int, end: int) -> int | None:
-    """The first token whose text begins within ``[start, end)``."""
-    for character in range(start, end):
-        token = encoding.char_to_token(character)
-        if token is not None and encoding.token_to_chars(token)[0] >= start:
-            return token
-    return None
+def _token_with(encoding: Any, start: int, end: int) -> int | None:
+    """The first token with a character of ``[start, end)``."""
+    return next((found for i in range(start, end) if (found := encoding.char_to_token(i)) is not None), None)
 
 
 def count_trained(labels: list[int]) -> int:

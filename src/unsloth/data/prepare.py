@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unsloth.core.errors import ConfigError, DataError
 from unsloth.core.log import get_logger
-from unsloth.data import encode, formats, masking, packing, render, sources, token_cache
+from unsloth.data import encode, formats, masking, packing, render, sources, tables, token_cache
 from unsloth.data.encode import Encoder, PrepareOptions
 from unsloth.data.json_rows import LazyRows, as_row
 from unsloth.data.passes import encoded, encoded_stream, of_table
@@ -46,6 +46,7 @@ class PrepareReport:
         control: Rows with the name of a control token within a message.
         double_bos: Rows that began with two begin-of-text tokens; one was removed.
         silent: Rows with an assistant's turn that says nothing; it is not trained.
+        unwritten: Rows with a thought, a tool call or a tool that the chat template leaves out.
     """
 
     rows: int
@@ -58,6 +59,7 @@ class PrepareReport:
     control: int = 0
     double_bos: int = 0
     silent: int = 0
+    unwritten: int = 0
 
     def __str__(self) -> str:
         share = self.trained_tokens / max(self.tokens, 1)
@@ -70,6 +72,7 @@ class PrepareReport:
             "had no token to train and were left out": self.dropped,
             "began with two begin-of-text tokens, of which one was removed": self.double_bos,
             "have an empty answer, which is not trained": self.silent,
+            "have thoughts, tool calls or tools that the chat template does not write": self.unwritten,
             "have the name of a control token within a message (escape_control_tokens writes it as text)": self.control,
         }
         return text + "".join(f"; {count:,} rows {note}" for note, count in notes.items() if count)
@@ -125,7 +128,11 @@ def opened(rows: Rows | str | os.PathLike[str]) -> tuple[Rows, list[Mapping[str,
 
 
 def _checked(rows: Rows) -> Rows:
-    if isinstance(rows, Dataset | IterableDataset | LazyRows):
+    if isinstance(rows, Dataset | IterableDataset):
+        return tables.undecoded(rows)
+    if tables.is_frame(rows):
+        return tables.as_dataset(rows)
+    if isinstance(rows, LazyRows):
         return rows
     if isinstance(rows, Iterable) and not isinstance(rows, str | bytes | Mapping):
         return [as_row(row, f"row {number}") for number, row in enumerate(rows)]
@@ -234,6 +241,7 @@ def _finish(
         control=int(((flags & encode.CONTROL) > 0).sum()),
         double_bos=int(((flags & encode.DOUBLE_BOS) > 0).sum()),
         silent=int(((flags & encode.SILENT) > 0).sum()),
+        unwritten=int(((flags & encode.UNWRITTEN) > 0).sum()),
     )
     return encoded, report
 

@@ -135,6 +135,14 @@ class ChatRenderer:
             isinstance(message["content"], str) and pattern.search(message["content"]) for message in row.messages
         )
 
+    def leaves_out(self, row: Conversation, text: str) -> bool:
+        """Whether the template wrote ``text`` without a thought, a tool call or a tool that ``row`` has."""
+        calls = [call for message in row.messages for call in message.get("tool_calls") or ()]
+        said = [entry.get("function", entry).get("name") for entry in (*(row.tools or ()), *calls)]
+        said += [message.get(key) for message in row.messages for key in ("thinking", "reasoning_content")]
+        found = [value.strip() for value in said if isinstance(value, str)]
+        return any((self._escaped(value) if self._escape else value) not in text for value in found)
+
     def escaped(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Copies of ``messages`` whose text holds no control token."""
         return [{key: self._escaped(value) for key, value in message.items()} for message in messages]

@@ -10,9 +10,12 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from unsloth.core.errors import ConfigError, DataError
-from unsloth.data import formats
+from unsloth.core.log import get_logger
+from unsloth.data import formats, tables
 from unsloth.data.conversation import is_missing, parse_messages
 from unsloth.data.formats import CONVERSATION_COLUMNS
+
+logger = get_logger(__name__)
 
 _OPTIONAL = re.compile(r"\[\[(.*?)\]\]", re.DOTALL)
 _COLUMN = re.compile(r"\{([^{}]+)\}")
@@ -47,7 +50,7 @@ def to_sharegpt(
         ConfigError: A column that is not there, or more turns than rows.
         DataError: No rows, or a row without an answer; names it.
     """
-    rows = dataset if isinstance(dataset, Dataset) else Dataset.from_list([dict(row) for row in dataset])
+    rows = tables.as_dataset(dataset)
     if len(rows) == 0:
         raise DataError("the data set has no rows", got=rows.column_names)
     template = merged_prompt or "{" + merged_column_name + "}"
@@ -70,6 +73,9 @@ def to_sharegpt(
                 do=f"Remove such rows: dataset = dataset.filter(lambda row: row[{output_column_name!r}]).",
             )
         turns.append([{"from": "human", "value": _merge(template, values)}, {"from": "gpt", "value": answer}])
+    empty = [number for number, (asked, _) in enumerate(turns) if not asked["value"].strip()]
+    if empty:
+        logger.warning("%d rows have an empty prompt, such as row %d: all its columns are empty", len(empty), empty[0])
     conversations = _extended(turns, conversation_extension, random_state)
     if remove_unused_columns:
         return Dataset.from_dict({"conversations": conversations})
@@ -107,8 +113,8 @@ def standardize_sharegpt(
     Raises:
         DataError: No conversations, or a row that cannot be read; names it.
     """
-    if not isinstance(dataset, Dataset | IterableDataset):
-        dataset = Dataset.from_list([dict(row) for row in dataset])
+    if not isinstance(dataset, IterableDataset):
+        dataset = tables.as_dataset(dataset)
     columns = dataset.column_names or list(next(iter(dataset), {}))
     column = next((name for name in CONVERSATION_COLUMNS if name in columns), None)
     aliases = {}

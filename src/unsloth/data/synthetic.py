@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ adding anything that is not in the row:
 Reply with nothing but JSON, one pair for each row in order: [{{"question": "...", "answer": "..."}}]"""
 
 _PATIENCE = 3  # replies without a new row before giving up
+_BATCH = 16  # prompts that are given to the model at once
 
 logger = get_logger(__name__)
 
@@ -115,16 +117,12 @@ def make_pairs(
     done = dict(_done(progress))
     keys = [_key(text, options) for text in texts]
     open_texts = [(key, text) for key, text in dict(zip(keys, texts, strict=True)).items() if key not in done]
-    progress.parent.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(open_texts), options.batch):
         batch = open_texts[start : start + options.batch]
         results = _write_and_rate([text for _, text in batch], generate, options)
-        with progress.open("a", encoding="utf-8") as file:
-            for (key, _), result in zip(batch, results, strict=True):
-                done[key] = result
-                file.write(json.dumps({"key": key, **result}, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        entries = [(key, result) for (key, _), result in zip(batch, results, strict=True)]
+        done.update(entries)
+        _append(progress, entries)
     results = [done[key] for key in dict.fromkeys(keys)]
     good = [pair for result in results for pair in result["pairs"]]
     kept = [good[number] for number in quality.unique([{"q": pair["question"]} for pair in good])]
@@ -141,7 +139,11 @@ def make_pairs(
 
 
 def make_variations(
-    rows: Sequence[Mapping[str, Any]], generate: Generate, count: int, per_prompt: int = 5
+    rows: Sequence[Mapping[str, Any]],
+    generate: Generate,
+    count: int,
+    per_prompt: int = 5,
+    progress: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Let a model write new rows after the user's own.
 
@@ -150,6 +152,7 @@ def make_variations(
         generate: Calls the model.
         count: How many prompts' worth of rows are asked for, in rows.
         per_prompt: Rows that one prompt asks for.
+        progress: A file that keeps the replies, so that an interrupted call goes on where it was.
 
     Returns:
         Rows with the columns of the examples, without repetitions; there may be fewer than asked for.
@@ -166,7 +169,7 @@ def make_variations(
         examples = "\n".join(json.dumps(row, ensure_ascii=False, default=str) for row in shown)
         prompts.append(_VARY.format(rows=examples, count=per_prompt))
     written = []
-    for reply in _replies(generate, prompts):
+    for reply in _KeptReplies(generate, progress).ask(prompts):
         found = _json_list(reply) or []
         written += [row for row in found if isinstance(row, dict) and set(row) == columns]
     if not written:
@@ -176,7 +179,12 @@ def make_variations(
 
 
 def invent(
-    task: str, columns: Sequence[str], generate: Generate, count: int, per_prompt: int = 5
+    task: str,
+    columns: Sequence[str],
+    generate: Generate,
+    count: int,
+    per_prompt: int = 5,
+    progress: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Let a model write rows from nothing but the description of a task.
 
@@ -186,6 +194,7 @@ def invent(
         generate: Calls the model.
         count: How many rows are wanted.
         per_prompt: Rows that one prompt asks for. Each prompt shows a few of the rows written so far.
+        progress: A file that keeps the replies, so that an interrupted call goes on where it was.
 
     Returns:
         Rows without repetitions; fewer than wanted if three replies in a row bring nothing new.
@@ -198,10 +207,11 @@ def invent(
         raise ConfigError("rows need columns, and at least one must be wanted", got=(list(columns), count))
     written: list[dict[str, Any]] = []
     fruitless = 0
+    replies = _KeptReplies(generate, progress)
     while len(written) < count and fruitless < _PATIENCE:
         shown = "\n".join(json.dumps(row, ensure_ascii=False) for row in written[-per_prompt:]) or "(none)"
         prompt = _INVENT.format(count=per_prompt, task=task, columns=", ".join(columns), rows=shown)
-        found = _json_list(_replies(generate, [prompt])[0]) or []
+        found = _json_list(replies.ask([prompt])[0]) or []
         both = written + [row for row in found if isinstance(row, dict) and set(row) == set(columns)]
         kept = [both[number] for number in quality.unique(both)]
         fruitless = 0 if len(kept) > len(written) else fruitless + 1
@@ -212,7 +222,7 @@ def invent(
 
 
 def restructure(
-    rows: Sequence[Mapping[str, Any]], generate: Generate, per_prompt: int = 5
+    rows: Sequence[Mapping[str, Any]], generate: Generate, per_prompt: int = 5, progress: Path | None = None
 ) -> tuple[list[dict[str, Any]], list[int]]:
     """Let a model turn rows of any shape into conversations of one question and one answer.
 
@@ -220,6 +230,7 @@ def restructure(
         rows: The rows.
         generate: Calls the model.
         per_prompt: Rows that one prompt shows.
+        progress: A file that keeps the replies, so that an interrupted call goes on where it was.
 
     Returns:
         Rows with ``messages``; and the numbers of the rows of which the model made none.
@@ -236,7 +247,7 @@ def restructure(
         prompts.append(_RESTRUCTURE.format(rows="\n".join(shown), count=len(shown)))
     made: list[dict[str, Any]] = []
     failed: list[int] = []
-    for start, reply in zip(starts, _replies(generate, prompts), strict=True):
+    for start, reply in zip(starts, _KeptReplies(generate, progress).ask(prompts), strict=True):
         pairs = _pairs(reply)
         expected = min(per_prompt, len(rows) - start)
         if len(pairs) == expected:
@@ -265,6 +276,45 @@ def _write_and_rate(texts: list[str], generate: Generate, options: PairOptions) 
         good = [pair for pair, score in zip(found, scores, strict=True) if score >= options.threshold]
         results.append({"pairs": good, "rated_out": len(found) - len(good), "unreadable": 0})
     return results
+
+
+class _KeptReplies:
+    """Replies of a model, kept in a file as they come, and taken from there when the same is asked again.
+
+    A prompt that one call asks twice may have two replies, so it is known by its text and by how often it was asked.
+    """
+
+    def __init__(self, generate: Generate, progress: Path | None) -> None:
+        self._generate = generate
+        self._progress = progress
+        self._done = {key: entry["reply"] for key, entry in _done(progress)} if progress else {}
+        self._asked: Counter[str] = Counter()
+
+    def ask(self, prompts: Sequence[str]) -> list[str]:
+        """One reply for each prompt, in order."""
+        keys = []
+        for prompt in prompts:
+            keys.append(_digest(f"{self._asked[prompt]} {prompt}"))
+            self._asked[prompt] += 1
+        left = [(key, prompt) for key, prompt in zip(keys, prompts, strict=True) if key not in self._done]
+        for start in range(0, len(left), _BATCH):
+            batch = left[start : start + _BATCH]
+            replies = _replies(self._generate, [prompt for _, prompt in batch])
+            self._keep([(key, {"reply": reply}) for (key, _), reply in zip(batch, replies, strict=True)])
+        return [self._done[key] for key in keys]
+
+    def _keep(self, entries: list[tuple[str, dict[str, Any]]]) -> None:
+        self._done.update((key, entry["reply"]) for key, entry in entries)
+        if self._progress is not None:
+            _append(self._progress, entries)
+
+
+def _append(progress: Path, entries: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    progress.parent.mkdir(parents=True, exist_ok=True)
+    with progress.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps({"key": key, **entry}, ensure_ascii=False) + "\n" for key, entry in entries)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _replies(generate: Generate, prompts: list[str]) -> list[str]:
@@ -302,21 +352,23 @@ def _done(progress: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """What an earlier run did; its last line may be cut off."""
     if not progress.is_file():
         return
-    lines = progress.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = progress.read_bytes().splitlines(keepends=True)  # of bytes: at line feeds, not at what Unicode breaks at
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
             yield entry.pop("key"), entry
-        except (json.JSONDecodeError, KeyError):
+        except (ValueError, KeyError, AttributeError):
             if number < len(lines):
                 raise DataError(f"{progress}, line {number}: no result of an earlier run", do="Remove it.") from None
-            whole = "".join(lines[:-1])
-            progress.write_text(whole, encoding="utf-8")
-            logger.info("%s: the last line was cut off; its piece of text is done again", progress)
+            progress.write_bytes(b"".join(lines[:-1]))
+            logger.info("%s: the last line was cut off; what it was about is done again", progress)
 
 
 def _key(text: str, options: PairOptions) -> str:
-    about = f"{options.pairs_per_chunk} {options.threshold} {text}"
+    return _digest(f"{options.pairs_per_chunk} {options.threshold} {text}")
+
+
+def _digest(about: str) -> str:
     return hashlib.blake2b(about.encode("utf-8", "replace"), digest_size=16).hexdigest()
 
 

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,7 +18,7 @@ from xml.etree import ElementTree
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
-from datasets import Dataset
+from datasets import Dataset, Image, List
 
 from unsloth.core.errors import ConfigError, DataError
 from unsloth.core.log import get_logger
@@ -33,6 +34,44 @@ _DATE_FORMATS = {*range(14, 23), 45, 47}
 _SPAN_FORMAT = 46
 
 logger = get_logger(__name__)
+
+
+def is_frame(rows: Any) -> bool:
+    """Whether ``rows`` are a DataFrame of pandas, which is not imported for that."""
+    return type(rows).__module__.partition(".")[0] == "pandas" and hasattr(rows, "columns")
+
+
+def as_dataset(rows: Any) -> Dataset:
+    """Rows as a data set that has the columns of all of them; empty cells of a pandas frame (NaN) are None in it.
+
+    Raises:
+        DataError: A column holds values of kinds that one column cannot have; names it.
+    """
+    if isinstance(rows, Dataset):
+        return rows
+    if is_frame(rows):
+        return Dataset.from_pandas(rows, preserve_index=False)
+    listed = [dict(row) for row in rows]
+    columns = {name: [row.get(name) for row in listed] for name in dict.fromkeys(chain.from_iterable(listed))}
+    for name, values in columns.items():
+        try:
+            Dataset.from_dict({name: values})
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise DataError(
+                f"column '{name}' holds values of different kinds ({str(error).splitlines()[0]})",
+                do="Give it one kind of value in every row, such as text.",
+            ) from error
+    return Dataset.from_dict(columns)
+
+
+def undecoded(rows: Any) -> Any:
+    """A data set whose images stay the bytes they are, so that one that cannot be decoded does not end the reading."""
+    for name, feature in (getattr(rows, "features", None) or {}).items():
+        if isinstance(feature, Image):
+            rows = rows.cast_column(name, Image(decode=False))
+        elif isinstance(feature, List) and isinstance(feature.feature, Image):
+            rows = rows.cast_column(name, List(Image(decode=False)))
+    return rows
 
 
 def read_csv(path: Path, delimiter: str | None = None) -> Dataset:

@@ -50,7 +50,7 @@ _LIBRARY = {
     "gemma2chatml": _GEMMA_AS_CHATML,
     "llama3": LibraryTemplate("llama-3", "<|eot_id|>"),
     "phi3": LibraryTemplate("phi-3", "<|end|>"),
-    "phi35": LibraryTemplate("phi-3", "<|end|>"),
+    "phi35": LibraryTemplate("phi-3.5", "<|end|>"),
     "llama31": LibraryTemplate("llama-3.1", "<|eot_id|>"),
     "llama32": LibraryTemplate("llama-3.2", "<|eot_id|>"),
     "llama33": LibraryTemplate("llama-3.1", "<|eot_id|>"),

@@ -34,18 +34,7 @@ def text(model: torch.nn.Module, report: Mapping[str, Any]) -> str:
         lines.append(f"base_model: {base}")
     library = "transformers" if "method" in report else "peft"
     lines += [f"library_name: {library}", "tags:", "- unsloth", "---", "", f"# A fine-tuned {base}", ""]
-    lines += ["| | |", "|---|---|", f"| base | {base}, held in {report['base_held_in']} |"]
-    if "method" in report:
-        lines.append(f"| weights | {report['method']}, {report['dtype']} |")
-    lines += _adapter_rows(model, report)
-    run = trained.find(model)
-    if run is not None:
-        rows = "" if run.rows is None else f" on {run.rows:,} rows"
-        lines.append(
-            f"| training | {run.method}, {run.steps} steps of {run.batch_size} rows, {run.epochs} epochs{rows} |"
-        )
-        lines.append(f"| optimizer | {run.optimizer}, learning rate {run.learning_rate:g} |")
-        lines += _losses("training", run.losses) + _losses("held-out", run.held_out)
+    lines += rows(model, report)
     comparison = report.get("comparison")
     if comparison:
         lines += [
@@ -56,6 +45,27 @@ def text(model: torch.nn.Module, report: Mapping[str, Any]) -> str:
             f"{report['layers_checked']} adapted layers were compared one by one.",
         ]
     return "\n".join(lines) + "\n"
+
+
+def rows(model: torch.nn.Module, report: Mapping[str, Any]) -> list[str]:
+    """A table of what the model was made of, and how its last run in this process went."""
+    lines = [
+        "| | |",
+        "|---|---|",
+        f"| base | {public_name(str(report['base']))[0]}, held in {report['base_held_in']} |",
+    ]
+    if "method" in report:
+        lines.append(f"| weights | {report['method']}, {report['dtype']} |")
+    lines += _adapter_rows(model, report)
+    run = trained.find(model)
+    if run is not None:
+        data = "" if run.rows is None else f" on {run.rows:,} rows"
+        lines.append(
+            f"| training | {run.method}, {run.steps} steps of {run.batch_size} rows, {run.epochs} epochs{data} |"
+        )
+        lines.append(f"| optimizer | {run.optimizer}, learning rate {run.learning_rate:g} |")
+        lines += _losses("training", run.losses) + _losses("held-out", run.held_out)
+    return lines
 
 
 def _losses(name: str, logged: Sequence[tuple[int, float]]) -> list[str]:

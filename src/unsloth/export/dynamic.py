@@ -163,7 +163,7 @@ def _kinds(bits: float) -> list[Type]:
 
 def _is_possible(kind: Type, name: str, shape: Sequence[int]) -> bool:
     """Whether its blocks divide the rows, and it is of use without an importance matrix where there is none."""
-    without = name in ("token_embd.weight", "output.weight")
+    without = name in methods.WITHOUT_IMATRIX
     return shape[-1] % methods.block(kind) == 0 and not (without and kind in methods.NEED_IMATRIX)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from unsloth.core.errors import AdapterError
 from unsloth.export import four_bit, layout, shards
@@ -76,22 +76,35 @@ def forecast(
         sizes = [(Path(found.location) / adapter_config.WEIGHTS).stat().st_size]
         count, files = len(saved), 1
     else:
-        config = load.read_config(load.LoadOptions(model_name=name, trust_remote_code=trust_remote_code))
-        outline = _outline(config, saved, trust_remote_code)
-        planned = layout.plan(outline)
+        merged = outline(name, trust_remote_code=trust_remote_code)
+        planned = layout.plan(merged)
         sizes = [tensor.nbytes for tensor in planned]
         count, files = len(planned), len(shards.split(planned, limit))
         if method.startswith("merged_4bit"):
-            sizes = four_bit.sizes(four_bit.quantized_names(outline), planned)
+            sizes = four_bit.sizes(four_bit.quantized_names(merged), planned)
             files = max(1, -(-sum(sizes) // limit))
+    return Forecast(found.adapter_base or name, method, count, sum(sizes), files, free_at(folder))
+
+
+def free_at(folder: str | os.PathLike[str]) -> int:
+    """Free bytes of the file system that a folder is, or would be, on."""
     nearest = next(path for path in (Path(folder).resolve(), *Path(folder).resolve().parents) if path.exists())
-    return Forecast(found.adapter_base or name, method, count, sum(sizes), files, shutil.disk_usage(nearest).free)
+    return shutil.disk_usage(nearest).free
 
 
-def _outline(
-    config: PretrainedConfig, saved: dict[str, weight_files.TensorHeader], trust_remote_code: bool
-) -> PreTrainedModel:
-    """The merged model without values: with the rows and the head of its own that the adapter brings."""
+def outline(name: str, dtype: torch.dtype = _WIDTH, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model that an export of ``name`` would write, without values.
+
+    It has the rows and the head of its own that an adapter brings.
+
+    Raises:
+        UnslothError: The configuration cannot be read.
+    """
+    found = source.resolve(name, weights=False, trust_remote_code=trust_remote_code)
+    saved: dict[str, weight_files.TensorHeader] = {}
+    if found.adapter_base is not None:
+        saved = weight_files.check_file(Path(source.resolve(name).location) / adapter_config.WEIGHTS)
+    config = load.read_config(load.LoadOptions(model_name=name, trust_remote_code=trust_remote_code))
     layers = {name.removesuffix(".weight").rsplit(".", 1)[-1]: header for name, header in saved.items()}
     whole = {layer: header for layer, header in layers.items() if layer in full_layers.FULL}
     text = config.get_text_config()
@@ -100,5 +113,5 @@ def _outline(
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=_WIDTH, trust_remote_code=trust_remote_code)
-    return layout.skeleton(model, _WIDTH, own_head=len(whole) == 1)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    return layout.skeleton(model, dtype, own_head=len(whole) == 1)

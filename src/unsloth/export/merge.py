@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -64,6 +64,13 @@ class MergeOptions:
 
 UNCHANGED = MergeOptions()
 """The active adapters, as they are."""
+
+
+def weights(adapters: str | Sequence[str] | Mapping[str, float] | None) -> Mapping[str, float] | None:
+    """Weight of each adapter by its name, where names alone mean a weight of 1."""
+    if adapters is None or isinstance(adapters, Mapping):
+        return adapters
+    return dict.fromkeys([adapters] if isinstance(adapters, str) else adapters, 1.0)
 
 
 def merged_tensors(
@@ -137,7 +144,7 @@ class _Entry:
 def _entries(model: torch.nn.Module, options: MergeOptions) -> Iterator[_Entry]:
     """The tensors of the merged model in the order of its modules; nothing is computed yet."""
     inner = transformers_model(model)
-    _check_adapters(model, options)
+    check_adapters(model, options)
     wrapped: list[str] = []  # paths of the wrappers, whose inner modules are dealt with there
     seen: set[int | None] = set()  # parameters already yielded
     for path, module in inner.named_modules():
@@ -151,7 +158,8 @@ def _entries(model: torch.nn.Module, options: MergeOptions) -> Iterator[_Entry]:
                 yield entry
 
 
-def _check_adapters(model: torch.nn.Module, options: MergeOptions) -> None:
+def check_adapters(model: torch.nn.Module, options: MergeOptions) -> None:
+    """Raise :class:`AdapterError` or :class:`ExportError` for adapters that there are not, or that cannot be merged."""
     if isinstance(model, PeftModel):
         chosen = model.active_adapters if options.adapters is None else options.adapters
         unknown = [name for name in chosen if name not in model.peft_config]

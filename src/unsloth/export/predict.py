@@ -94,7 +94,7 @@ class GgufPredictor:
         if not path.is_file():
             raise ModelNotFoundError("no such GGUF file", got=path)
         self.name, self._path = str(path), path
-        self.nbytes = sum(shard.stat().st_size for shard in _shards(path))
+        self.nbytes = sum(shard.stat().st_size for shard in shards(path))
         first = runtime.ask(runtime.Request(path, ids=[[0]]))
         self.vocabulary, self._ends = first.logits[0].shape[-1], first.ends
 
@@ -172,7 +172,8 @@ def _weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _shards(path: Path) -> list[Path]:
+def shards(path: Path) -> list[Path]:
+    """All files of a GGUF model of which ``path`` is the only one or the first."""
     found = _SHARD.search(path.name)
     if found is None:
         return [path]

@@ -17,7 +17,7 @@ from unsloth.core.errors import AdapterError, ConfigError
 from unsloth.core.log import get_logger
 from unsloth.export import card, merged_folder, shards, upload, verify
 from unsloth.export.gguf import on_model
-from unsloth.export.merge import UNCHANGED, MergeOptions
+from unsloth.export.merge import UNCHANGED, MergeOptions, weights
 from unsloth.models import adapter_base, record
 
 METHODS = ("merged_16bit", "merged_4bit_forced", "lora")
@@ -128,7 +128,7 @@ def save_pretrained_merged(
     _check_method(self, save_method)
     if not 0 < maximum_memory_usage <= 1:
         raise ConfigError("maximum_memory_usage is a share between 0 and 1", got=maximum_memory_usage)
-    options = MergeOptions(_weights(adapters), adapter_scale, base_weight)
+    options = MergeOptions(weights(adapters), adapter_scale, base_weight)
     shard_size = shards.parse_size(max_shard_size)
     repository = upload.prepare(Path(save_directory).name, token, private) if push_to_hub else None
     comparison = None
@@ -275,6 +275,11 @@ def check_method(save_method: str) -> None:
             "and no GGUF file should be made of the result",
             do='Use "merged_16bit", or "merged_4bit_forced" if 4-bit weights are what you want.',
         )
+    if save_method == "mxfp4":
+        raise ConfigError(
+            'save_method="mxfp4" is the format of gpt-oss, and is not written here',
+            do='Use "merged_16bit", which every engine reads.',
+        )
     if save_method not in METHODS:
         raise ConfigError("unknown save_method", got=save_method, do=f"Available are: {', '.join(METHODS)}.")
 
@@ -283,9 +288,3 @@ def _check_method(model: torch.nn.Module, save_method: str) -> None:
     check_method(save_method)
     if save_method == "lora" and not isinstance(model, PeftModel):
         raise AdapterError("the model has no adapter to save", do='Use save_method="merged_16bit".')
-
-
-def _weights(adapters: str | Sequence[str] | Mapping[str, float] | None) -> Mapping[str, float] | None:
-    if adapters is None or isinstance(adapters, Mapping):
-        return adapters
-    return dict.fromkeys([adapters] if isinstance(adapters, str) else adapters, 1.0)

@@ -149,7 +149,7 @@ def compare_reloaded(
     """
     inner = transformers_model(model)
     ids, mask = _tokens(tokenizer, texts, inner.config.get_text_config().vocab_size)
-    with _as_merged(model, options) as same:
+    with as_merged(model, options) as same:
         expected = _logits(model, ids, mask)
     with tempfile.TemporaryDirectory(dir=Path(folder).parent, prefix=".reload-") as scratch:
         place: dict[str, Any] = {"device_map": {"": inner.device}}
@@ -214,7 +214,7 @@ def _output(layer: Any, x: torch.Tensor, options: MergeOptions) -> torch.Tensor:
 
 
 @contextmanager
-def _as_merged(model: torch.nn.Module, options: MergeOptions) -> Iterator[bool]:
+def as_merged(model: torch.nn.Module, options: MergeOptions) -> Iterator[bool]:
     """Let the model compute what was merged; yields whether it can."""
     inner = transformers_model(model)
     if options == UNCHANGED:

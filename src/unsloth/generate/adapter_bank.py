@@ -5,7 +5,8 @@ B times its adapter's scale. With m the mask (T, S R) that is 1 where a column b
 
     y = x W^T + bias + (m * (x A^T)) B^T
 
-A row without an adapter has a mask of zeros. With one adapter for all rows there is no mask. The matrices are copies
+A row without an adapter has a mask of zeros. With one adapter for all rows there is no mask; the few rows of a decoding
+step then go through products of four-bit weights that add the adapter's part before they round. The matrices are copies
 in the dtype of computation, made anew from the live tensors whenever those have changed.
 """
 
@@ -20,6 +21,7 @@ import torch
 from unsloth.core.errors import AdapterError
 from unsloth.generate.weights import Projection
 from unsloth.kernels.lora_rows import lora_rows
+from unsloth.kernels.nf4_lora import StackedAdapters, joined_product, nf4_lora_linears
 
 _STEP = 16  # ranks are rounded up to it, so that rows stay aligned
 
@@ -52,15 +54,22 @@ class Site:
         projections: In the order of their outputs.
         a: (projections * S * R, in), or None while no adapter is here.
         b: (out, S * R) of each projection.
+        stacked: The same for the kernels of four-bit weights.
     """
 
     name: str
     projections: list[Projection]
     a: torch.Tensor | None = None
     b: list[torch.Tensor] = field(default_factory=list)
+    stacked: StackedAdapters | None = None
 
     def __call__(self, x: torch.Tensor, adapters: Selection, fast: bool = True) -> list[torch.Tensor]:
         """(T, out) of each projection for ``x`` (T, in)."""
+        if fast and adapters.used and adapters.mask is None and self.stacked is not None:
+            packed = [p.packed for p in self.projections if p.packed is not None]
+            if len(packed) == len(self.projections) and joined_product(x, packed, self.stacked) is not None:
+                outputs = nf4_lora_linears(x, packed, self.stacked)
+                return [p.add_bias(y) for p, y in zip(self.projections, outputs, strict=True)]
         outputs = [projection.multiply(x, fast) for projection in self.projections]
         if self.a is None or not adapters.used:
             return outputs
@@ -199,7 +208,7 @@ class AdapterBank:
         pairs = [[self._pair(projection, name) for name in self.slots] for projection in site.projections]
         ranks = [pair[0].shape[0] for row in pairs for pair in row if pair is not None]
         if not ranks:
-            had, site.a, site.b = site.a is not None, None, []
+            had, site.a, site.b, site.stacked = site.a is not None, None, [], None
             return had
         rank = -(-max(ranks) // _STEP) * _STEP
         width = rank * len(self.slots)
@@ -209,6 +218,7 @@ class AdapterBank:
             options: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
             site.a = torch.zeros(shape, **options)
             site.b = [torch.zeros(p.out_features, width, **options) for p in site.projections]
+            site.stacked = StackedAdapters(site.a, tuple(site.b), (1.0,) * len(site.b))  # B has its scale in it
         assert site.a is not None
         for i, row in enumerate(pairs):
             for j, pair in enumerate(row):

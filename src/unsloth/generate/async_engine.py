@@ -18,6 +18,7 @@ from unsloth.core.log import get_logger
 from unsloth.generate.engine import Engine
 from unsloth.generate.outputs import RequestOutput
 from unsloth.generate.protocol import EngineStats, Lora, LoRARequest, Prompt
+from unsloth.generate.vllm_engine import VllmEngine
 
 logger = get_logger(__name__)
 
@@ -29,7 +30,7 @@ class AsyncEngine:
         engine: Used by nobody else from now on.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine | VllmEngine) -> None:
         self.tokenizer, self.max_model_len = engine.tokenizer, engine.max_model_len
         self._engine = engine
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future] | None] = queue.SimpleQueue()

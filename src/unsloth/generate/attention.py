@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from unsloth.kernels.dispatch import can_launch
 from unsloth.kernels.paged_attention import paged_attention
-from unsloth.kernels.paged_prefill import gather_pages, make_tiles, paged_prefill
+from unsloth.kernels.paged_prefill import gather_pages, paged_prefill
 
 
 @dataclass(frozen=True)
@@ -38,23 +38,14 @@ class SpanBatch:
     """The spans of a batch, and the same on the device for the kernel.
 
     Attributes:
-        spans: Together they hold every token once.
-        table: (spans, most pages of one) int32.
-        tiles: Of :func:`unsloth.kernels.paged_prefill.make_tiles`.
+        spans: Together they hold every token once, padding aside.
+        table: (rows, columns) int32, pages.
+        tiles: Of :func:`unsloth.kernels.paged_prefill.make_tiles`; those without tokens are padding.
     """
 
     spans: list[Span]
     table: torch.Tensor
     tiles: torch.Tensor
-
-    @classmethod
-    def make(cls, spans: list[Span], device: torch.device) -> SpanBatch:
-        """Copy what the kernel reads to the device."""
-        table = torch.zeros(len(spans), max(len(span.pages) for span in spans), dtype=torch.int32)
-        for row, span in zip(table, spans, strict=True):
-            row[: len(span.pages)] = torch.tensor(span.pages, dtype=torch.int32)
-        tiles = make_tiles([(span.count, span.start) for span in spans])
-        return cls(spans, on_device(table, device), on_device(tiles, device))
 
 
 def on_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -33,6 +33,9 @@ logger = get_logger(__name__)
 
 _SEEDS = 2**62
 
+_Chosen = tuple[str | None, int | None]
+"""Name and slot of an adapter; None for the base model."""
+
 
 class Engine:
     """See :class:`unsloth.generate.protocol.Engine`.
@@ -88,6 +91,9 @@ class Engine:
         """See :meth:`unsloth.generate.protocol.Engine.add_request`."""
         self._check_open()
         self._begin()
+        return self._add(prompt, params, request_id, self._choose(lora))
+
+    def _add(self, prompt: Prompt, params: Any, request_id: str | None, chosen: _Chosen) -> str:
         accepted = sampling.accept(params)
         decoder = self._live.decoder
         encoded = prompts.encode(prompt, self.tokenizer, decoder.vocabulary, decoder.hidden_size)
@@ -104,8 +110,7 @@ class Engine:
         name = request_id if request_id is not None else f"request-{next(self._numbers)}"
         if name in self._requests:
             raise ConfigError("a request of this id is running", got=name, do="Choose another id.")
-        adapter = self._adapter(lora)
-        slot = None if adapter is None else self._live.bank.require(adapter)
+        adapter, slot = chosen
         request = Request(
             id=name,
             prompt=encoded.text,
@@ -137,8 +142,12 @@ class Engine:
         self._check_open()
         try:
             self._advance()
-        except RuntimeError as error:  # of torch: out of memory, a failed launch
-            self._fail(str(error).strip().splitlines()[0])
+        except (
+            RuntimeError,
+            ArithmeticError,
+            ValueError,
+        ) as error:  # out of memory, a failed launch
+            self._fail(next(iter(str(error).strip().splitlines()), type(error).__name__))
         return self._report()
 
     def has_unfinished(self) -> bool:
@@ -166,7 +175,8 @@ class Engine:
             prompts_given: One prompt or several.
             params: For all, or a list.
             lora: For all, or a list.
-            progress: Called with the number of requests that have ended since its last call.
+            progress: Called after every step with the number of requests that have ended in it; what it raises ends
+                the generation.
 
         Raises:
             GenerationError: The device failed.
@@ -179,15 +189,20 @@ class Engine:
             raise ConfigError("parameters and adapters must be one for all prompts, or one for each", got=got)
         names: list[str] = []
         found: dict[str, RequestOutput] = {}
+        chosen: dict[int, _Chosen] = {}  # by identity of what asked for it: nothing changes between these requests
+        self._check_open()
+        self._begin()
         try:
             for prompt, own, adapter in zip(many, each, loras, strict=True):
-                names.append(self.add_request(prompt, own, lora=adapter))
+                if id(adapter) not in chosen:
+                    chosen[id(adapter)] = self._choose(adapter)
+                names.append(self._add(prompt, own, None, chosen[id(adapter)]))
                 self._requests[names[-1]].pieces = False
             wanted = set(names)
             while len(found) < len(names):
                 done = {out.request_id: out for out in self.step() if out.finished and out.request_id in wanted}
                 found |= done
-                if done and progress is not None:
+                if progress is not None:
                     progress(len(done))
         finally:
             self._drop(names)
@@ -277,6 +292,7 @@ class Engine:
             preemptions=self._scheduler.preemptions,
             graphs=0 if graphs is None else len(graphs),
             cache_bytes=self._cache.bytes,
+            graph_seconds=0.0 if graphs is None else graphs.seconds,
         )
 
     def sleep(self) -> None:
@@ -307,6 +323,10 @@ class Engine:
         sequence = Sequence(request, seed + index, slot, output, text)
         sequence.tokens, sequence.length = list(request.prompt_ids), len(request.prompt_ids)
         return sequence
+
+    def _choose(self, lora: Any) -> _Chosen:
+        adapter = self._adapter(lora)
+        return adapter, None if adapter is None else self._live.bank.require(adapter)
 
     def _adapter(self, lora: Any) -> str | None:
         """The name of the adapter that is asked for, loaded if need be; None for the base model."""

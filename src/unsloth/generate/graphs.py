@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -13,6 +14,9 @@ class Graphs:
 
     A function's first call with a key runs it as it is, which compiles kernels and chooses algorithms; the second
     captures it. What the function returned then is returned by every later call, with new contents.
+
+    Attributes:
+        seconds: Spent capturing so far.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -20,6 +24,7 @@ class Graphs:
         self._seen: set[Hashable] = set()
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._pool: Any = None
+        self.seconds = 0.0
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -44,7 +49,9 @@ class Graphs:
     def _capture(self, function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+        start = time.perf_counter()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
             result = function()
+        self.seconds += time.perf_counter() - start
         return graph, result

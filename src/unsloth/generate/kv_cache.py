@@ -13,6 +13,7 @@ import torch
 
 from unsloth.core.errors import ConfigError
 from unsloth.core.log import get_logger
+from unsloth.generate.attention import on_device
 from unsloth.generate.options import EngineOptions
 from unsloth.kernels.rope_to_pages import write_pages
 from unsloth.memory.mapped import MappedMemory
@@ -152,8 +153,7 @@ class KVCache:
         if not sources:
             return
         assert self._held and self._memory is not None
-        source = torch.tensor(sources, device=self.shape.device)
-        target = torch.tensor(targets, device=self.shape.device)
+        source, target = on_device(torch.tensor([sources, targets]), self.shape.device)
         raw = self._memory.view(torch.uint8) if self.shape.dtype.itemsize == 1 else self._memory
         raw.index_copy_(2, target, raw.index_select(2, source))
 

@@ -24,6 +24,7 @@ from unsloth.generate.options import EngineOptions
 from unsloth.generate.outputs import RequestOutput
 from unsloth.generate.protocol import LoRARequest
 from unsloth.generate.transformers_call import Call
+from unsloth.generate.vllm_engine import VllmEngine
 from unsloth.memory import checkpointing
 from unsloth.models import families, modes, record
 
@@ -48,20 +49,20 @@ class ModelMethods:
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any, options: EngineOptions) -> None:
         self.model, self.tokenizer, self.options = model, tokenizer, options
-        self._engine: Engine | None = None
+        self._engine: Engine | VllmEngine | None = None
         self._said: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_engine": None}
 
-    def engine(self) -> Engine:
+    def engine(self) -> Engine | VllmEngine:
         """The engine, made on first use.
 
         Raises:
-            ConfigError: It cannot run this model.
+            ConfigError: It cannot run this model, or is vLLM and not installed.
         """
         if self._engine is None:
-            self._engine = Engine(self.model, self.tokenizer, self.options)
+            self._engine = self._make()
         return self._engine
 
     def make_async_engine(self, adapters: Mapping[str, str | Path] | None = None) -> AsyncEngine:
@@ -74,7 +75,7 @@ class ModelMethods:
             ConfigError: It cannot run this model.
             AdapterError: An adapter does not fit.
         """
-        engine = Engine(self.model, self.tokenizer, self.options)
+        engine = self._make()
         for name, path in (adapters or {}).items():
             engine.load_adapter(name, path)
         return AsyncEngine(engine)
@@ -107,7 +108,7 @@ class ModelMethods:
         """
         if more:
             raise ConfigError("fast_generate has no such argument", got=sorted(more), do="Leave it out.")
-        if families.find(record.transformers_model(self.model)) is None:
+        if not self._has_engine():
             self._say("this family of models has no description, so transformers generates, more slowly")
             return fallback.generate(self.model, self.tokenizer, prompts, sampling_params, lora_request)
         with _progress(use_tqdm) as advance:
@@ -155,11 +156,18 @@ class ModelMethods:
         self._say(f"transformers generates instead of the engine, because of {reason}")
         return type(self.model).generate(self.model, *args, **kwargs)
 
+    def _make(self) -> Engine | VllmEngine:
+        kind = VllmEngine if self.options.backend == "vllm" else Engine
+        return kind(self.model, self.tokenizer, self.options)
+
+    def _has_engine(self) -> bool:
+        return self.options.backend == "vllm" or families.find(record.transformers_model(self.model)) is not None
+
     def _reason(self) -> str | None:
         """Why no call can go through the engine, or None."""
         if settings.disable_fast_generation():
             return "UNSLOTH_DISABLE_FAST_GENERATION"
-        if families.find(record.transformers_model(self.model)) is None:
+        if not self._has_engine():
             return "the model's family, which has no description"
         try:
             self.engine().check()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from unsloth.core.errors import ConfigError
 
@@ -24,6 +25,8 @@ class EngineOptions:
         graphs: Capture decoding steps as CUDA graphs; no effect on a CPU.
         standby: Give the cache's memory back whenever nothing is left to generate.
         fast: False computes with the plain references of all kernels.
+        backend: ``"own"``, the engine of this library on the model's own weights; ``"vllm"``, vLLM on a copy that it
+            loads itself (see :mod:`unsloth.generate.vllm_engine`).
     """
 
     max_model_len: int | None = None
@@ -37,6 +40,7 @@ class EngineOptions:
     graphs: bool = True
     standby: bool = False
     fast: bool = True
+    backend: Literal["own", "vllm"] = "own"
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "num_pages"):
@@ -44,6 +48,8 @@ class EngineOptions:
             optional = name in ("max_model_len", "num_pages")
             if not (optional and value is None) and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} must be a positive whole number", got=value)
+        if self.backend not in ("own", "vllm"):
+            raise ConfigError("no such backend of generation", got=self.backend, do='There are "own" and "vllm".')
         if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 "gpu_memory_utilization must be above 0 and at most 1",

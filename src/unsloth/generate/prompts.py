@@ -50,6 +50,17 @@ def encode(prompt: Prompt, tokenizer: Any, vocabulary: int, hidden: int) -> Enco
     return found
 
 
+def check_text(text: str) -> str:
+    """The text itself; a ConfigError if it holds half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            "the text is not Unicode", got=ascii(text[error.start]), do="Remove the lone half of a surrogate pair."
+        ) from None
+    return text
+
+
 def is_single(prompts: Any) -> bool:
     """Whether this is one prompt rather than a sequence of them."""
     if isinstance(prompts, str | Mapping):
@@ -69,14 +80,14 @@ def _encode(prompt: Any, tokenizer: Any, hidden: int) -> Encoded:
         text = prompt.get("prompt")
         return Encoded(text if isinstance(text, str) else None, found.ids, found.embeddings)
     if isinstance(prompt, str):
-        return Encoded(prompt, list(_require(tokenizer)(prompt)["input_ids"]))
+        return Encoded(prompt, list(_require(tokenizer)(check_text(prompt))["input_ids"]))
     if isinstance(prompt, torch.Tensor):
         return _tensor(prompt, hidden)
     if isinstance(prompt, Sequence) and all(_is_id(i) for i in prompt):
         return Encoded(None, [int(i) for i in prompt])
     if isinstance(prompt, Sequence) and all(isinstance(m, Mapping) and "role" in m for m in prompt):
-        ids = _require(tokenizer).apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False)
-        return Encoded(None, list(ids))
+        text = _require(tokenizer).apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+        return Encoded(None, list(tokenizer(check_text(text), add_special_tokens=False)["input_ids"]))
     raise ConfigError("no prompt", got=prompt, do=_FORMS)
 
 

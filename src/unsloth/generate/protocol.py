@@ -57,6 +57,7 @@ class EngineStats:
         preemptions: Times a sequence gave up its pages, to be computed again.
         graphs: CUDA graphs that are held.
         cache_bytes: Memory of the cache.
+        graph_seconds: Time spent capturing graphs.
     """
 
     waiting: int
@@ -72,6 +73,7 @@ class EngineStats:
     preemptions: int
     graphs: int
     cache_bytes: int
+    graph_seconds: float = 0.0
 
 
 class Engine(Protocol):

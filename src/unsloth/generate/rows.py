@@ -47,7 +47,7 @@ class RowTable:
         self.prompt: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
         self._host = np.zeros((len(_AT), rows), dtype=np.int32)
-        self._pages = [0] * rows  # pages of each row that the device knows
+        self._sent: list[tuple[list[int], int]] = [([], 0)] * rows  # pages of each row, how many the device knows
 
     def controls(self, rows: slice | torch.Tensor, kind: Kind) -> Controls:
         """The sampler's view of some rows."""
@@ -67,8 +67,10 @@ class RowTable:
         """Fill the row of a sequence whose first token (after its known ones) is about to be drawn."""
         row, params = sequence.row, sequence.request.params
         assert row is not None
-        self._pages[row] = 0
-        ints = {"slot": -1 if sequence.slot is None else sequence.slot, "top_k": max(params.top_k, 0)}
+        ints = {
+            "slot": -1 if sequence.slot is None else sequence.slot,
+            "top_k": min(max(params.top_k, 0), self.vocabulary),
+        }
         floats = {
             "temperature": 0.0 if params.greedy else params.temperature,
             "top_p": params.top_p,
@@ -112,11 +114,12 @@ class RowTable:
         entries: list[tuple[int, int, int]] = []
         for sequence in sequences:
             assert sequence.row is not None
-            known = self._pages[sequence.row]
+            of, known = self._sent[sequence.row]
+            known = known if of is sequence.pages else 0  # else those of the row's former sequence
             if known == len(sequence.pages):
                 continue
             entries += [(sequence.row, i, sequence.pages[i]) for i in range(known, len(sequence.pages))]
-            self._pages[sequence.row] = len(sequence.pages)
+            self._sent[sequence.row] = sequence.pages, len(sequence.pages)
         if entries:
             rows, columns, pages = on_device(torch.tensor(entries, dtype=torch.int64).T.contiguous(), self.device)
             self.table[rows, columns] = pages.to(torch.int32)
@@ -125,7 +128,7 @@ class RowTable:
         """Let rows go elsewhere, one after the other."""
         for source, target in moves:
             self._host[:, target] = self._host[:, source]
-            self._pages[target] = 0
+            self._sent[target] = [], 0
             for tensor in (self.tokens, self.counts, self.prompt, self.bias):
                 if tensor is not None:
                     tensor[target] = tensor[source]
@@ -157,6 +160,7 @@ class RowTable:
         assert self.counts is not None and self.prompt is not None
         self.counts[row], self.prompt[row] = 0, False
         if sequence.request.embeddings is None:
-            self.prompt[row, torch.tensor(sequence.tokens[: sequence.prompt_length], device=self.device)] = True
-        generated = torch.tensor(sequence.tokens[sequence.prompt_length :], dtype=torch.int64, device=self.device)
-        self.counts[row] += torch.bincount(generated, minlength=self.vocabulary).int()
+            given = torch.tensor(sequence.tokens[: sequence.prompt_length])
+            self.prompt[row].index_fill_(0, on_device(given, self.device), True)
+        generated = on_device(torch.tensor(sequence.tokens[sequence.prompt_length :], dtype=torch.int64), self.device)
+        self.counts[row].scatter_add_(0, generated, torch.ones_like(generated, dtype=torch.int32))

@@ -3,7 +3,8 @@
 A step of decoding is one function of static buffers: it reads the tokens that the step before drew, and leaves those
 that it draws. On a GPU it is captured as a CUDA graph, by the number of rows rounded up and by what the rows need
 (:class:`unsloth.generate.sampler.Kind`, adapters or not), on the second call with that key; the first runs as it is and
-compiles what must be compiled. Graphs live as long as everything that they read stays where it is.
+compiles what must be compiled. So are known tokens, where they are few enough that launching would take longer than
+computing. Graphs live as long as everything that they read stays where it is.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from typing import Any
 import torch
 
 from unsloth.generate.adapter_bank import AdapterBank, Selection
-from unsloth.generate.attention import Span, SpanBatch, on_device, span_attention, token_attention
+from unsloth.generate.attention import on_device, span_attention, token_attention
 from unsloth.generate.decoder import Decoder, Layer
 from unsloth.generate.graphs import Graphs
+from unsloth.generate.known_tokens import KnownTokens, KnownTokensBuffer
 from unsloth.generate.kv_cache import KVCache
 from unsloth.generate.live_model import LiveModel
 from unsloth.generate.results import Drawn
@@ -81,6 +83,7 @@ class Runner:
         self.rows = RowTable(rows, columns, decoder.vocabulary, cache.shape.page_size, decoder.device)
         captures = graphs and decoder.device.type == "cuda" and not decoder.opaque
         self.graphs = Graphs(decoder.device) if captures else None
+        self._known = KnownTokensBuffer(cache.shape.page_size, decoder.device, captures)
         self._fast = decoder.fast
 
     @property
@@ -180,62 +183,47 @@ class Runner:
         return q
 
     def _prefill(self, chunks: list[Chunk]) -> list[Launch]:
-        device, size = self.decoder.device, self.cache.shape.page_size
-        ids: list[int] = []
-        positions: list[int] = []
-        places: list[int] = []
-        spans: list[Span] = []
-        ends = [0]
-        for chunk in chunks:
-            sequence = chunk.sequence
-            pages = sequence.pages[: -(-chunk.stop // size)]
-            spans.append(Span(len(ids), chunk.stop - chunk.start, chunk.start, pages))
-            ids += sequence.tokens[chunk.start : chunk.stop]
-            positions += range(chunk.start, chunk.stop)
-            places += [pages[p // size] * size + p % size for p in range(chunk.start, chunk.stop)]
-            ends.append(len(ids))
-        packed = on_device(torch.tensor([positions, places]), device)
-        batch = SpanBatch.make(spans, device)
-
-        def attend(layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            q = self._enter(layer, q, k, v, packed[0], packed[1])
-            return span_attention(
-                q, *self.cache.layer(layer.index), batch, scale=layer.scale, window=layer.window,
-                softcap=layer.softcap, fast=self._fast,
-            )  # fmt: skip
-
-        slots = [chunk.sequence.slot for chunk in chunks]
-        used, masked = self.bank.select(slots)
-        counts = [chunk.stop - chunk.start for chunk in chunks]
-        adapters = self._selection(_spread(slots, counts, device) if masked else None, used, masked)
-        hidden = self.decoder.hidden(self._embed(chunks, ids), attend, adapters)
+        self.rows.send_pages([chunk.sequence for chunk in chunks])
+        batch = self._known.send(chunks, self.rows.table)
+        used, masked = self.bank.select([chunk.sequence.slot for chunk in chunks])
+        if batch.padded is None or self.graphs is None:
+            hidden = self._compute(batch, chunks, used, masked)
+        else:
+            key = ("known", batch.padded, used, masked)
+            hidden = self.graphs.run(key, lambda: self._compute(batch, (), used, masked))
         forks = [fork for chunk in chunks for fork in chunk.forks]
         copies = [(fork.source, fork.target) for fork in forks if fork.source is not None and fork.target is not None]
         self.cache.copy_pages([source for source, _ in copies], [target for _, target in copies])
-        return self._first_tokens(chunks, ends, hidden)
+        return self._first_tokens(chunks, batch.ends, hidden)
 
-    def _embed(self, chunks: list[Chunk], ids: list[int]) -> torch.Tensor:
-        """(T, K) of the tokens, or of what was given in their place."""
-        device = self.decoder.device
-        x = self.decoder.embed(on_device(torch.tensor([max(i, 0) for i in ids]), device))
-        first = 0
-        for chunk in chunks:
+    def _compute(self, batch: KnownTokens, chunks: Many[Chunk], used: bool, masked: bool) -> torch.Tensor:
+        """(T, K), hidden states of known tokens; ``chunks`` to take given embeddings from."""
+
+        def attend(layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            q = self._enter(layer, q, k, v, batch.positions, batch.places)
+            return span_attention(
+                q, *self.cache.layer(layer.index), batch.spans, scale=layer.scale, window=layer.window,
+                softcap=layer.softcap, fast=self._fast,
+            )  # fmt: skip
+
+        adapters = self._selection(batch.slots if masked else None, used, masked)
+        x = self.decoder.embed(batch.ids)
+        for chunk, span in zip(chunks, batch.spans.spans if chunks else (), strict=True):
             given = chunk.sequence.request.embeddings
             if given is not None and chunk.start < given.shape[0]:
                 part = given[chunk.start : min(chunk.stop, given.shape[0])]
-                x[first : first + part.shape[0]] = part.to(device, x.dtype)
-            first += chunk.stop - chunk.start
-        return x
+                x[span.first : span.first + part.shape[0]] = part.to(x.device, x.dtype)
+        return self.decoder.hidden(x, attend, adapters)
 
     def _first_tokens(self, chunks: list[Chunk], ends: list[int], hidden: torch.Tensor) -> list[Launch]:
         """Draw the first token of the sequences whose known tokens are all computed now."""
         sequences: list[Sequence] = []
         last: list[int] = []
-        for chunk, end in zip(chunks, ends[1:], strict=True):
+        for chunk, end in zip(chunks, ends, strict=True):
             if chunk.last:
                 new = [chunk.sequence, *(fork.sequence for fork in chunk.forks)]
                 sequences += new
-                last += [end - 1] * len(new)
+                last += [end] * len(new)
         if not sequences:
             return []
         kind = kind_of(sequences)

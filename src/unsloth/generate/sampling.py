@@ -25,6 +25,7 @@ from typing import Any
 from unsloth.core.errors import ConfigError
 
 _SEEDS = 2**63
+_LARGEST, _LARGEST_BIAS = 1000, 1e9  # beyond, float32 would lose what they are applied to
 
 
 @dataclass(frozen=True)
@@ -161,8 +162,10 @@ def _check_counts(p: SamplingParams) -> None:
 
 
 def _check_shape(p: SamplingParams) -> None:
-    if not _number(p.temperature) or p.temperature < 0:
-        raise ConfigError("temperature must be a number of at least 0", got=p.temperature, do="0 is greedy.")
+    if not _number(p.temperature) or not 0 <= p.temperature <= _LARGEST:
+        raise ConfigError(
+            f"temperature must be a number of at least 0 and at most {_LARGEST}", got=p.temperature, do="0 is greedy."
+        )
     if not _number(p.top_p) or not 0 < p.top_p <= 1:
         raise ConfigError("top_p must be above 0 and at most 1", got=p.top_p, do="1 keeps every token.")
     if not _number(p.min_p) or not 0 <= p.min_p <= 1:
@@ -176,15 +179,26 @@ def _check_shape(p: SamplingParams) -> None:
 
 
 def _check_penalties(p: SamplingParams) -> None:
-    if not _number(p.repetition_penalty) or p.repetition_penalty <= 0:
-        raise ConfigError("repetition_penalty must be above 0", got=p.repetition_penalty, do="1 is none.")
+    if not _number(p.repetition_penalty) or not 1 / _LARGEST <= p.repetition_penalty <= _LARGEST:
+        raise ConfigError(
+            f"repetition_penalty must be above 0, from {1 / _LARGEST} to {_LARGEST}",
+            got=p.repetition_penalty,
+            do="1 is none.",
+        )
     for name in ("presence_penalty", "frequency_penalty"):
         if not _number(getattr(p, name)) or not -2 <= getattr(p, name) <= 2:
             raise ConfigError(f"{name} must be from -2 to 2", got=getattr(p, name), do="0 is none.")
-    if p.logit_bias is not None and not (
-        isinstance(p.logit_bias, Mapping) and all(_number(value) for value in p.logit_bias.values())
-    ):
+    if p.logit_bias is None:
+        return
+    if not isinstance(p.logit_bias, Mapping):
         raise ConfigError("logit_bias must map token ids to numbers", got=p.logit_bias, do="For example {42: -5.0}.")
+    for token, value in p.logit_bias.items():
+        if not _number(value) or abs(value) > _LARGEST_BIAS:
+            raise ConfigError(
+                f"logit_bias must map token ids to numbers within {_LARGEST_BIAS:,.0f}",
+                got={token: value},
+                do="For example {42: -5.0}.",
+            )
 
 
 def _ids(name: str, values: Iterable[Any] | None) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 from unsloth.core.errors import PlanError
 from unsloth.kernels.nf4 import NF4Weight
 from unsloth.kernels.nf4_matmul import nf4_linear
+from unsloth.quant import nf4
 
 # Layers of PEFT whose adapters are two linear layers on the input, added to the output.
 _PLAIN_LORA = {"Linear", "Linear4bit", "Linear8bitLt"}
@@ -58,14 +59,16 @@ class Projection:
         """(T, in) to (T, out), bias included, in the dtype of ``x``."""
         if self.opaque or (fast and self.native):
             return self.module(x).to(x.dtype)
-        bias = self.module.bias
         if self.packed is not None:
-            y = nf4_linear(x, self.packed, fast=fast)
-            return y if bias is None else y.add_(bias)
-        weight = self.module.weight
+            return self.add_bias(nf4_linear(x, self.packed, fast=fast))
+        weight, bias = self.module.weight, self.module.bias
         if weight.dtype == x.dtype:
             return linear(x, weight, bias)
         return linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+    def add_bias(self, y: torch.Tensor) -> torch.Tensor:
+        """``y`` with the layer's bias, if it has one; may change ``y``."""
+        return y if self.module.bias is None else y.add_(self.module.bias)
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """All that a product reads."""
@@ -100,6 +103,7 @@ def read_projection(model: torch.nn.Module, path: str, biased: bool | None = Non
     state = getattr(module.weight, "quant_state", None)
     if type(module).__name__ == "Linear4bit" and state is not None:
         packed = NF4Weight.from_quant_state(module.weight, state)
+        nf4.keep_layout(module)
         return Projection(path, module, lora, packed, opaque=False, native=module.weight.device.type == "cpu")
     return Projection(path, module, lora, None, opaque=type(module) is not torch.nn.Linear)
 

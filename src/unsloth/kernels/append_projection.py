@@ -107,7 +107,8 @@ def append_projection(
     if copy is None or not kernel_takes_it or not dispatch.can_launch(x, projection, tail):
         if copy is not None:
             copy.copy_(x)
-        torch.mm(x, projection, out=tail)
+        # Not from columns of a wider buffer on a CPU: oneDNN may read a row beyond its end (see HeadChunks.gradient).
+        torch.mm(x if x.is_cuda else x.contiguous(), projection, out=tail)
         return
     if x.stride(1) != 1:
         x = x.contiguous()

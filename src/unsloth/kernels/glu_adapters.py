@@ -186,7 +186,7 @@ def glu_forward(gate_up: torch.Tensor, activation: str, a: torch.Tensor, h: torc
     if not dispatch.can_launch(gate_up, h):
         h.copy_(gated_activation_reference(gate, up, activation))
         if rank:
-            torch.mm(h, a.t(), out=tail)
+            append_projection(h, a.t(), tail)
         return
     adapt = 0 < rank <= _MOST_RANK
     if rows and features:

@@ -54,9 +54,15 @@ class HeadChunks:
         return out if self.bias is None else out.add_(self.bias)
 
     def gradient(self, logits: torch.Tensor) -> torch.Tensor:
-        """Where the gradient of ``logits`` goes, at the dtype of ``hidden``: over ``logits`` themselves."""
+        """Where the gradient of ``logits`` goes, at the dtype of ``hidden``: over ``logits`` themselves where it can.
+
+        Not with 16 bits on a CPU: where the processor has AMX, oneDNN reads a row of a product's left side beyond its
+        end and multiplies that by zero, and what is left there of the logits may read as NaN.
+        """
         if self.dtype == self.hidden.dtype:
             return logits
+        if not logits.is_cuda:
+            return torch.empty_like(logits, dtype=self.hidden.dtype, memory_format=torch.contiguous_format)
         return self._buffer.view(self.hidden.dtype)[: logits.shape[0], : self.vocabulary]
 
 

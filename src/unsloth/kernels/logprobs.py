@@ -72,7 +72,8 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx, up, _up_entropy, _up_top1):
         """Row t of the stored gradient, which is that of the loss, times -up_t."""
         (unit,) = ctx.saved_tensors
-        return (unit * up.neg()[:, None]).to(ctx.dtype), *[None] * 8
+        # into the result, since the product of 16 and 32 bits would be one of 32 bits, twice as large, first
+        return torch.mul(unit, up.neg()[:, None], out=torch.empty_like(unit, dtype=ctx.dtype)), *[None] * 8
 
 
 class _TrainedHead(torch.autograd.Function):

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from unsloth.core.errors import ConfigError
-from unsloth.kernels.append_projection import matmul_wide
+from unsloth.kernels.append_projection import append_projection, matmul_wide
 from unsloth.kernels.glu_adapters import gated_activation_reference, glu_backward, glu_forward
 from unsloth.kernels.lora_linear import (
     check_input,
@@ -172,7 +172,7 @@ def _project_gated(wide: torch.Tensor, width: int, group: LoraGroup) -> torch.Te
     if group.padded is not None:
         tail = wide[:, width:]
         if group.room:
-            torch.mm(wide[:, :width], group.stacked_sb(), out=tail)
+            append_projection(wide[:, :width], group.stacked_sb(), tail)
         return tail
     tail = wide.new_empty(wide.shape[0], group.columns)
     for i, (part, ranks) in enumerate(zip(group.out_slices(), group.rank_slices(), strict=True)):

@@ -4,9 +4,9 @@
     y_i += (m * low_i) B_i^T
 
 m is the mask (rows, adapters) that says which adapter a row has, each adapter's columns side by side; without it every
-row has every one. The first product is shared among programs along K, whose sums are added before the second reads
-them: three launches for all projections of one input. The low-rank values are rounded to x's dtype once, as torch's
-product would round them.
+row has every one. The first product is shared among programs along K, and their sums are added while the second reads
+them: two launches for all projections of one input. There are few shares, all read at once, since every program of the
+second waits for them. The low-rank values are rounded to x's dtype once, as torch's product would round them.
 
 Bytes: A and B once.
 """
@@ -22,12 +22,11 @@ import triton.language as tl
 
 from unsloth.core.errors import ConfigError
 from unsloth.kernels import dispatch
-from unsloth.kernels.nf4_matmul import add_parts
 from unsloth.kernels.rounding import must_round, nearest
 
 ROWS = 128
 MOST_OUTPUTS = 3
-_BLOCK_N = 64
+MOST_TILE = 32
 
 
 def lora_rows(
@@ -70,26 +69,26 @@ def lora_rows(
         lora_rows_reference(x, a, b, outputs, mask)
         return
     rows, k = x.shape
-    tile = 16 if rows <= 16 else 32
-    splits = max(1, min(32 if rows <= 8 else 16, k // 128))
-    parts = torch.empty(splits, rows, a.shape[0], dtype=torch.float32, device=x.device)
+    tile, splits = min(MOST_TILE, max(16, triton.next_power_of_2(rows))), 8 if k <= 8192 else 16
+    row_tiles, block_r = triton.cdiv(rows, tile), 16 if tile == 16 else 32
+    low = torch.empty(splits, rows, a.shape[0], dtype=torch.float32, device=x.device)
     sizes = [m.shape[0] for m in b]
-    tiles = list(itertools.accumulate(triton.cdiv(size, _BLOCK_N) for size in sizes))
+    block_n = 64 if rows <= 32 or sum(sizes) <= 8192 else 128
+    tiles = list(itertools.accumulate(triton.cdiv(size, block_n) for size in sizes))
     three_b, three_y = ([*m, *[m[0]] * (MOST_OUTPUTS - len(m))] for m in (list(b), list(outputs)))
     three_n = [*sizes, *[sizes[0]] * (MOST_OUTPUTS - len(sizes))]
     block_w = 32 if width > 16 else 16
     with dispatch.launch_on(x):
-        lora_shrink_kernel[(triton.cdiv(a.shape[0], 32), splits, triton.cdiv(rows, tile))](
-            x, a, parts, rows, a.shape[0], k, triton.cdiv(k, splits), x.stride(0), UPCAST=dispatch.interpreting(),
-            BLOCK_T=tile, BLOCK_R=32, BLOCK_K=128, num_warps=4, num_stages=3,
+        lora_shrink_kernel[(triton.cdiv(a.shape[0], block_r), splits, row_tiles)](
+            x, a, low, rows, a.shape[0], k, triton.cdiv(k, splits), x.stride(0), UPCAST=dispatch.interpreting(),
+            BLOCK_T=tile, BLOCK_R=block_r, BLOCK_K=256 if tile == 16 else 128, num_warps=4, num_stages=3,
         )  # fmt: skip
-        low = add_parts(parts, torch.float32)
-        lora_expand_kernel[(tiles[-1], triton.cdiv(rows, tile))](
+        lora_expand_kernel[(tiles[-1], row_tiles)](
             low, mask, *three_b, *three_y, *three_n, tiles[0], tiles[1] if len(tiles) > 1 else tiles[0],
             *[y.stride(0) for y in three_y], rows, a.shape[0], width,
-            width // (1 if mask is None else mask.shape[1]), 1 if mask is None else mask.shape[1],
+            width // (1 if mask is None else mask.shape[1]), 1 if mask is None else mask.shape[1], SPLITS=splits,
             MASKED=mask is not None, UPCAST=dispatch.interpreting(), ROUND=must_round(x.dtype), BLOCK_T=tile,
-            BLOCK_N=_BLOCK_N, BLOCK_W=block_w, num_warps=4, num_stages=2,
+            BLOCK_N=block_n, BLOCK_W=block_w, num_warps=4, num_stages=1,
         )  # fmt: skip
 
 
@@ -121,10 +120,10 @@ def lora_rows_reference(
 
 @triton.jit(do_not_specialize=["rows", "share"])  # one compilation for every number of rows
 def lora_shrink_kernel(
-    x, a, parts, rows, ranks, k, share, x_stride, UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+    x, a, low, rows, ranks, k, share, x_stride, UPCAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program computes a tile (BLOCK_T, BLOCK_R) of one share of x A^T; ``parts`` is (shares, rows, ranks)."""
+    """One program computes a tile (BLOCK_T, BLOCK_R) of one share of x A^T; ``low`` is (shares, rows, ranks)."""
     t = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(1)
@@ -138,14 +137,15 @@ def lora_shrink_kernel(
         if UPCAST:
             left, right = left.to(tl.float32), right.to(tl.float32)
         total = tl.dot(left, right, total, input_precision="ieee")
-    out = parts + (split * rows + t[:, None]) * ranks + r[None, :]
+    out = low + (split * rows + t[:, None]) * ranks + r[None, :]
     tl.store(out, total, (t[:, None] < rows) & (r[None, :] < ranks))
 
 
 @triton.jit
 def add_update(
-    low, mask, b, y, n_first, n, y_stride, first, rows, ranks, width, rank, adapters, MASKED: tl.constexpr,
-    UPCAST: tl.constexpr, ROUND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
+    low, mask, b, y, n_first, n, y_stride, first, rows, ranks, width, rank, adapters, SPLITS: tl.constexpr,
+    MASKED: tl.constexpr, UPCAST: tl.constexpr, ROUND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Add a tile (BLOCK_T, BLOCK_N) of one output; ``first`` is its first column of ``low``."""
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -154,7 +154,10 @@ def add_update(
     for start in range(0, width, BLOCK_W):
         w = start + tl.arange(0, BLOCK_W)
         inside = (t[:, None] < rows) & (w[None, :] < width)
-        part = tl.load(low + t[:, None] * ranks + first + w[None, :], inside, other=0.0)
+        part = tl.zeros((BLOCK_T, BLOCK_W), tl.float32)
+        for split in tl.static_range(SPLITS):
+            at = low + (split * rows + t[:, None]) * ranks + first + w[None, :]
+            part += tl.load(at, inside, other=0.0)
         if MASKED:
             part = part * tl.load(mask + t[:, None] * adapters + w[None, :] // rank, inside, other=0.0).to(tl.float32)
         right = tl.load(b + c[None, :] * width + w[:, None], (c[None, :] < n) & (w[:, None] < width), other=0.0)
@@ -171,25 +174,25 @@ def add_update(
 @triton.jit(do_not_specialize=["rows", "adapters", "end0", "end1", "n0", "n1", "n2"])
 def lora_expand_kernel(
     low, mask, b0, b1, b2, y0, y1, y2, n0, n1, n2, end0, end1, stride0, stride1, stride2, rows, ranks, width, rank,
-    adapters, MASKED: tl.constexpr, UPCAST: tl.constexpr, ROUND: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
+    adapters, SPLITS: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr, ROUND: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """One program adds one tile of one of the outputs."""
     tile = tl.program_id(0)
     if tile < end0:
         add_update(
-            low, mask, b0, y0, tile * BLOCK_N, n0, stride0, 0, rows, ranks, width, rank, adapters, MASKED,
+            low, mask, b0, y0, tile * BLOCK_N, n0, stride0, 0, rows, ranks, width, rank, adapters, SPLITS, MASKED,
             UPCAST, ROUND, BLOCK_T, BLOCK_N, BLOCK_W,
         )  # fmt: skip
     elif tile < end1:
         add_update(
             low, mask, b1, y1, (tile - end0) * BLOCK_N, n1, stride1, width, rows, ranks, width, rank, adapters,
-            MASKED, UPCAST, ROUND, BLOCK_T, BLOCK_N, BLOCK_W,
+            SPLITS, MASKED, UPCAST, ROUND, BLOCK_T, BLOCK_N, BLOCK_W,
         )  # fmt: skip
     else:
         add_update(
             low, mask, b2, y2, (tile - end1) * BLOCK_N, n2, stride2, 2 * width, rows, ranks, width, rank, adapters,
-            MASKED, UPCAST, ROUND, BLOCK_T, BLOCK_N, BLOCK_W,
+            SPLITS, MASKED, UPCAST, ROUND, BLOCK_T, BLOCK_N, BLOCK_W,
         )  # fmt: skip
 
 
@@ -197,13 +200,14 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     """Kernels with the argument types and options they are launched with, for compilation without a GPU."""
     examples: list[tuple] = []
     shrink = dict.fromkeys(("rows", "ranks", "k", "share", "x_stride"), "i32")
-    shrink |= {"x": f"*{float_dtype}", "a": f"*{float_dtype}", "parts": "*fp32"}
+    shrink |= {"x": f"*{float_dtype}", "a": f"*{float_dtype}", "low": "*fp32"}
     names = [name for name in lora_expand_kernel.arg_names if not name.isupper()]
     expand = dict.fromkeys(names, "i32") | {"low": "*fp32", "mask": f"*{float_dtype}"}
     expand |= {name: f"*{float_dtype}" for name in ("b0", "b1", "b2", "y0", "y1", "y2")}
-    for tile in (16, 32):
-        shape = {"UPCAST": False, "BLOCK_T": tile, "BLOCK_R": 32, "BLOCK_K": 128}
+    for tile, block_n, splits in ((16, 64, 8), (32, 128, 16)):
+        shape = {"UPCAST": False, "BLOCK_T": tile, "BLOCK_R": tile, "BLOCK_K": 256 if tile == 16 else 128}
         examples.append((lora_shrink_kernel, shrink, shape, {"num_warps": 4, "num_stages": 3}))
-        shape = {"MASKED": tile == 16, "UPCAST": False, "ROUND": False, "BLOCK_T": tile, "BLOCK_N": 64, "BLOCK_W": 32}
-        examples.append((lora_expand_kernel, expand, shape, {"num_warps": 4, "num_stages": 2}))
+        shape = {"SPLITS": splits, "MASKED": tile == 16, "UPCAST": False, "ROUND": False, "BLOCK_T": tile}
+        shape |= {"BLOCK_N": block_n, "BLOCK_W": 32}
+        examples.append((lora_expand_kernel, expand, shape, {"num_warps": 4, "num_stages": 1}))
     return examples

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from unsloth.core.errors import ConfigError
-from unsloth.kernels.dispatch import as_rows, check_tensors, interpreting, launch_on
+from unsloth.kernels.dispatch import as_rows, can_launch, check_tensors, interpreting, launch_on
 from unsloth.kernels.nf4 import NF4Weight
 from unsloth.kernels.nf4_fragments import LowRank, multiply_fragments, takes_fragments
 from unsloth.kernels.nf4_matmul import add_parts, multiply_tiles, nf4_linear, takes_tiles
@@ -109,7 +109,7 @@ def joined_product(
 ) -> Callable[..., torch.Tensor] | None:
     """The kernel that adds adapters within products of ``x`` [M, K], or None where there is none for these."""
     ranks = [b.shape[1] for b in adapters.b]
-    if not x.shape[0] or adapters.a.dtype != x.dtype or any(rank % 16 for rank in ranks):
+    if not x.shape[0] or not can_launch(x) or adapters.a.dtype != x.dtype or any(rank % 16 for rank in ranks):
         return None
     if all(takes_fragments(x, weight) for weight in weights):
         return multiply_fragments

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from unsloth.kernels.append_projection import append_projection
 from unsloth.kernels.glu_adapters import glu_forward
 from unsloth.kernels.lora_mlp import GateUpKept, down_gradients, gate_up_gradients
 from unsloth.kernels.lora_weights import LoraGroup
@@ -145,7 +146,7 @@ def _normed(
     wide = x.new_empty(x.shape[0], features + (group.room or group.columns))
     h = norm(x, parts.weight, parts.options, wide[:, :features], residual)
     if group.columns:
-        torch.mm(wide[:, :features], group.a.t(), out=wide[:, features:])
+        append_projection(wide[:, :features], group.a.t(), wide[:, features:])
     return wide, h
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from unsloth.kernels.append_projection import append_projection
 from unsloth.kernels.causal_attention import Attended, Visible, attention_backward, attention_forward
 from unsloth.kernels.lora_linear import adapter_gradients, project_gradients, project_input
 from unsloth.kernels.lora_weights import LoraGroup
@@ -131,7 +132,7 @@ def _project(
     normed, tail = wide[:, : x.shape[1]], tail_of(wide, group)
     norm(x, *parts.norm, normed)
     if group.columns:
-        torch.mm(normed, group.a.t(), out=tail)
+        append_projection(normed, group.a.t(), tail)
     qkv = group.forward(wide, tail, [linear.bias for linear in parts.qkv.linears])
     return qkv, apart(tail, group), group, normed
 

@@ -47,9 +47,8 @@ def block_sizes(
     # while attention's are: those of q, k and v, of its output, and the sum of q's in float32
     scores = again + rows * (2 * width + attended + projected) + rows * attended * 4 // itemsize
     kept = again + rows * (3 * width + inner + thin[2]) + max(of_mlp)
-    recorded = 3 * rows * width if rows <= RECORDED_ROWS else 0  # buffers of recorded blocks
-    lean = max(mlp(LEAN_TILE), scores) + recorded
-    quick = max(mlp(TILE) + rows * width, scores) + of_attention + recorded
+    lean = max(mlp(LEAN_TILE), scores)
+    quick = max(mlp(TILE) + rows * width, scores) + of_attention
     return LayerSizes(
         least=aligned(rows * width * itemsize) + aligned(rows * attended * itemsize),
         fixed=rows * (heads[0] * 4 + thin[3] * itemsize),
@@ -58,6 +57,7 @@ def block_sizes(
         quick=(quick - lean) * itemsize,
         keeping=max(0, kept - lean - again) * itemsize,
         weights=(sum(of_mlp) + of_attention) * itemsize if all(linear.quantized for linear in linears) else 0,
+        buffers=rows * (2 * width + attended) * itemsize if rows <= RECORDED_ROWS else 0,
     )
 
 

@@ -26,12 +26,17 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from unsloth.core import settings
 from unsloth.core.errors import ModelError
 from unsloth.kernels.softmax_rows import HeadOptions
 from unsloth.layers.lazy_logits import LazyLogits, Origin
 from unsloth.losses import sft
+from unsloth.memory.keeper import Keeper
+
+LEAN_CHUNK_BYTES = 256 * 2**20
+"""Bytes of logits that exist at a time where memory is short."""
 
 _ATTRIBUTE = "unsloth_fused_head"
 _FORWARD_ARGUMENT = "return_logits"
@@ -64,6 +69,7 @@ class FusedHead:
         self.head = head
         self.label_position = label_position
         self.is_open = False
+        self.keeper: Keeper | None = None
 
     def enter(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before the model's forward: open if there are labels, and nobody asked for the logits.
@@ -81,6 +87,7 @@ class FusedHead:
         if asked is None:
             asked = settings.return_logits()
         self.is_open = labels is not None and not asked
+        self.keeper = _keeper(model)
         return args, kwargs
 
     def leave(self, model: nn.Module, args: tuple, output: Any) -> None:
@@ -125,9 +132,15 @@ class FusedHead:
             options=HeadOptions(logit_scale=scale, softcap=cap, ignore_index=ignore_index),
             num_items=num_items_in_batch,
             shifted=shift_labels is not None,
+            chunk_bytes=LEAN_CHUNK_BYTES if self._is_lean(origin) else None,
         )
         logits.correct = counted.correct  # type: ignore[attr-defined]
         return counted.loss
+
+    def _is_lean(self, origin: Origin) -> bool:
+        """Whether layers spend time to save memory, and so does a frozen head."""
+        lean = self.keeper is not None and self.keeper.assignment.lean
+        return lean and origin.hidden.is_cuda and not origin.linear.weight.requires_grad
 
 
 @dataclass(frozen=True)
@@ -233,6 +246,18 @@ def find(model: nn.Module) -> FusedHead | None:
 def correct_predictions(logits: Any) -> torch.Tensor | None:
     """How many trained positions of a forward with a fused loss were predicted right; None for other logits."""
     return logits.correct if isinstance(logits, LazyLogits) else None
+
+
+def _keeper(model: nn.Module) -> Keeper | None:
+    """What decides on the memory of the model's blocks, or None."""
+    for module in model.modules():
+        fast = module.__dict__.get("unsloth_fast")
+        keeper = None if fast is None else getattr(fast.options, "keeper", None)
+        if keeper is not None:
+            return keeper
+        if isinstance(module, GradientCheckpointingLayer):
+            return None  # the first block says it for all
+    return None
 
 
 def _form(logits: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> tuple[float, float] | None:

@@ -2,6 +2,9 @@
 
 Mathematics and gradients are in :mod:`unsloth.kernels.lora_mlp`. Kept for the backward are x, gate(x), up(x) and the
 adapters' thin products; ``a(gate) * up`` is computed again. Shazeer, "GLU Variants Improve Transformer", 2020.
+
+In float16, ``a(gate) * up`` can exceed 65,504 where neither factor does. It is then computed in float32 and divided by
+a power of two before the last product, whose result is multiplied by it again, in float32.
 """
 
 from __future__ import annotations
@@ -36,6 +39,10 @@ class MlpOptions:
     activation: str
 
 
+_LARGEST_FLOAT16 = 2.0**14
+"""What float16 values are scaled down to; up to here nothing changes."""
+
+
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     """``a(gate) * up``, elementwise."""
     return swiglu(gate, up) if activation == "silu" else geglu(gate, up, tanh=activation == "gelu_tanh")
@@ -48,6 +55,10 @@ def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     fast: Fast = self.unsloth_fast
     options: MlpOptions = fast.options
     modules = [getattr(self, name) for name in (*options.gate_up, options.down)]
+    narrow = torch.is_autocast_enabled(x.device.type) and product_dtype(x) == torch.float16
+    if narrow and not _has_bias(modules[-1]):
+        fast.took(but="float16: the product of gate and up is scaled")
+        return _scaled(modules, x, options.activation)
     linears = read_all(modules, x)
     if isinstance(linears, str):
         fast.took(but=f"linear layers called one by one: {linears}")
@@ -60,6 +71,22 @@ def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)
         return multiply(linears[-1:], gated(gate, up, options.activation))[0]
     return _whole(linears[:-1], linears[-1], x, options.activation)
+
+
+def _has_bias(module: Any) -> bool:
+    """Whether a linear layer, or the one below an adapter, adds a bias."""
+    return getattr(getattr(module, "base_layer", module), "bias", None) is not None
+
+
+def _scaled(modules: Sequence[torch.nn.Module], x: torch.Tensor, activation: str) -> torch.Tensor:
+    """(..., H) in float32, of modules without a bias in the last; the products themselves are float16."""
+    outputs = [module(x) for module in modules[:-1]]
+    gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)
+    inner = gated(gate.float(), up.float(), activation)
+    with torch.no_grad():
+        over = (inner.abs().amax() / _LARGEST_FLOAT16).clamp(min=1.0)
+        scale = torch.exp2(torch.log2(over).ceil())
+    return modules[-1]((inner / scale).to(torch.float16)).float() * scale
 
 
 def _whole(gate_up: Sequence[Frozen], down: Frozen, x: torch.Tensor, activation: str) -> torch.Tensor:

@@ -50,6 +50,8 @@ class PolicyOptions:
         beta: Weight of the KL estimate; 0 leaves it out.
         level: Ratios of single tokens, or of whole completions (geometric mean; GSPO, arXiv:2507.18071).
         max_completion_length: Needed by ``dr_grpo``.
+        weighted_kl: Multiply the KL estimate by the importance ratio, which makes its gradient that of the KL
+            divergence (DeepSeek-V3.2, arXiv:2512.02556; TRL's ``use_bias_correction_kl``).
     """
 
     loss_type: LossType = "grpo"
@@ -59,6 +61,7 @@ class PolicyOptions:
     beta: float = 0.0
     level: Level = "token"
     max_completion_length: int | None = None
+    weighted_kl: bool = False
 
     def __post_init__(self) -> None:
         if self.loss_type not in get_args(LossType):
@@ -149,6 +152,8 @@ def policy_loss(
     if correction is not None:
         losses = losses * (_clean(correction, counts) if correction.shape == counts.shape else correction)
     kl = None if ref_logprobs is None else kl_estimate(logprobs, _clean(ref_logprobs, counts))
+    if kl is not None and options.weighted_kl:
+        kl = kl * ratio
     if options.beta and kl is not None:
         losses = losses + options.beta * kl
     low = (ratio < 1 - options.epsilon) & (advantages < 0)
@@ -231,6 +236,42 @@ def truncated_importance(
     difference = (logprobs - sampling_logprobs).detach()
     ratio = torch.where(mask.bool(), difference, 0.0).nan_to_num(nan=0.0, posinf=80.0, neginf=-80.0).exp()
     return ratio if cap is None else ratio.clamp(max=cap)
+
+
+def sampling_correction(
+    logprobs: torch.Tensor,
+    sampling_logprobs: torch.Tensor,
+    mask: torch.Tensor,
+    mode: str = "token_truncate",
+    low: float | None = None,
+    high: float | None = 2.0,
+) -> torch.Tensor:
+    """Weights for tokens that were sampled otherwise than training computes; see :func:`truncated_importance`.
+
+    Args:
+        logprobs: (B, T), as there.
+        sampling_logprobs: (B, T), as there.
+        mask: (B, T), as there.
+        mode: ``token_…`` for the ratio of each token, ``sequence_…`` for the product over each completion's tokens;
+            ``…_truncate`` bounds it, ``…_mask`` gives 0 to what is out of bounds.
+        low: Lower bound; None for none.
+        high: Upper bound; None for none.
+
+    Returns:
+        (B, T) or (B, 1), without gradient.
+
+    Raises:
+        ConfigError: An unknown mode.
+    """
+    if mode not in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"):
+        raise ConfigError("unknown mode of importance sampling", got=mode, do='Use "token_truncate".')
+    ratio = truncated_importance(logprobs, sampling_logprobs, mask, cap=None)
+    if mode.startswith("sequence"):
+        ratio = ratio.log().sum(-1, keepdim=True).exp()
+    if mode.endswith("truncate"):
+        return ratio if low is None and high is None else ratio.clamp(low, high)
+    outside = (ratio < (-torch.inf if low is None else low)) | (ratio > (torch.inf if high is None else high))
+    return ratio.masked_fill(outside, 0.0)
 
 
 def without_truncated(mask: torch.Tensor, finished: torch.Tensor) -> torch.Tensor:

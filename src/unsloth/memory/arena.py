@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from unsloth.memory.pinned import PinnedMemory
+from unsloth.memory.pinned import PinnedMemory, host_memory
 
 _ALIGNMENT = 4096
 
@@ -60,7 +60,7 @@ class Arena:
         size = aligned(size)
         if size + self.reserved > self.limit:
             return False
-        memory = torch.empty(size, dtype=torch.uint8)
+        memory = host_memory(size) if self.pin else torch.empty(size, dtype=torch.uint8)
         if self.pin:
             self._pinned.append(PinnedMemory(memory))
         self._blocks.append(memory)

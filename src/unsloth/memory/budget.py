@@ -65,6 +65,7 @@ class LayerSizes:
         quick: How much more it holds where it spends memory to save time.
         keeping: How much more it holds if it was kept.
         weights: Its weights, dequantized.
+        buffers: Of recorded layers, one set for all of them.
     """
 
     least: int
@@ -74,6 +75,7 @@ class LayerSizes:
     quick: int = 0
     keeping: int = 0
     weights: int = 0
+    buffers: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ class Assignment:
         stay = count[Place.KEEP] + count[Place.RECOMPUTE]
         least = max(stay, min(staging, len(self.places)))
         values = len(self.places) * sizes.fixed + least * sizes.least + count[Place.KEEP] * sizes.rest
-        return values + self.holding * sizes.weights
+        recorded = sizes.buffers if count[Place.KEEP] < len(self.places) else 0
+        return values + self.holding * sizes.weights + recorded
 
 
 def assign(
@@ -120,7 +123,7 @@ def assign(
     Returns:
         What keeps most and fits. Where offloading every layer does not fit, as many are offloaded as the host takes.
     """
-    room = device - sizes.working - layers * sizes.fixed
+    room = device - sizes.working - layers * sizes.fixed - sizes.buffers
     spare = room - layers * sizes.least
     if spare >= 0:
         most = layers if not sizes.rest else max(0, spare - sizes.keeping) // sizes.rest

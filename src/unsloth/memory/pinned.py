@@ -5,6 +5,8 @@ Torch's own allocator of pinned memory rounds every request up to a power of two
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import weakref
 
 import torch
@@ -12,6 +14,20 @@ import torch
 from unsloth.core.errors import UnslothError
 
 _PORTABLE_AND_MAPPED = 1 | 2  # cudaHostRegister's flags
+
+
+def host_memory(size: int) -> torch.Tensor:
+    """(size,) uint8 zeros on the host, in large pages where the system has them, and all there.
+
+    Pinning walks over every page. Those that do not exist yet are made one by one then, in one thread; here all
+    threads make them.
+    """
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(size, dtype=torch.uint8)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8).zero_()
 
 
 class PinnedMemory:

@@ -191,6 +191,7 @@ def _context(
 def _load_base(
     found: source.Source, config: PretrainedConfig, more: Mapping[str, Any], options: LoadOptions
 ) -> PreTrainedModel:
+    allocator.grow_segments()
     target = placement.target_device(options.device_map)
     dtype = options.dtype or device.default_dtype(target)
     form = weight_format.choose(found, options.precision)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from unsloth.core.errors import PlanError
 from unsloth.layers import attention as attention_layer
-from unsloth.layers import block, linear, mlp, norm
+from unsloth.layers import block, embedding, linear, mlp, norm
 from unsloth.layers.fast import Fast, has_foreign_forward, is_swapped
 from unsloth.memory.keeper import Keeper
 from unsloth.models import families, record, spec
@@ -185,8 +185,17 @@ class _Family:
             self._add_mlp(f"{path}.{family.mlp.path}")
             self._add_block(path, i)
         self._add_norm(family.final_norm)
-        self.draft.leave(family.embedding, self.draft.module(family.embedding), "a look-up")
+        self._add_embedding()
         self.draft.leave(family.rotary, self.draft.module(family.rotary), "makes its tables once for all blocks")
+
+    def _add_embedding(self) -> None:
+        path = self.family.embedding
+        module = self.draft.module(path)
+        if module.weight.dtype == torch.float16:
+            options, reason = embedding.WideEmbedding(), "the residual stream exceeds float16's range"
+            self.draft.swap(path, embedding.forward, options, "rows in float32", reason)
+        else:
+            self.draft.leave(path, module, "a look-up")
 
     def _norm_options(self, path: str) -> norm.NormOptions:
         parts = self.family.norm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import math
 import threading
@@ -17,6 +18,8 @@ from unsloth.rewards import infra
 from unsloth.rewards.completions import text_of
 
 OnInvalid = Literal["raise", "mask"]
+
+_NONE = "None"
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,18 @@ def name_of(function: Any) -> str:
     return str(getattr(function, "__name__", None) or type(function).__name__)
 
 
+def synchronous(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` itself; or for an ``async`` one, an ordinary function that waits for it."""
+    if not inspect.iscoroutinefunction(function):
+        return function
+
+    @functools.wraps(function)
+    def waiting(*args: Any, **kwargs: Any) -> Any:
+        return _wait_for(function(*args, **kwargs))
+
+    return waiting
+
+
 def call_reward(
     function: Callable[..., Any],
     prompts: Sequence[Any],
@@ -50,6 +65,7 @@ def call_reward(
     columns: Mapping[str, Any] | None = None,
     *,
     on_invalid: OnInvalid = "raise",
+    skip_none: bool = False,
 ) -> RewardColumn:
     """Call ``function(prompts=…, completions=…, **columns)``, an ordinary or an ``async`` one.
 
@@ -63,6 +79,8 @@ def call_reward(
         columns: Further columns of the data set, as many values each.
         on_invalid: ``"raise"``, or ``"mask"`` the rows concerned: all, if it raised or returned no list of the right
             length.
+        skip_none: Whether None says that the function does not apply to a row, instead of being invalid: the
+            value is NaN, and the row is not masked.
 
     Raises:
         RewardError: The function raised, or a value is None, NaN, infinite or not a number, or there are too many or
@@ -85,6 +103,7 @@ def call_reward(
         try:
             checked = _evaluate(function, batch, find_row=on_invalid == "raise")
             masked = {row: value for row, value in enumerate(checked) if isinstance(value, str)}
+            masked = {row: reason for row, reason in masked.items() if not skip_none or reason != _NONE}
             values = [math.nan if isinstance(value, str) else value for value in checked]
         except RewardError as error:
             if on_invalid == "raise" and not failures:
@@ -126,7 +145,8 @@ def _evaluate(function: Callable[..., Any], batch: _Batch, *, find_row: bool) ->
         returned = _run(function, batch)
     except _RaisedError as raised:
         cause = raised.__cause__
-        row = _failing_row(function, batch, type(cause)) if find_row else None
+        timed_out = isinstance(cause, TimeoutError)  # each row might take as long again
+        row = _failing_row(function, batch, type(cause)) if find_row and not timed_out else None
         where = "" if row is None else f" for completion {row}, prompt {_short(batch.prompts[row])}"
         raise RewardError(
             f"reward {name_of(function)!r} raised {type(cause).__name__}{where}: {str(cause)[:200]}",
@@ -191,7 +211,7 @@ def _number(value: Any) -> float | str:
     if not isinstance(value, (bool, int, float)) and callable(getattr(value, "item", None)):
         value = value.item()  # NumPy scalars, tensors of one element
     if not isinstance(value, (bool, int, float)):
-        return f"{type(value).__name__} {_short(value)}" if value is not None else "None"
+        return f"{type(value).__name__} {_short(value)}" if value is not None else _NONE
     try:
         number = float(value)
     except OverflowError:

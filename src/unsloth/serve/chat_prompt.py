@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from unsloth.core.errors import DataError
 from unsloth.data.conversation import Conversation, parse_messages
 from unsloth.data.render import ChatRenderer
+from unsloth.generate.prompts import check_text
 from unsloth.serve.requests import ChatRequest
 
 
@@ -32,7 +33,8 @@ class ChatPrompt:
 
         Raises:
             DataError: The messages are not as they must be, or the template refuses them.
-            TokenizerError: The template did what templates may not do.
+            ConfigError: A text is not Unicode.
+        TokenizerError: The template did what templates may not do.
         """
         given = [_read_calls(message.model_dump(exclude_none=True)) for message in request.messages]
         variables = dict(request.chat_template_kwargs or {})
@@ -40,7 +42,7 @@ class ChatPrompt:
             variables["reasoning_effort"] = request.reasoning_effort
         row = Conversation(parse_messages(given, 0), request.offered_tools, variables)
         text = self._renderer.render(row, 0, add_generation_prompt=True).text
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._tokenizer(check_text(text), add_special_tokens=False)["input_ids"]
 
 
 def _read_calls(message: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,9 @@ Host header must be one of ours) or across origins (so an Origin header must be 
 
 from __future__ import annotations
 
+import asyncio
 import hmac
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -49,7 +51,7 @@ class Guard:
         elif refusal is not None or scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
         else:
-            await self._app(scope, _Limited(receive, self._options.max_body_bytes), send)
+            await self._app(scope, _Limited(receive, self._options), send)
 
     def _refusal(self, headers: list[tuple[bytes, str]]) -> Response | None:
         hosts, origins = _values(headers, b"host"), _values(headers, b"origin")
@@ -83,17 +85,24 @@ class Guard:
 
 
 class _Limited:
-    """``receive`` of a request, which ends it once its body is too long."""
+    """``receive`` of a request, which ends it once its body is too long, or takes too long to arrive."""
 
-    def __init__(self, receive: Receive, limit: int) -> None:
-        self._receive, self._limit, self._size = receive, limit, 0
+    def __init__(self, receive: Receive, options: ServeOptions) -> None:
+        self._receive, self._options, self._size, self._complete = receive, options, 0, False
+        self._end = time.monotonic() + options.body_seconds
 
     async def __call__(self) -> MutableMapping[str, Any]:
-        message = await self._receive()
+        if self._complete:  # what comes now is the client going away, whenever that is
+            return await self._receive()
+        try:
+            message = await asyncio.wait_for(self._receive(), max(self._end - time.monotonic(), 0))
+        except TimeoutError:
+            raise HTTPException(408, f"the body did not arrive in {self._options.body_seconds:g} s") from None
         if message["type"] == "http.request":
             self._size += len(message.get("body", b""))
-            if self._size > self._limit:
-                raise HTTPException(413, _too_large(self._limit))
+            if self._size > self._options.max_body_bytes:
+                raise HTTPException(413, _too_large(self._options.max_body_bytes))
+            self._complete = not message.get("more_body", False)
         return message
 
 

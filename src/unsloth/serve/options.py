@@ -24,6 +24,7 @@ class ServeOptions:
         adapter_folder: Adapters are loaded on request from this folder and those in it; None refuses to load any.
         max_requests: Completions that are in flight at once, running or queued; more are answered with 429.
         max_body_bytes: Larger bodies are answered with 413.
+        body_seconds: How long a body may take to arrive; after that it is answered with 408.
         max_completions: Largest n times number of prompts of one request.
         drain_seconds: How long requests in flight may go on once the server was told to stop.
     """
@@ -36,6 +37,7 @@ class ServeOptions:
     adapter_folder: Path | None = None
     max_requests: int = 1024
     max_body_bytes: int = 8 * MIB
+    body_seconds: float = 60.0
     max_completions: int = 128
     drain_seconds: float = 30.0
 
@@ -45,6 +47,8 @@ class ServeOptions:
                 raise ConfigError(f"{name} must be at least 1", got=getattr(self, name))
         if not 0 <= self.port <= 65535:
             raise ConfigError("no such port", got=self.port, do="Use 1 to 65535, or 0 for any free one.")
+        if self.body_seconds <= 0:
+            raise ConfigError("body_seconds must be above 0", got=self.body_seconds)
         if self.drain_seconds < 0:
             raise ConfigError("drain_seconds must not be negative", got=self.drain_seconds)
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):

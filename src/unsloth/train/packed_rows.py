@@ -1,4 +1,4 @@
-"""The rows of a batch end to end, without padding, and with what two of them begin with only once.
+"""The rows of a batch end to end, without padding, and with what several of them begin with only once.
 
 For attention that tells documents and their branches by positions (:mod:`unsloth.layers.packed_attention`).
 """
@@ -27,28 +27,39 @@ class PackedRows:
     index: torch.Tensor
 
 
-def pack(ids: torch.Tensor, attended: torch.Tensor, prompts: torch.Tensor | None = None) -> PackedRows:
+def pack(
+    ids: torch.Tensor,
+    attended: torch.Tensor,
+    prompts: torch.Tensor | None = None,
+    leaders: torch.Tensor | None = None,
+) -> PackedRows:
     """Lay rows end to end; makes a GPU wait once.
 
     Args:
         ids: (R, T) token ids.
         attended: (R, T), not 0 where a token is no padding.
-        prompts: (R, T), true for tokens that rows i and R/2 + i may share: as many as both begin with are kept once.
-            None shares nothing.
+        prompts: (R, T), true for tokens that rows may share with their leader: as many as both begin with are kept
+            once. None shares nothing.
+        leaders: (R,), the row that each row may share its beginning with, itself for one that leads. None means
+            pairs: row i leads row R/2 + i.
     """
     here = attended.bool()
     position = here.cumsum(1) - 1
+    own_number = torch.arange(len(ids), device=ids.device)
     skipped = position.new_zeros(len(ids))
-    if prompts is not None:
-        ones, others = (part.chunk(2) for part in (ids, here & prompts))
-        same = (ones[0] == ones[1]) & others[0] & others[1]
-        skipped = torch.cat([torch.zeros_like(skipped).chunk(2)[0], same.cumprod(1).sum(1)])
+    if prompts is None:
+        leaders = own_number
+    else:
+        leaders = own_number % (len(ids) // 2) if leaders is None else leaders
+        shareable = here & prompts
+        same = (ids == ids[leaders]) & shareable & shareable[leaders]
+        apart = torch.where(here, ~same, here[leaders])  # also where one of the two has padding
+        skipped = (here & (apart.cumsum(1) == 0)).sum(1).masked_fill(leaders == own_number, 0)
     own = here & (position >= skipped[:, None])
-    counts = own.sum(1)
-    starts = _starts(counts, in_pairs=prompts is not None)
+    starts = _starts(own.sum(1), leaders, skipped)
     shared = position < skipped[:, None]
-    index = torch.where(shared, starts.roll(len(ids) // 2)[:, None], (starts - skipped)[:, None]) + position
-    total = int(counts.sum())
+    index = torch.where(shared, starts[leaders][:, None], (starts - skipped)[:, None]) + position
+    total = int(own.sum())
     target = torch.where(own, index, total).flatten()
     flat_ids, flat_positions = (
         values.new_zeros(total + 1).scatter_(0, target, values.flatten())[None, :total] for values in (ids, position)
@@ -56,8 +67,12 @@ def pack(ids: torch.Tensor, attended: torch.Tensor, prompts: torch.Tensor | None
     return PackedRows(flat_ids, flat_positions, index.masked_fill(~here, 0))
 
 
-def _starts(counts: torch.Tensor, in_pairs: bool) -> torch.Tensor:
-    """Where each of the R rows starts; in pairs, rows i and R/2 + i are neighbours."""
-    ordered = counts.view(2, -1).t().flatten() if in_pairs else counts
-    starts = ordered.cumsum(0) - ordered
-    return starts.view(-1, 2).t().flatten() if in_pairs else starts
+def _starts(counts: torch.Tensor, leaders: torch.Tensor, skipped: torch.Tensor) -> torch.Tensor:
+    """Where each of the R rows starts: after its leader those that branch off it, then those that share nothing.
+
+    A row that shares nothing starts a document, and what branches off belongs to the document started last.
+    """
+    leads = leaders == torch.arange(len(leaders), device=leaders.device)
+    order = torch.argsort(3 * leaders + torch.where(leads, 0, torch.where(skipped > 0, 1, 2)), stable=True)
+    ordered = counts[order]
+    return torch.empty_like(counts).scatter_(0, order, ordered.cumsum(0) - ordered)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sized
 
 import torch
 from torch.utils.data import Sampler
+from trl.trainer.utils import RepeatSampler
 
 from unsloth.train import randomness
 
@@ -35,4 +36,28 @@ class EpochSampler(Sampler[int]):
 
     def __len__(self) -> int:
         assert isinstance(self.sampler, Sized)
+        return len(self.sampler)
+
+
+class RepeatedEpochs(Sampler[int]):
+    """TRL's sampler of prompts, each repeated for its group, made repeatable: an epoch's order depends on its number.
+
+    Args:
+        sampler: It draws from a generator of its own, which a resumed run would begin anew.
+    """
+
+    def __init__(self, sampler: RepeatSampler) -> None:
+        self.sampler = sampler
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next pass belongs to; the trainer's data loader calls it."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        if self.sampler.shuffle:
+            self.sampler.generator.manual_seed((self.sampler.seed or 0) + self.epoch)
+        return iter(self.sampler)
+
+    def __len__(self) -> int:
         return len(self.sampler)

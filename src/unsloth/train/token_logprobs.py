@@ -7,7 +7,9 @@ chunks.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
@@ -26,6 +28,19 @@ from unsloth.train.packed_rows import PackedRows
 # Legend: B sequences, T tokens of the longest, N positions that count, H hidden, V vocabulary.
 
 logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the model says of the labels of a batch; zero where a label does not count.
+
+    Attributes:
+        logprobs: (B, T - 1), at position t that of label t + 1.
+        entropy: (B, T - 1), of the distribution that label t + 1 is one of; None unless asked for.
+    """
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor | None
 
 
 class TokenLogprobs:
@@ -75,15 +90,44 @@ class TokenLogprobs:
             (B, T - 1) of float32 (float64 for a model of that dtype), at position t that of label t + 1; zero where
             it does not count.
         """
+        return self.scores(model, inputs, labels, packed).logprobs
+
+    def scores(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        labels: torch.Tensor,
+        packed: PackedRows | None = None,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        entropy_grad: bool = False,
+    ) -> Scores:
+        """As ``__call__``, with more of each distribution.
+
+        Args:
+            model: As there.
+            inputs: As there.
+            labels: As there.
+            packed: As there.
+            temperature: Divides the logits.
+            entropy: Whether to compute the entropy as well.
+            entropy_grad: Whether it is differentiated.
+        """
         targets = labels[:, 1:]
+        options = dataclasses.replace(self._options, temperature=temperature)
+        entropy = entropy or entropy_grad
         if self.chunked:
-            values = self._from_hidden(model, inputs, targets, packed)
-            if values is not None:
-                return values
+            found = self._from_hidden(model, inputs, targets, packed, options, entropy, entropy_grad)
+            if found is not None:
+                return found
         logits = model(**inputs, use_cache=False).logits[:, -labels.shape[1] : -1]
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        chosen = wide.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-        return torch.where(targets != IGNORED, chosen, 0.0)
+        wide = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+        every = wide.log_softmax(-1)
+        counts = targets != IGNORED
+        chosen = torch.where(counts, every.gather(-1, targets.clamp(min=0)[..., None])[..., 0], 0.0)
+        spread = torch.where(counts, -(every.exp() * every).sum(-1), 0.0) if entropy else None
+        return Scores(chosen, spread if spread is None or entropy_grad else spread.detach())
 
     def _from_hidden(
         self,
@@ -91,14 +135,19 @@ class TokenLogprobs:
         inputs: dict[str, torch.Tensor],
         targets: torch.Tensor,
         packed: PackedRows | None,
-    ) -> torch.Tensor | None:
+        options: HeadOptions,
+        entropy: bool,
+        entropy_grad: bool,
+    ) -> Scores | None:
         """As ``__call__``; None if the model's head turns out to do more than is known of it."""
         seen: list[torch.Tensor] = []
         hook = self._inner.base_model.register_forward_hook(lambda _, __, output: seen.append(output[0]))
         if packed is not None:
             inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
         try:
-            last_logits = model(**inputs, use_cache=False, logits_to_keep=1).logits
+            # an index, not 1: for a slice, whose rows have gaps between them, a CPU copies the head once a row
+            last = torch.tensor([-1], device=inputs["input_ids"].device)
+            last_logits = model(**inputs, use_cache=False, logits_to_keep=last).logits
         finally:
             hook.remove()
         hidden = seen[-1]
@@ -111,9 +160,20 @@ class TokenLogprobs:
         else:
             scored = hidden[0, packed.index[:, :-1][counts]]
         found = logprobs(
-            scored, head.weight, targets[counts], getattr(head, "bias", None), options=self._options
-        ).logprobs
-        return found.new_zeros(targets.shape).masked_scatter(counts, found)
+            scored,
+            head.weight,
+            targets[counts],
+            getattr(head, "bias", None),
+            options=options,
+            entropy=entropy,
+            entropy_grad=entropy_grad,
+        )
+        chosen, spread = (
+            None if values is None else values.new_zeros(targets.shape).masked_scatter(counts, values)
+            for values in (found.logprobs, found.entropy)
+        )
+        assert chosen is not None
+        return Scores(chosen, spread)
 
     def _can_be_chunked(self) -> bool:
         head = self._inner.get_output_embeddings()
@@ -128,7 +188,7 @@ class TokenLogprobs:
     def _head_is_known(self, hidden: torch.Tensor, head: nn.Module, expected: torch.Tensor) -> bool:
         """Compare our logits of the last position with the model's; both (B, 1, V)."""
         self._tried = True
-        raw = nn.functional.linear(hidden[:, -1:], head.weight, getattr(head, "bias", None))  # type: ignore[arg-type]
+        raw = nn.functional.linear(hidden[:, [-1]], head.weight, getattr(head, "bias", None))  # type: ignore[arg-type]
         found = transform_logits(raw, self._options).float()
         # Two ways through one head differ by rounding; a scale or cap that is not known of differs by much more.
         if found.shape == expected.shape and (found - expected).norm() <= 0.02 * expected.float().norm():

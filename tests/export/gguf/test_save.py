@@ -62,6 +62,63 @@ def test_the_adapter_is_in_the_file(family, tied, precision, tiny, tmp_path, eng
     assert report(tmp_path / "out")[path.name]["comparison"]["tokens"] > 100
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"base_weight": 0.25, "adapters": "default"},
+        {"adapters": {"default": -0.5, "style": 2.0}, "adapter_scale": 0.5},
+    ],
+)
+@pytest.mark.parametrize("save_method", ["merged", "lora"])
+def test_a_part_of_the_adapters(save_method, options, tiny, tmp_path, engine):
+    model, tokenizer = load(tiny())
+    model.add_adapter("style", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and "style" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    before = [dict(m.scaling) for m in model.modules() if hasattr(m, "lora_A")]
+    model.save_pretrained_gguf(tmp_path / "out", tokenizer, "f32", save_method=save_method, **options)
+    assert [dict(m.scaling) for m in model.modules() if hasattr(m, "lora_A")] == before
+    ids = list(range(4, 60))
+    model.save_pretrained_merged(tmp_path / "merged", tokenizer, **options)
+    merged, _ = FastLanguageModel.from_pretrained(
+        str(tmp_path / "merged"), max_seq_length=128, dtype=torch.float32, load_in_16bit=True
+    )
+    base, _ = FastLanguageModel.from_pretrained(
+        str(tiny()), max_seq_length=128, dtype=torch.float32, load_in_16bit=True
+    )
+    with torch.no_grad():
+        expected, whole, without = (m(input_ids=torch.tensor([ids])).logits[0].float() for m in (merged, model, base))
+    (path,) = (tmp_path / "out").glob("*.gguf")
+    if save_method == "lora":
+        base.save_pretrained_gguf(tmp_path / "base", tokenizer, "f32", verify=False)
+        request = runtime.Request(next((tmp_path / "base").glob("*.gguf")), ids=[ids], adapter=path)
+    else:
+        request = runtime.Request(path, ids=[ids])
+    found = runtime.ask(request).logits[0]
+    assert verify.compare(expected, found).mean_kl < 3e-5  # the merged folder has 16 bits
+    assert min(verify.compare(other, found).mean_kl for other in (whole, without)) > 1e-4
+    (kept,) = report(tmp_path / "out").values()
+    assert kept["adapter_scale"] == options.get("adapter_scale", 1.0)
+    assert kept["base_weight"] == options.get("base_weight", 0.0)
+
+
+def test_the_average_with_a_base_after_full_training(tiny, tmp_path, engine):
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(tiny()), max_seq_length=128, dtype=torch.float32, full_finetuning=True
+    )
+    original = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.add_(0.5)
+    model.save_pretrained_gguf(tmp_path / "out", tokenizer, "f32", base_weight=0.5)
+    (path,) = (tmp_path / "out").glob("*.gguf")
+    reader = file.Reader(path)
+    (tensor,) = (tensor for tensor in reader if tensor.name == "blk.0.ffn_up.weight")
+    assert np.allclose(reader.float32(tensor), original.float() + 0.25, atol=1e-6)
+    (kept,) = report(tmp_path / "out").values()
+    assert "as it was trained" in kept["not_checked"][-1]
+
+
 def test_several_methods_share_one_conversion(adapted, tmp_path, engine, monkeypatch):
     model, tokenizer = adapted
     conversions = []

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from unsloth.core import artifact
+from unsloth.export.card import rows
 
 NAME = "README.md"
 
@@ -19,16 +22,19 @@ def may_be_written(folder: Path) -> bool:
     return manifest is not None and any(record.name == NAME for record in manifest["files"])
 
 
-def text(base: str, is_public: bool, files: Mapping[str, Any]) -> str:
+def text(is_public: bool, model: torch.nn.Module, made_of: Mapping[str, Any], files: Mapping[str, Any]) -> str:
     """The card's Markdown.
 
     Args:
-        base: Name of the model that was trained.
-        is_public: Whether it is a hub id.
+        is_public: Whether the base's name is a hub id.
+        model: What the newest of the files were made from.
+        made_of: Its base and adapters.
         files: What the manifest says of each file.
     """
+    base = made_of["base"]
     lines = ["---", *([f"base_model: {base}"] if is_public else []), "library_name: gguf", "tags:", "- unsloth"]
-    lines += ["---", "", f"# A fine-tuned {base} as GGUF", "", "| file | types | against the model |", "|---|---|---|"]
+    lines += ["---", "", f"# A fine-tuned {base} as GGUF", "", *rows(model, made_of), ""]
+    lines += ["| file | types | against the model |", "|---|---|---|"]
     for name, report in sorted(files.items()):
         types = ", ".join(f"{count} {kind}" for kind, count in sorted(report["types"].items(), key=lambda t: -t[1]))
         found = report["comparison"]

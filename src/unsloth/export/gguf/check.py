@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from unsloth.core.errors import ExportError, TokenizerError
 from unsloth.export import verify
 from unsloth.export.gguf import methods, runtime
+from unsloth.export.gguf.convert import Conversion
 from unsloth.export.gguf.file import Planned, Reader
 from unsloth.export.gguf.metadata import Metadata
 from unsloth.export.gguf.vocabulary import Vocabulary
@@ -86,6 +87,8 @@ class Reference:
         chat_tokens: Its ids.
         end: Id of the token that ends an answer, or None.
         words: The vocabulary as it is written.
+        same: Whether the model computes what was merged; if not (a scaled DoRA, for instance), the logits are those
+            of the model as it was trained, and no limit applies.
     """
 
     ids: list[list[int]]
@@ -95,20 +98,20 @@ class Reference:
     chat_tokens: list[int]
     end: int | None
     words: Vocabulary
+    same: bool = True
 
 
-def reference(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, end: int | None, words: Vocabulary
-) -> Reference:
-    """Run the model on the sample texts."""
+def reference(conversion: Conversion, tokenizer: PreTrainedTokenizerBase, end: int | None) -> Reference:
+    """Run the model, as it is merged, on the sample texts."""
     tokens = [tokenizer(text).input_ids for text in TEXTS]
     ids = [ids for ids in tokens[: len(verify.SAMPLES)] if ids]
-    logits = _logits(model, ids)
+    with verify.as_merged(conversion.model, conversion.options) as same:
+        logits = _logits(conversion.model, ids)
     chat, chat_tokens = None, []
     if tokenizer.chat_template:
         chat = str(tokenizer.apply_chat_template(list(_TALK), tokenize=False, add_generation_prompt=True))
         chat_tokens = tokenizer(chat, add_special_tokens=False).input_ids
-    return Reference(ids, logits, tokens, chat, chat_tokens, end, words)
+    return Reference(ids, logits, tokens, chat, chat_tokens, end, conversion.vocabulary, same)
 
 
 @torch.no_grad()
@@ -203,7 +206,8 @@ def running(path: Path, wanted: Reference, limit: float | None, adapter: Path | 
     if wanted.end is not None and wanted.end not in answer.ends:
         raise TokenizerError("llama.cpp would not stop at the model's end of text", got=wanted.end)
     comparison = verify.compare(wanted.logits, torch.cat(answer.logits))
-    if not np.isfinite(comparison.mean_kl) or (limit is not None and not comparison.median_kl <= limit):
+    largest = limit if limit is not None and wanted.same else np.inf
+    if not np.isfinite(comparison.mean_kl) or not comparison.median_kl <= largest:
         raise ExportError(
             f"llama.cpp does not predict what the model does ({comparison})",
             do="Nothing was kept. Please report this with the model's name.",

@@ -51,7 +51,7 @@ class Conversion:
     vocabulary: Vocabulary
     dtype: str
     shape: Shape
-    options: MergeOptions = MergeOptions()
+    options: MergeOptions = merge.UNCHANGED
 
     @property
     def size(self) -> int:
@@ -67,7 +67,8 @@ class Conversion:
         with Writer(path, architecture, entries, self.planned, shard_bytes) as writer:
             for name, tensor in self.extra.items():
                 writer.put(name, as_bytes(tensor, by_name[name].type))
-            for name, tensor in merge.model_tensors(self.model, DTYPES[self.dtype], self.options):
+            # Of the families that can be written here, none has other names in its checkpoint than in the model.
+            for name, tensor in merge.merged_tensors(self.model, DTYPES[self.dtype], self.options):
                 rule = self.rules[name]
                 writer.put(rule.name, as_bytes(rule.apply(tensor), by_name[rule.name].type))
         return writer.paths
@@ -79,6 +80,7 @@ def plan(
     first_conversion: str | None = None,
     *,
     pre_tokenizer: str | None = None,
+    options: MergeOptions = merge.UNCHANGED,
 ) -> Conversion:
     """Find out everything about the file before a single weight is computed.
 
@@ -87,6 +89,7 @@ def plan(
         tokenizer: Of the model.
         first_conversion: ``"f32"``, ``"f16"`` or ``"bf16"``; None takes the model's own dtype.
         pre_tokenizer: llama.cpp's name of the way in which the tokenizer cuts words, where it is not found.
+        options: What is merged.
 
     Raises:
         ConfigError: Another first_conversion.
@@ -94,6 +97,7 @@ def plan(
         TokenizerError: A tokenizer that it does not have.
     """
     inner = transformers_model(model)
+    merge.check_adapters(model, options)
     dtype = _first(first_conversion, inner)
     skeleton = merge.skeleton(model, DTYPES[dtype])
     config = skeleton.config
@@ -117,7 +121,7 @@ def plan(
     queries, keys = config.num_attention_heads, config.num_key_value_heads
     large = config.num_hidden_layers == 80 and (spec.name == "qwen2" or (spec.name == "llama" and queries != keys))
     shape = Shape(config.num_hidden_layers, queries // keys, large)
-    return Conversion(model, found, planned, extra, made, words, dtype, shape)
+    return Conversion(model, found, planned, extra, made, words, dtype, shape, options)
 
 
 def _first(first_conversion: str | None, inner: PreTrainedModel) -> str:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unsloth.core.errors import ConfigError
 from unsloth.core.log import get_logger
-from unsloth.export import calibration, dynamic, imatrix, sensitivity
+from unsloth.export import calibration, dynamic, imatrix, sensitivity, verify
 from unsloth.export.calibration import Source
 from unsloth.export.gguf import methods, quantize
 from unsloth.export.gguf.convert import Conversion
@@ -62,7 +62,7 @@ class Importance:
             raise ConfigError(
                 "imatrix_file and calibration_data both say what matters in the model", do="Pass one of them."
             )
-        needed = file is None and (data is not None or any(self._needs(method) for method in wanted))
+        needed = file is None and (data is not None or any(is_wanted(method, conversion) for method in wanted))
         if measured or needed:
             text = calibration.of_model(conversion.model, data, tokenizer, tokens=tokens)
             self._measure(text, backwards=measured)
@@ -74,24 +74,17 @@ class Importance:
 
     def _measure(self, text: calibration.Text, *, backwards: bool) -> None:
         logger.info("measuring the importance of the model's inputs on %d tokens of %s", text.tokens, text.source)
-        if backwards:
-            matrix, self._terms = sensitivity.measure(self._conversion.model, self._conversion, text)
-        else:
-            matrix = imatrix.measure(self._conversion.model, self._conversion, text)
+        with verify.as_merged(self._conversion.model, self._conversion.options):
+            if backwards:
+                matrix, self._terms = sensitivity.measure(self._conversion.model, self._conversion, text)
+            else:
+                matrix = imatrix.measure(self._conversion.model, self._conversion, text)
         if self._values is None:
             self._values, self.source = matrix.means(), text.source
 
-    def _needs(self, method: Method) -> bool:
-        if method.measured:
-            return True
-        sizes = {tensor.name: tensor.shape for tensor in self._conversion.planned}
-        kinds = methods.types(method, sizes, replace(self._conversion.shape, imatrix=True))
-        fitted = {name: methods.fitted(kind, sizes[name][-1]) for name, kind in kinds.items()}
-        return any(methods.needs_imatrix(method, name, kind) for name, kind in fitted.items())
-
     def job(self, method: Method) -> quantize.Job:
         """What is done for a method; the types of a measured one are chosen later, by :meth:`chosen`."""
-        used = self._for_all or self._needs(method)
+        used = self._for_all or is_wanted(method, self._conversion)
         return quantize.Job(method, self._values if used else None)
 
     def budget(self, method: Method) -> list[Planned]:
@@ -112,3 +105,16 @@ class Importance:
             found.plain_divergence,
         )
         return replace(job, types={**found.types, **(job.types or {})})
+
+
+def is_wanted(method: Method, conversion: Conversion) -> bool:
+    """Whether a method gets an importance matrix even if none is asked for."""
+    if method.measured:
+        return True
+    sizes = {tensor.name: tensor.shape for tensor in conversion.planned}
+    kinds = methods.types(method, sizes, replace(conversion.shape, imatrix=True))
+    fitted = {name: methods.fitted(kind, sizes[name][-1]) for name, kind in kinds.items()}
+    inner = {name: kind for name, kind in fitted.items() if name not in methods.WITHOUT_IMATRIX}
+    return any(
+        kind in methods.WANT_IMATRIX or methods.needs_imatrix(method, name, kind) for name, kind in inner.items()
+    )

@@ -1,7 +1,7 @@
 """A LoRA adapter as a GGUF file of its own, which llama.cpp adds to the base model's file when it loads it.
 
 llama.cpp computes ``W x + (alpha / r) B A x`` with one alpha for the whole file and r the rank of each pair. A scaling
-of another form (rank-stabilized, or per layer) goes into B.
+of another form (rank-stabilized, or per layer) goes into B. Several adapters become one, of the sum of their ranks.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from unsloth.core.errors import AdapterError, ExportError
+from unsloth.export import merge
 from unsloth.export.gguf.convert import DTYPES, Conversion
 from unsloth.export.gguf.file import Planned, Writer, as_bytes
 from unsloth.export.gguf.metadata import REAL, TEXT, Metadata
 from unsloth.export.gguf.methods import Method
+from unsloth.export.merge import MergeOptions
 from unsloth.models.record import transformers_model
 
 
@@ -60,7 +62,7 @@ def write(model: PeftModel, conversion: Conversion, path: Path, made: Metadata, 
 
 def base_of(conversion: Conversion) -> Conversion:
     """The conversion of the base model without the adapter."""
-    return replace(conversion, options=replace(conversion.options, adapter_scale=0.0))
+    return replace(conversion, options=MergeOptions(adapter_scale=0.0))
 
 
 def _alpha(model: Any) -> float:
@@ -75,23 +77,31 @@ def _pairs(model: PeftModel, conversion: Conversion, alpha: float) -> Iterator[t
     for path, module in transformers_model(model).named_modules():
         if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             continue
-        adapter = _only_adapter(path, module)
-        if adapter is None:
+        factors = _factors(path, module, conversion.options)
+        if not factors:
             continue
-        assert isinstance(module, LoraLayer)
-        a = module.lora_A[adapter].weight.detach().float().cpu()
-        b = module.lora_B[adapter].weight.detach().float().cpu()
+        # sum_i f_i B_i A_i = [f_1 B_1 | f_2 B_2 ...] [A_1; A_2 ...]
+        a = torch.cat([module.lora_A[name].weight.detach().float().cpu() for name in factors])
+        b = torch.cat(
+            [
+                factor * module.scaling[name] * module.lora_B[name].weight.detach().float().cpu()
+                for name, factor in factors.items()
+            ],
+            dim=1,
+        )
         rule = conversion.rules[f"{path}.weight"]
-        factor = rule.factor * module.scaling[adapter] * len(a) / alpha
         found = True
         yield f"{rule.name}.lora_a", a.contiguous()
-        yield f"{rule.name}.lora_b", ((rule.reorder(b) if rule.heads else b) * factor).contiguous()
+        yield (
+            f"{rule.name}.lora_b",
+            ((rule.reorder(b) if rule.heads else b) * rule.factor * len(a) / alpha).contiguous(),
+        )
     if not found:
         raise AdapterError("no layer has an active LoRA adapter", do="Activate one with model.set_adapter(...).")
 
 
-def _only_adapter(path: str, module: Any) -> str | None:
-    """The one active adapter of a layer; None if it has none.
+def _factors(path: str, module: Any, options: MergeOptions) -> dict[str, float]:
+    """What the change of each of the layer's adapters is multiplied by, by the adapter's name.
 
     Raises:
         AdapterError: Anything that a LoRA file of llama.cpp cannot hold.
@@ -100,16 +110,13 @@ def _only_adapter(path: str, module: Any) -> str | None:
         raise _not_lora(
             path, "weights trained in full" if "Wrapper" in type(module).__name__ else type(module).__name__
         )
-    active = [name for name in module.active_adapters if name in (*module.lora_A, *module.lora_embedding_A)]
-    if not active:
-        return None
-    if len(active) > 1:
-        raise _not_lora(path, "several active adapters")
-    if active[0] in module.lora_embedding_A:
-        raise _not_lora(path, "LoRA on an embedding")
-    if module.lora_variant.get(active[0]) is not None or module.lora_bias.get(active[0]):
-        raise _not_lora(path, "DoRA, or biases in the adapter")
-    return active[0]
+    found = merge.factors(module, options)
+    for name in found:
+        if name in module.lora_embedding_A:
+            raise _not_lora(path, "LoRA on an embedding")
+        if module.lora_variant.get(name) is not None or module.lora_bias.get(name):
+            raise _not_lora(path, "DoRA, or biases in the adapter")
+    return found
 
 
 def _not_lora(path: str, what: str) -> AdapterError:

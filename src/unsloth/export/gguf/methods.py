@@ -247,9 +247,14 @@ _FALLBACKS = {
     Type.Q5_K: Type.Q5_1,
     Type.Q6_K: Type.Q8_0,
 }
+TERNARY = (Type.TQ1_0, Type.TQ2_0)
 PLAIN = (Type.F32, Type.F16, Type.BF16)
 NEED_IMATRIX = (Type.IQ3_XXS, Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ1_M, Type.IQ1_S)
 """Types that are useless without an importance matrix."""
+WITHOUT_IMATRIX = ("output.weight", "token_embd.weight")
+"""Tensors that an importance matrix has nothing for."""
+WANT_IMATRIX = (*NEED_IMATRIX, Type.IQ3_S)
+"""Those, and the one that loses most where there is none (docs/gguf.md has the figures)."""
 
 
 def find(name: str, first_conversion: str) -> Method:
@@ -403,6 +408,6 @@ def fitted(kind: Type, width: int) -> Type:
 
 def needs_imatrix(method: Method, name: str, kind: Type) -> bool:
     """Whether a tensor of this type comes out useless without an importance matrix."""
-    if name in ("output.weight", "token_embd.weight"):
+    if name in WITHOUT_IMATRIX:
         return False
     return kind in NEED_IMATRIX or (kind is Type.Q2_K and method.name == "q2_k_s")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from unsloth.core.errors import ConfigError
-from unsloth.export import calibration, imatrix, upload
+from unsloth.export import calibration, imatrix, merge, upload
 from unsloth.export.calibration import Source
 from unsloth.export.gguf import convert, save
 
@@ -38,6 +38,9 @@ def save_pretrained_gguf(
     maximum_memory_usage: float = 0.75,
     verify: bool = True,
     save_method: str = "merged",
+    adapters: str | Sequence[str] | Mapping[str, float] | None = None,
+    adapter_scale: float = 1.0,
+    base_weight: float = 0.0,
     push_to_hub: bool = False,
     token: str | bool | None = None,
     private: bool | None = None,
@@ -67,7 +70,10 @@ def save_pretrained_gguf(
         maximum_memory_usage: Share of the free memory that llama.cpp may take.
         verify: Whether llama.cpp runs the files, where it is installed.
         save_method: ``"merged"``, or ``"lora"`` for the adapter alone, to be loaded beside a file of the base model;
-            ``quantization_method`` is then ``"f16"``, ``"f32"`` or ``"bf16"``.
+            ``quantization_method`` is then ``"f16"``, ``"f32"`` or ``"bf16"``, and several adapters become one.
+        adapters: Names of the adapters to merge, or their weights by name; None takes the active ones.
+        adapter_scale: Factor on ``lora_alpha``; 0.5 halves what the adapter changes.
+        base_weight: Share of the base model in an average of the weights; 0.5 is the mean of base and trained model.
         push_to_hub: Whether to upload the folder afterwards, to the repository of the folder's name.
         token: Hub token; None takes the one of ``hf auth login``.
         private: Visibility of a repository that is made by this; None makes it private.
@@ -77,7 +83,8 @@ def save_pretrained_gguf(
         an adapter.
 
     Raises:
-        ConfigError: An unknown method.
+        ConfigError: An unknown method, or a value out of range.
+        AdapterError: The model has no such adapter.
         ExportError: Something that llama.cpp cannot read, or a file that is not the model.
         TokenizerError: A tokenizer that llama.cpp does not have, or that cuts texts differently there.
         StorageError: The disk is full.
@@ -96,6 +103,7 @@ def save_pretrained_gguf(
         max_shard_size=max_shard_size,
         maximum_memory_usage=maximum_memory_usage,
         verify=verify,
+        merge=merge.MergeOptions(merge.weights(adapters), adapter_scale, base_weight),
     )
     if save_method not in ("merged", "lora"):
         raise ConfigError('save_method is "merged" or "lora"', got=save_method)

@@ -27,6 +27,8 @@ from unsloth.export.gguf.file import Planned, Reader
 from unsloth.export.gguf.importance import Importance
 from unsloth.export.gguf.metadata import Metadata
 from unsloth.export.gguf.methods import Method
+from unsloth.export.merge import UNCHANGED, MergeOptions
+from unsloth.export.merged_folder import describe
 from unsloth.models.record import transformers_model
 
 KIND = "gguf"
@@ -52,6 +54,7 @@ class Options:
         maximum_memory_usage: Share of the free memory that llama.cpp may take for the comparison.
         verify: Whether llama.cpp runs the files, where it is installed; the files are reopened and compared anyway.
         types: Types of single tensors by their names in the file, before the method's own.
+        merge: Which adapters are merged, and how much of them.
     """
 
     methods: Sequence[str]
@@ -64,6 +67,7 @@ class Options:
     maximum_memory_usage: float = 0.75
     verify: bool = True
     types: Mapping[str, Type] | None = None
+    merge: MergeOptions = UNCHANGED
 
     def __post_init__(self) -> None:
         if not self.methods:
@@ -110,7 +114,7 @@ def save(
         TokenizerError: Likewise, of the tokenizer.
         StorageError: The disk is full.
     """
-    conversion = convert.plan(model, tokenizer, options.first_conversion, pre_tokenizer=options.pre_tokenizer)
+    conversion = _conversion(model, tokenizer, options)
     wanted = wanted_methods(options.methods, conversion.dtype)
     importance = _importance(options, conversion, tokenizer, wanted)
     jobs = [replace(importance.job(method), types=options.types) for method in wanted]
@@ -120,6 +124,7 @@ def save(
     name = _file_name(Path(inner.config._name_or_path or "model").name)
     ends = convert.ends_of(inner, tokenizer)
     base, is_public = public_name(inner.config._name_or_path or "model")
+    made_of = describe(model, options.merge)
     details: dict[str, Any] = {"base": base, "files": _earlier(Path(folder))}
     if importance.source is not None:
         details["importance"] = importance.source
@@ -138,12 +143,13 @@ def save(
             paths = quantize.write(Reader(source_path), target, planned, job, shard_bytes(options.max_shard_size))
             proof = judge.prove(source_path, paths, job, planned, replaced)
             saved.append(Saved(job.method.name, tuple(path.name for path in paths), proof))
-            details["files"] |= {path.name: {"method": job.method.name, **proof.as_json()} for path in paths}
+            report = {"method": job.method.name, **_merged(made_of), **proof.as_json()}
+            details["files"] |= {path.name: report for path in paths}
         shutil.rmtree(source_path.parent)
         stops = [text for text in tokenizer.convert_ids_to_tokens(ends) if isinstance(text, str)]
         modelfile = ollama.modelfile(tokenizer, saved[0].files[0], stops)
         (staging / "Modelfile").write_text(modelfile, encoding="utf-8")
-        _write_card(Path(folder), staging, base, is_public, details["files"])
+        _write_card(Path(folder), staging, is_public, model, made_of, details["files"])
     for each in saved:
         logger.info("saved %s: %s", Path(folder) / each.files[0], each.proof)
     return saved, modelfile
@@ -161,13 +167,14 @@ def save_adapter(
         ExportError: The base model's family has no rule, or the adapter is not the model's.
         StorageError: The disk is full.
     """
-    conversion = convert.plan(model, tokenizer, options.first_conversion, pre_tokenizer=options.pre_tokenizer)
+    conversion = _conversion(model, tokenizer, options)
     inner = transformers_model(model)
     name = _file_name(Path(inner.config._name_or_path or "model").name)
     plans = [
         (method, *lora.plan(model, conversion, method)) for method in wanted_methods(options.methods, conversion.dtype)
     ]
     base, is_public = public_name(inner.config._name_or_path or "model")
+    made_of = describe(model, options.merge)
     details: dict[str, Any] = {"base": base, "files": _earlier(Path(folder))}
     needed = conversion.size + sum(tensor.size for _, _, planned in plans for tensor in planned)
     saved = []
@@ -182,12 +189,18 @@ def save_adapter(
             lora.write(model, conversion, path, made, planned)
             proof = judge.prove_adapter(beside, path, made, planned)
             saved.append(Saved(method.name, (path.name,), proof))
-            details["files"][path.name] = {"method": f"lora {method.name}", **proof.as_json()}
+            details["files"][path.name] = {"method": f"lora {method.name}", **_merged(made_of), **proof.as_json()}
         shutil.rmtree(beside.parent)
-        _write_card(Path(folder), staging, base, is_public, details["files"])
+        _write_card(Path(folder), staging, is_public, model, made_of, details["files"])
     for each in saved:
         logger.info("saved %s: %s", Path(folder) / each.files[0], each.proof)
     return saved
+
+
+def _conversion(model: Any, tokenizer: PreTrainedTokenizerBase, options: Options) -> Conversion:
+    return convert.plan(
+        model, tokenizer, options.first_conversion, pre_tokenizer=options.pre_tokenizer, options=options.merge
+    )
 
 
 def wanted_methods(names: Sequence[str], first_conversion: str) -> list[Method]:
@@ -223,6 +236,8 @@ def _plan(
     if job.method.measured:
         return importance.budget(job.method), []
     planned, replaced = _fixed(job, conversion)
+    if job.method.type in methods.TERNARY:
+        logger.warning("%s is of use only for models that were trained with weights of three values", job.method.name)
     if replaced:
         first = replaced[0]
         logger.warning(
@@ -242,9 +257,15 @@ def _fixed(job: quantize.Job, conversion: Conversion) -> tuple[list[Planned], li
     return quantize.plan(_by_name(conversion.planned), shape, job)
 
 
-def _write_card(folder: Path, staging: Path, base: str, is_public: bool, files: Mapping[str, Any]) -> None:
+def _merged(made_of: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: made_of[key] for key in ("base_held_in", "adapters", "adapter_scale", "base_weight")}
+
+
+def _write_card(
+    folder: Path, staging: Path, is_public: bool, model: Any, made_of: Mapping[str, Any], files: Mapping[str, Any]
+) -> None:
     if card.may_be_written(folder):
-        (staging / card.NAME).write_text(card.text(base, is_public, files), encoding="utf-8")
+        (staging / card.NAME).write_text(card.text(is_public, model, made_of, files), encoding="utf-8")
 
 
 def _file_name(name: str) -> str:
@@ -281,7 +302,9 @@ class _Judge:
         reason = self._reason(options)
         if reason is None:
             end = ends[0] if ends else None
-            self._reference = check.reference(conversion.model, tokenizer, end, conversion.vocabulary)
+            self._reference = check.reference(conversion, tokenizer, end)
+            if not self._reference.same:
+                self._notes.append("compared with the model as it was trained, which cannot compute what was merged")
         else:
             self._engine = None
             self._notes.append(reason)

@@ -1,0 +1,254 @@
+"""Completions for training, sampled by the engine from the weights as they are at the moment."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from unsloth.core.errors import ConfigError, DataError
+from unsloth.core.log import get_logger
+from unsloth.generate import model_methods, sampling
+from unsloth.generate.engine import Engine
+from unsloth.generate.live_model import LiveModel
+from unsloth.generate.options import EngineOptions
+from unsloth.generate.sampling import SamplingParams
+from unsloth.models import record
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Completions:
+    """What was sampled for a list of prompts, in their order.
+
+    Attributes:
+        ids: Token ids of each completion, the one that ended it included.
+        logprobs: Log-probability of each token under the policy at its sampling temperature, as the engine computed
+            it; NaN where cuts or penalties hide it.
+    """
+
+    ids: list[list[int]]
+    logprobs: list[list[float]]
+
+
+class Rollouts:
+    """Samples completions with an engine of its own, on the weights and the adapter that are being trained.
+
+    Nothing is merged or copied: the engine reads the model's own tensors. Its cache of keys and values has room for
+    what a batch needs, and gives its memory back between generations (:meth:`sleep`).
+
+    Args:
+        model: The policy.
+        tokenizer: Its tokenizer.
+        params: How tokens are drawn; ``n`` and ``seed`` are set for each request.
+        rows: Completions that are sampled at once.
+        group: Completions a prompt, which share its keys and values.
+        turns: Whether completions are continued in further turns, as part of the next prompt.
+
+    Raises:
+        ConfigError: The engine cannot run this model.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer: Any,
+        params: SamplingParams,
+        rows: int,
+        group: int,
+        turns: bool = False,
+    ) -> None:
+        self.params, self.rows, self.group, self.turns = params, rows, group, turns
+        self._model, self._tokenizer = model, tokenizer
+        methods = model_methods.find(model)
+        if methods is not None:
+            methods.sleep()  # the engine that the model itself has
+        self._options = EngineOptions() if methods is None else methods.options
+        self._options = dataclasses.replace(self._options, max_num_seqs=min(self._options.max_num_seqs, rows))
+        self._engine: Engine | None = None
+        self._room = 0  # tokens of prompt that the cache was made for
+        loaded, config = record.find(model), record.transformers_model(model).config.get_text_config()
+        self.longest = min(loaded.max_seq_length if loaded else math.inf, config.max_position_embeddings)
+        """Tokens of the longest sequence, prompt and completion together."""
+        LiveModel(model, self.longest, self._options.fast).begin()  # says what keeps the engine from this model
+        self._seconds, self._tokens = 0.0, 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the engine computes in."""
+        return record.transformers_model(self._model).get_input_embeddings().weight.dtype
+
+    @property
+    def float8(self) -> bool:
+        """Whether keys and values are kept in eight bits, which changes probabilities."""
+        return self._options.float8_kv_cache
+
+    def take_counts(self) -> tuple[float, int]:
+        """Seconds spent sampling and tokens sampled since the last call."""
+        found = self._seconds, self._tokens
+        self._seconds, self._tokens = 0.0, 0
+        return found
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        key: Sequence[int],
+        check: Callable[[], None] = lambda: None,
+        params: SamplingParams | None = None,
+    ) -> Completions:
+        """One completion for every prompt; equal neighbours are sampled as completions of one prompt.
+
+        Args:
+            prompts: Token ids of each.
+            key: What decides the random numbers, together with the place of a prompt in the list.
+            check: Called after every step of the engine; what it raises ends the generation.
+            params: In the place of the trainer's.
+
+        Raises:
+            DataError: A prompt leaves no room for a completion.
+            GenerationError: The device failed.
+        """
+        start = time.perf_counter()
+        params = params or self.params
+        groups = _groups(prompts, self.group)
+        for ids in prompts:
+            if len(ids) >= self.longest:
+                text = self._tokenizer.decode(ids[:40])
+                raise DataError(
+                    f"a prompt of {len(ids)} tokens leaves no room in sequences of {self.longest}",
+                    got=f"{text}...",
+                    do="Leave such rows out, set max_prompt_length, or load the model with a larger max_seq_length.",
+                )
+        engine = self._engine_for(max(map(len, prompts)), params)
+        requests = [dataclasses.replace(params, n=stop - first, seed=seed_of(*key, first)) for first, stop in groups]
+        outputs = engine.generate([list(prompts[first]) for first, _ in groups], requests, progress=lambda _: check())
+        completions = [output for request in outputs for output in request.outputs]
+        found = Completions(
+            [output.token_ids for output in completions],
+            [self._logprobs(output, params) for output in completions],
+        )
+        self._tokens += sum(map(len, found.ids))
+        self._seconds += time.perf_counter() - start
+        return found
+
+    def sleep(self) -> None:
+        """Give the cache's memory back until the next generation."""
+        if self._engine is not None:
+            self._engine.sleep()
+
+    def close(self) -> None:
+        """Free everything that belongs to the engine."""
+        if self._engine is not None:
+            self._engine.shutdown()
+            self._engine = None
+
+    def _logprobs(self, output: Any, params: SamplingParams) -> list[float]:
+        if params.temperature == 1:
+            return output.model_logprobs
+        return [math.nan] * len(output.token_ids) if _cuts(params) else output.sampled_logprobs
+
+    def _engine_for(self, longest: int, params: SamplingParams) -> Engine:
+        """The engine, whose cache is made anew if prompts have become longer than it was made for."""
+        longest = min(longest + (params.max_tokens or 0) if self.turns else longest, self.longest)
+        if self._engine is not None and longest > self._room:
+            longest = min(longest * 5 // 4, self.longest)  # so that it does not grow by a little every time
+            self.close()
+        if self._engine is None:
+            self._room = longest
+            self._engine = Engine(self._model, self._tokenizer, self._sized(longest, params))
+        return self._engine
+
+    def _sized(self, longest: int, params: SamplingParams) -> EngineOptions:
+        """Options with a cache for all rows at once, if that fits into memory."""
+        options = self._options
+        if options.num_pages is not None or params.max_tokens is None:
+            return options
+        page = options.page_size
+        length = min(longest + (0 if self.turns else params.max_tokens), self.longest)
+        of_row, shared = math.ceil(length / page) + 1, 0
+        if not self.turns:  # full pages of a prompt are shared by its completions
+            shared = math.ceil(self.rows / self.group) * (longest // page)
+            of_row -= longest // page
+        pages = shared + self.rows * of_row
+        if pages * self._page_bytes() > 0.8 * _free_memory():
+            logger.info("a cache for all completions at once would take too much memory, so they take turns")
+            return dataclasses.replace(options, max_model_len=length)
+        return dataclasses.replace(options, max_model_len=length, num_pages=pages)
+
+    def _page_bytes(self) -> int:
+        config = record.transformers_model(self._model).config.get_text_config()
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = 1 if self.float8 else self.dtype.itemsize
+        return 2 * self._options.page_size * config.num_hidden_layers * heads * head_dim * width
+
+
+def _free_memory() -> float:
+    """Bytes of the GPU that can be had; infinity without one."""
+    if not torch.cuda.is_available():
+        return math.inf
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
+def seed_of(*key: int) -> int:
+    """A seed below 2^62 that depends on every number of the key."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 2
+
+
+def _groups(prompts: Sequence[Sequence[int]], most: int) -> list[tuple[int, int]]:
+    """First and last-plus-one place of runs of equal prompts, at most ``most`` long."""
+    runs, at = [], 0
+    for _, run in itertools.groupby(prompts, key=tuple):
+        stop = at + sum(1 for _ in run)
+        runs += [(first, min(first + most, stop)) for first in range(at, stop, most)]
+        at = stop
+    return runs
+
+
+def _cuts(params: SamplingParams) -> bool:
+    """Whether tokens are drawn from something else than the softmax of the logits by the temperature."""
+    return params.penalized or params.top_p < 1 or params.top_k > 0 or params.min_p > 0 or bool(params.logit_bias)
+
+
+def sampling_params(args: Any) -> SamplingParams:
+    """How a trainer's configuration wants tokens drawn.
+
+    Args:
+        args: A ``GRPOConfig``.
+
+    Raises:
+        ConfigError: It asks for something the engine does not have, or for no randomness.
+    """
+    if args.vllm_sampling_params is not None:
+        own = sampling.accept(args.vllm_sampling_params)
+        if own.temperature not in (1.0, args.temperature):
+            raise ConfigError(
+                "temperature and that of vllm_sampling_params contradict each other",
+                got=f"{args.temperature} and {own.temperature}",
+                do="Give one of them: the loss is computed at this temperature, too.",
+            )
+        changed = {"temperature": args.temperature, "max_tokens": args.max_completion_length}
+        return dataclasses.replace(own, **changed, n=1, seed=None, logprobs=None, detokenize=bool(own.stop))
+    given = {
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "top_k": args.top_k or 0,
+        "min_p": args.min_p or 0.0,
+        "repetition_penalty": args.repetition_penalty,
+        "max_tokens": args.max_completion_length,
+        **(args.generation_kwargs or {}),
+    }
+    given["detokenize"] = bool(given.get("stop"))
+    unknown = sorted(set(given) - {field.name for field in dataclasses.fields(SamplingParams)})
+    if unknown:
+        raise ConfigError("the engine does not know this generation argument", got=unknown[0], do="Leave it out.")
+    return SamplingParams(**given)
