@@ -185,11 +185,11 @@ def test_trained_base_weights_use_the_reference(device):
 def test_bad_input(device):
     x, weights, pairs = make(device)
     adapters = [Adapter(a, b) for a, b in zip(pairs[::2], pairs[1::2], strict=True)]
-    with pytest.raises(ConfigError, match="input does not fit"):
+    with pytest.raises(ConfigError, match="does not fit the input"):
         lora_linears(x[:, :7], weights, adapters)
     with pytest.raises(ConfigError, match="dtype"):
         lora_linears(x.to(torch.bfloat16), weights, adapters)
-    with pytest.raises(ConfigError, match="adapter does not fit"):
+    with pytest.raises(ConfigError, match="adapter . does not fit"):
         lora_linears(x, weights, adapters[::-1])
     with pytest.raises(ConfigError, match="too little room"):
         lora_linears(x, PaddedWeight.from_dense(weights, 0), adapters)

@@ -116,7 +116,7 @@ def test_bad_input(device):
         lora_mlp(x, weights[:2], weights[2], adapters[:2])
     with pytest.raises(ConfigError, match="activation"):
         lora_mlp(x, weights[:2], weights[2], adapters, "relu")
-    with pytest.raises(ConfigError, match="down projection"):
+    with pytest.raises(ConfigError, match="lora_mlp down"):
         lora_mlp(x, weights[:2], weights[2][:, :8], [None, None, None])
-    with pytest.raises(ConfigError, match="input does not fit"):
+    with pytest.raises(ConfigError, match="does not fit the input"):
         lora_mlp(x[:, :3], weights[:2], weights[2], adapters)

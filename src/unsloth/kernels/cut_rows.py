@@ -18,7 +18,15 @@ import torch
 import triton
 import triton.language as tl
 
-from unsloth.kernels.dispatch import can_launch, launch_on
+from unsloth.core.errors import ConfigError
+from unsloth.kernels.dispatch import (
+    can_launch,
+    check_device,
+    check_integers,
+    check_shape,
+    check_tensors,
+    launch_on,
+)
 
 _BLOCK = 8192
 
@@ -46,6 +54,15 @@ def cut_rows(
         (B,) float32, on the scale of ``logits * (1 / temperature)``, which rounds as in
         :mod:`unsloth.kernels.sample_rows`.
     """
+    check_tensors("cut_rows", logits=logits, temperature=temperature, top_p=top_p, min_p=min_p)
+    check_device("cut_rows", logits.device, top_k=top_k)
+    check_integers("cut_rows", top_k=top_k)
+    limits = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    if logits.dim() != 2:
+        raise ConfigError("cut_rows: logits must be a matrix", got=tuple(logits.shape), do="Pass (B, V).")
+    for name, limit in limits.items():
+        check_shape("cut_rows", name, limit, (len(logits),))
+    temperature, top_k, top_p, min_p = (limit.contiguous() for limit in limits.values())
     rows, size = logits.shape
     if not (fast and rows and logits.stride(1) == 1 and can_launch(logits, temperature, top_p, min_p)):
         return cut_rows_reference(logits, temperature, top_k, top_p, min_p)

@@ -91,6 +91,26 @@ def check_shape(op: str, name: str, tensor: torch.Tensor | None, shape: tuple[in
         )
 
 
+def check_device(op: str, device: torch.device, **tensors: torch.Tensor | None) -> None:
+    """Raise unless every given tensor, of whatever dtype, is on ``device``; None entries are skipped."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            do = f"Move it to {device}, where the other inputs are."
+            raise ConfigError(f"{op}: {name} is on another device", got=str(tensor.device), do=do)
+
+
+def check_integers(op: str, **tensors: torch.Tensor) -> None:
+    """Raise unless every given tensor holds int32 or int64."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise ConfigError(f"{op}: {name} must hold integers", got=tensor.dtype, do="Pass int32 or int64.")
+
+
+def adjacent(vector: torch.Tensor | None) -> torch.Tensor | None:
+    """``vector`` [N] with its elements next to each other, as kernels read parameters; copies only if it must."""
+    return vector if vector is None or vector.dim() != 1 or vector.stride(0) == 1 else vector.contiguous()
+
+
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """``x`` as a matrix over its last dimension, whose elements are adjacent; copies only if strides demand it."""
     matrix = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(x.shape[:-1].numel(), x.shape[-1])

@@ -17,6 +17,7 @@ import torch
 from torch.nn.functional import grouped_mm
 
 from unsloth.core.errors import ConfigError
+from unsloth.kernels import dispatch
 
 _GROUPED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -159,6 +160,8 @@ def grouped_linear(
 def _check(
     x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, a: torch.Tensor | None, b: torch.Tensor | None
 ) -> None:
+    dispatch.check_tensors("grouped_linear", x=x, weight=weight, a=a, b=b)
+    dispatch.check_device("grouped_linear", x.device, ends=ends)
     if x.dim() != 2 or weight.dim() != 3 or x.shape[1] != weight.shape[2]:
         raise ConfigError(
             "Rows and expert weights do not fit",

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from unsloth.core.errors import ConfigError
 from unsloth.kernels import dispatch
 
 
@@ -42,6 +43,10 @@ def host_gather(weight: torch.Tensor, ids: torch.Tensor, *, fast: bool = True) -
     Returns:
         (*ids.shape, K); rows of NaN for ids outside the matrix.
     """
+    if weight.dim() != 2 or not weight.is_contiguous():
+        got = (tuple(weight.shape), weight.stride())
+        raise ConfigError("host_gather: the weight must be a contiguous matrix", got=got, do="Pass (V, K) on the host.")
+    dispatch.check_integers("host_gather", ids=ids)
     out = torch.empty((*ids.shape, weight.shape[1]), dtype=weight.dtype, device=ids.device)
     if not (fast and dispatch.can_launch(out)) or weight.is_cuda:
         return host_gather_reference(weight, ids)

@@ -21,7 +21,15 @@ from torch.autograd.function import once_differentiable
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from unsloth.kernels.column_sum import column_sum
-from unsloth.kernels.dispatch import as_rows, compute_dtype, interpreting, launch_on, overlaps_launches, processor_count
+from unsloth.kernels.dispatch import (
+    adjacent,
+    as_rows,
+    compute_dtype,
+    interpreting,
+    launch_on,
+    overlaps_launches,
+    processor_count,
+)
 from unsloth.kernels.row_norm import launch_shape, load_sum, result_buffers, row_stride, takes_kernel, two_sums
 
 
@@ -47,7 +55,7 @@ def layer_norm(
     """
     if not (takes_kernel("layer_norm", x, weight=weight, bias=bias) and fast):
         return layer_norm_reference(x, weight, bias, eps)
-    return _LayerNorm.apply(x, None, weight, bias, eps)
+    return _LayerNorm.apply(x, None, adjacent(weight), adjacent(bias), eps)
 
 
 def add_layer_norm(
@@ -63,7 +71,7 @@ def add_layer_norm(
     if not (takes_kernel("layer_norm", x, residual, weight=weight, bias=bias) and fast):
         h = x + residual
         return layer_norm_reference(h, weight, bias, eps), h
-    return _LayerNorm.apply(x, residual, weight, bias, eps)
+    return _LayerNorm.apply(x, residual, adjacent(weight), adjacent(bias), eps)
 
 
 def layer_norm_reference(

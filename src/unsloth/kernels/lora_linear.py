@@ -21,6 +21,7 @@ import torch
 
 from unsloth.core.errors import ConfigError
 from unsloth.kernels.append_projection import append_projection, append_projections, matmul_wide
+from unsloth.kernels.dispatch import check_tensors
 from unsloth.kernels.lora_weights import Adapter, LoraGroup, PaddedWeight, Weight
 
 
@@ -180,6 +181,36 @@ def check_input(x: torch.Tensor, in_features: int) -> None:
         )
 
 
+def check_linears(
+    op: str, x: torch.Tensor, weights: Sequence[Weight], adapters: Sequence[Adapter | None], features: int
+) -> None:
+    """Raise unless what is known of the weights (functions are not called) and adapters fits inputs like ``x``.
+
+    Args:
+        op: Name of the operation, for messages.
+        x: Says the device, and must be floating point.
+        weights: Of one input.
+        adapters: One a linear, or None.
+        features: Columns that each weight has.
+    """
+    check_tensors(op, x=x)
+    plain = [w for w in weights if isinstance(w, torch.Tensor)]
+    for i, weight in enumerate(plain):
+        check_tensors(op, **{"x": x, f"weight {i}": weight})
+        if weight.dim() != 2 or weight.shape[1] != features:
+            do = f"Pass matrices (out, {features})."
+            raise ConfigError(f"{op}: weight {i} does not fit the input", got=tuple(weight.shape), do=do)
+    outs = [w.shape[0] for w in plain] if len(plain) == len(adapters) else [None] * len(adapters)
+    for i, (adapter, out) in enumerate(zip(adapters, outs, strict=True)):
+        if adapter is None:
+            continue
+        check_tensors(op, **{"x": x, f"a of adapter {i}": adapter.a, f"b of adapter {i}": adapter.b})
+        a, b = tuple(adapter.a.shape), tuple(adapter.b.shape)
+        if len(a) != 2 or len(b) != 2 or a[1] != features or b[1] != a[0] or out not in (None, b[0]):
+            do = f"Pass A (r, {features}) and B ({out or 'out'}, r)."
+            raise ConfigError(f"{op}: adapter {i} does not fit its linear", got=(a, b), do=do)
+
+
 def dense_weights(weights: Sequence[Weight]) -> list[torch.Tensor]:
     """One (out_i, K) tensor a linear, from any form."""
     dense: list[torch.Tensor] = []
@@ -238,6 +269,8 @@ def lora_linears(
     """
     weights = [weights] if isinstance(weights, PaddedWeight) or callable(weights) else list(weights)
     biases = list(biases) if biases is not None else [None] * len(adapters)
+    if x.dim():
+        check_linears("lora_linears", x, weights, adapters, x.shape[-1])
     if not fast or must_use_reference(weights, biases):
         return lora_linears_reference(x, weights, adapters, biases)
     pairs, scales = flatten_adapters(adapters)

@@ -24,6 +24,7 @@ from unsloth.kernels.append_projection import append_projection, matmul_wide
 from unsloth.kernels.glu_adapters import gated_activation_reference, glu_backward, glu_forward
 from unsloth.kernels.lora_linear import (
     check_input,
+    check_linears,
     dense_weights,
     flatten_adapters,
     gather_adapters,
@@ -230,6 +231,14 @@ def lora_mlp(
     if len(adapters) != 3:
         raise ConfigError("An MLP has three linears", got=len(adapters), do="Pass an adapter or None for each.")
     weights = [gate_up] if isinstance(gate_up, PaddedWeight) or callable(gate_up) else list(gate_up)
+    if x.dim():
+        check_linears("lora_mlp gate and up", x, weights, adapters[:2], x.shape[-1])
+    inner = next((w.shape[0] for w in weights if isinstance(w, torch.Tensor) and w.dim() == 2), None)
+    if inner is not None and isinstance(down, torch.Tensor):
+        check_linears("lora_mlp down", x, [down], adapters[2:], inner)
+        if any(isinstance(w, torch.Tensor) and w.shape[0] != inner for w in weights):
+            got = [tuple(w.shape) for w in weights if isinstance(w, torch.Tensor)]
+            raise ConfigError("lora_mlp: gate and up differ in features", got=got, do="Pass two weights (I, K).")
     if not fast or must_use_reference([*weights, down], []):
         return lora_mlp_reference(x, dense_weights(weights), dense_weights([down])[0], adapters, activation)
     pairs, scales = flatten_adapters(adapters)

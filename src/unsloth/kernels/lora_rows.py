@@ -48,11 +48,24 @@ def lora_rows(
         mask: (T, adapters), 1 where the row has the adapter, else 0; None: every row has every one.
         fast: False takes the plain-torch reference.
     """
-    width = b[0].shape[1]
-    if a.shape != (len(b) * width, x.shape[1]) or len(outputs) != len(b):
+    dispatch.check_tensors("lora_rows", x=x, a=a, **{f"b{i}": m for i, m in enumerate(b)})
+    dispatch.check_tensors("lora_rows", x=x, **{f"output {i}": y for i, y in enumerate(outputs)})
+    dispatch.check_device("lora_rows", x.device, mask=mask)
+    matrices = bool(b) and x.dim() == a.dim() == 2 and all(m.dim() == 2 for m in b)
+    width = b[0].shape[1] if matrices else -1
+    same = all(m.shape[1] == width for m in b) if matrices else False
+    if not same or a.shape != (len(b) * width, x.shape[1]) or len(outputs) != len(b):
         got = (tuple(a.shape), [tuple(m.shape) for m in b], len(outputs))
         raise ConfigError("lora_rows: matrices do not fit", got=got, do="Pass A of (outputs * W, K) and B of (N, W).")
-    if not fast or not fits(x, a, [*b, *outputs]):
+    shapes = [(x.shape[0], m.shape[0]) for m in b]
+    masked = mask is None or (mask.dim() == 2 and len(mask) == len(x) and mask.shape[1] and not width % mask.shape[1])
+    if not masked or [tuple(y.shape) for y in outputs] != shapes:
+        found = ([tuple(y.shape) for y in outputs], None if mask is None else tuple(mask.shape))
+        do = f"Pass outputs {shapes}, and a mask (T, adapters) whose adapters divide {width} evenly."
+        raise ConfigError("lora_rows: outputs or mask do not fit", got=found, do=do)
+    if any(m.dtype != a.dtype for m in b):
+        raise ConfigError("lora_rows: A and B differ in dtype", got=(a.dtype, [m.dtype for m in b]), do="Cast them.")
+    if not fast or not fits(x, a, [*b, *outputs]) or not (a.is_contiguous() and all(m.is_contiguous() for m in b)):
         lora_rows_reference(x, a, b, outputs, mask)
         return
     rows, k = x.shape

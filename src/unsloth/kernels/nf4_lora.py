@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from unsloth.core.errors import ConfigError
-from unsloth.kernels.dispatch import as_rows, can_launch, interpreting, launch_on
+from unsloth.kernels.dispatch import as_rows, can_launch, check_tensors, interpreting, launch_on
 from unsloth.kernels.nf4 import NF4Weight
 from unsloth.kernels.nf4_fragments import LowRank, multiply_fragments, takes_fragments
 from unsloth.kernels.nf4_matmul import add_parts, multiply_tiles, nf4_linear, takes_tiles
@@ -45,8 +45,12 @@ class StackedAdapters:
     scales: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        ranks = [b.shape[1] for b in self.b]
-        same = all(b.dtype == self.a.dtype and b.is_contiguous() for b in self.b)
+        ranks = [b.shape[-1] for b in self.b]
+        same = (
+            self.a.dim() == 2
+            and all(b.dim() == 2 for b in self.b)
+            and all(b.dtype == self.a.dtype and b.is_contiguous() for b in self.b)
+        )
         if sum(ranks) != self.a.shape[0] or len(self.scales) != len(ranks) or not same or not self.a.is_contiguous():
             got = (tuple(self.a.shape), [tuple(b.shape) for b in self.b], len(self.scales))
             do = "Pass contiguous A [R, K] and B [N, r] of one dtype, with the ranks r adding up to R."
@@ -75,6 +79,14 @@ def nf4_lora_linears(
         got = (len(adapters.b), len(weights))
         raise ConfigError("nf4_lora_linears: one adapter a matrix is needed", got=got, do="Stack as many as matrices.")
     x = x.detach()
+    if adapters is not None:
+        check_tensors("nf4_lora_linears", x=x, a=adapters.a, **{f"b{i}": b for i, b in enumerate(adapters.b)})
+        rows = [weight.shape[0] for weight in weights]
+        fit = x.dim() and adapters.a.shape[1] == x.shape[-1] and [b.shape[0] for b in adapters.b] == rows
+        if not fit or any(w.shape[1] != x.shape[-1] or w.packed.device != x.device for w in weights):
+            found = (tuple(x.shape), tuple(adapters.a.shape), [tuple(b.shape) for b in adapters.b])
+            do = f"Pass x [..., K], A [R, K] and B [N, r] for weights {[w.shape for w in weights]}, on their device."
+            raise ConfigError("nf4_lora_linears: inputs do not fit the weights", got=found, do=do)
     if adapters is None:
         return [nf4_linear(x, weight, fast=fast) for weight in weights]
     rows = as_rows(x)

@@ -215,6 +215,7 @@ def paged_attention(
     if not batch:
         return out
     page_table = page_table if page_table.stride(1) == 1 else page_table.contiguous()
+    lengths, sinks = lengths.contiguous(), None if sinks is None else sinks.contiguous()
     if splits is None:
         tiles = triton.cdiv(page_table.shape[1] * k_cache.shape[1], _BLOCK_N)
         splits = max(1, min(tiles, 64, 4 * dispatch.processor_count(q.device) // (batch * kv_heads)))
@@ -314,14 +315,10 @@ def _check(
         raise ConfigError(
             "Queries and cache differ in dtype", got=(q.dtype, k_cache.dtype, v_cache.dtype), do="Cast the queries."
         )
-    integers = {torch.int32, torch.int64}
-    if page_table.dim() != 2 or page_table.dtype not in integers or lengths.dtype not in integers:
-        raise ConfigError(
-            "Page table and lengths must be integers",
-            got=(page_table.dtype, tuple(page_table.shape), lengths.dtype),
-            do="Pass a (B, pages) table and (B,) lengths, int32 or int64.",
-        )
-    if page_table.shape[0] != q.shape[0] or lengths.shape != q.shape[:1]:
+    dispatch.check_integers("paged_attention", page_table=page_table, lengths=lengths)
+    caches = {"k_cache": k_cache, "v_cache": v_cache}
+    dispatch.check_device("paged_attention", q.device, **caches, page_table=page_table, lengths=lengths, sinks=sinks)
+    if page_table.dim() != 2 or page_table.shape[0] != q.shape[0] or lengths.shape != q.shape[:1]:
         raise ConfigError(
             "One table row and one length a sequence are needed",
             got=(tuple(page_table.shape), tuple(lengths.shape)),

@@ -82,11 +82,11 @@ def gather_pages(cache: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
     return cache[pages]
 
 
-@triton.jit(do_not_specialize=["table_stride", "window"])
+@triton.jit(do_not_specialize=["table_stride", "window", "tokens"])
 def paged_prefill_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, tiles_ptr, out_ptr, q_stride_t, q_stride_h, page_stride, token_stride, head_stride,
-    v_page_stride, v_token_stride, v_head_stride, out_stride_t, out_stride_h, table_stride, scale, softcap, window, G,
-    D, page_size, CAP: tl.constexpr, WINDOW: tl.constexpr, UPCAST: tl.constexpr, ROUND: tl.constexpr,
+    v_page_stride, v_token_stride, v_head_stride, out_stride_t, out_stride_h, table_stride, scale, softcap, window,
+    tokens, G, D, page_size, CAP: tl.constexpr, WINDOW: tl.constexpr, UPCAST: tl.constexpr, ROUND: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program a (tile, key head); rows of its matrices are the pairs of token and query head."""
@@ -100,7 +100,7 @@ def paged_prefill_kernel(
     t = m // BLOCK_G
     g = m % BLOCK_G
     d = tl.arange(0, BLOCK_D)
-    live = ((t < count) & (g < G))[:, None] & (d[None, :] < D)
+    live = ((t < count) & (first + t < tokens) & (g < G))[:, None] & (d[None, :] < D)
     q_at = q_ptr + (first + t)[:, None] * q_stride_t + (head * G + g)[:, None] * q_stride_h + d[None, :]
     q = tl.load(q_at, mask=live, other=0.0)
     if UPCAST:
@@ -160,8 +160,16 @@ def paged_prefill(
     Returns:
         (T, H, D).
     """
+    dispatch.check_tensors("paged_prefill", q=q, k_cache=k_cache, v_cache=v_cache)
+    dispatch.check_device("paged_prefill", q.device, table=table, tiles=tiles)
+    dispatch.check_integers("paged_prefill", table=table, tiles=tiles)
+    if table.dim() != 2 or tiles.dim() != 2 or tiles.shape[1] != 4:
+        got = (tuple(table.shape), tuple(tiles.shape))
+        raise ConfigError("paged_prefill: table or tiles have the wrong shape", got=got, do="Use make_tiles' tiles.")
+    table, tiles = table if table.stride(1) == 1 else table.contiguous(), tiles.contiguous()
     if (
         q.dim() != 3
+        or k_cache.dim() != 4
         or k_cache.shape != v_cache.shape
         or k_cache.shape[3] != q.shape[2]
         or q.shape[1] % k_cache.shape[2]
@@ -184,7 +192,7 @@ def paged_prefill(
             paged_prefill_kernel[(len(tiles), kv_heads)](
                 q, k_cache, v_cache, table, tiles, out, q.stride(0), q.stride(1), *k_cache.stride()[:3],
                 *v_cache.stride()[:3], out.stride(0), out.stride(1), table.stride(0), scale, softcap, window,
-                heads // kv_heads, dim, k_cache.shape[1], CAP=softcap > 0, WINDOW=window > 0,
+                len(q), heads // kv_heads, dim, k_cache.shape[1], CAP=softcap > 0, WINDOW=window > 0,
                 UPCAST=dispatch.interpreting(), ROUND=must_round(q.dtype), BLOCK_T=TILE,
                 BLOCK_G=triton.next_power_of_2(heads // kv_heads), BLOCK_N=block_keys(dim, q.device),
                 BLOCK_D=max(16, triton.next_power_of_2(dim)), num_warps=4, num_stages=2,

@@ -96,6 +96,8 @@ def qk_norm_rope(
     if not (fast and can_launch(q, k, q_weight, k_weight) and can_launch(cos, sin)):
         outs = qk_norm_rope_reference(q, k, q_weight, k_weight, tables, eps, offset)
         return tuple(x.copy_(out) for x, out in zip((q, k), outs, strict=True)) if inplace else outs
+    if q_weight.stride(0) != 1 or k_weight.stride(0) != 1:
+        q_weight, k_weight = q_weight.contiguous(), k_weight.contiguous()
     if inplace:
         _forward(q, k, q_weight, k_weight, tables, eps, offset, q, k)
         return q, k

@@ -21,7 +21,15 @@ from torch.autograd.function import once_differentiable
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from unsloth.kernels.column_sum import column_sum
-from unsloth.kernels.dispatch import as_rows, compute_dtype, interpreting, launch_on, overlaps_launches, processor_count
+from unsloth.kernels.dispatch import (
+    adjacent,
+    as_rows,
+    compute_dtype,
+    interpreting,
+    launch_on,
+    overlaps_launches,
+    processor_count,
+)
 from unsloth.kernels.row_norm import launch_shape, load_sum, result_buffers, row_stride, takes_kernel, two_sums
 
 
@@ -42,7 +50,7 @@ def rms_norm(
     """
     if not (takes_kernel("rms_norm", x, weight=weight) and fast):
         return rms_norm_reference(x, weight, eps, offset)
-    return _RMSNorm.apply(x, None, weight, eps, offset)
+    return _RMSNorm.apply(x, None, adjacent(weight), eps, offset)
 
 
 def add_rms_norm(
@@ -58,7 +66,7 @@ def add_rms_norm(
     if not (takes_kernel("rms_norm", x, residual, weight=weight) and fast):
         h = x + residual
         return rms_norm_reference(h, weight, eps, offset), h
-    return _RMSNorm.apply(x, residual, weight, eps, offset)
+    return _RMSNorm.apply(x, residual, adjacent(weight), eps, offset)
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor | None, eps: float, offset: float = 0.0) -> torch.Tensor:

@@ -44,29 +44,48 @@ def rope_to_pages(
         cos: (positions, D/2) table.
         sin: Likewise.
         positions: (T,) int32 or int64 rows of the tables.
-        places: (T,) int32 or int64.
+        places: (T,) int32 or int64; the kernel stores no token whose place is not in the caches.
         k_cache: (pages, P, K, D), contiguous; of q's dtype, or E4M3.
         v_cache: Likewise.
         fast: False takes the plain-torch reference.
     """
+    dispatch.check_tensors("rope_to_pages", q=q, k=k, v=v, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
+    dispatch.check_device("rope_to_pages", q.device, positions=positions, places=places)
+    dispatch.check_integers("rope_to_pages", positions=positions, places=places)
+    if any(x.dim() != 3 or len(x) != len(q) for x in (q, k, v)) or cos.dim() != 2 or k_cache.dim() != 4:
+        got = [tuple(x.shape) for x in (q, k, v, cos, k_cache)]
+        do = "Pass q, k, v (T, heads, D), tables (P, D/2) and caches (pages, P, K, D)."
+        raise ConfigError("rope_to_pages: shapes do not fit", got=got, do=do)
+    for name, numbers in (("positions", positions), ("places", places)):
+        dispatch.check_shape("rope_to_pages", name, numbers, (len(q),))
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        dispatch.check_shape("rope_to_pages", name, cache, (*k_cache.shape[:2], *k.shape[1:]))
+        if cache.dtype not in (q.dtype, torch.float8_e4m3fn):
+            do = f"Pass a cache of {q.dtype} or {torch.float8_e4m3fn}."
+            raise ConfigError(f"rope_to_pages: {name} has another dtype", got=cache.dtype, do=do)
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        do = "Cast keys and values to the queries' dtype."
+        raise ConfigError("rope_to_pages: dtypes differ", got=(q.dtype, k.dtype, v.dtype), do=do)
+    positions, places = positions.contiguous(), places.contiguous()
     tokens, heads, dim = q.shape
     if k.shape != v.shape or k.shape[2] != dim or cos.shape != sin.shape or cos.shape[1] * 2 != dim:
-        got = (tuple(q.shape), tuple(k.shape), tuple(v.shape), tuple(cos.shape))
+        found = (tuple(q.shape), tuple(k.shape), tuple(v.shape), tuple(cos.shape))
         raise ConfigError(
-            "rope_to_pages: shapes do not fit", got=got, do="Pass q, k, v (T, heads, D), tables (P, D/2)."
+            "rope_to_pages: shapes do not fit", got=found, do="Pass q, k, v (T, heads, D), tables (P, D/2)."
         )
     if not k_cache.is_contiguous() or not v_cache.is_contiguous():
         raise ConfigError("rope_to_pages: caches must be contiguous", got=(k_cache.stride(), v_cache.stride()))
-    adjacent = all(x.stride(2) == 1 for x in (q, k, v)) and cos.stride(1) == 1
+    adjacent = all(x.stride(2) == 1 for x in (q, k, v)) and cos.stride(1) == 1 and cos.stride() == sin.stride()
     if not (fast and adjacent and tokens and dispatch.can_launch(q, k, v) and dispatch.can_launch(cos, sin)):
         rope_to_pages_reference(q, k, v, cos, sin, positions, places, k_cache, v_cache)
         return
     half = dim // 2
     with dispatch.launch_on(q):
         rope_to_pages_kernel[(tokens, triton.cdiv(heads, 8) + triton.cdiv(k.shape[1], 8))](
-            q, k, v, cos, sin, positions, places, k_cache, v_cache, heads, k.shape[1], half, *q.stride()[:2],
-            *k.stride()[:2], *v.stride()[:2], cos.stride(0), EIGHT_BITS=k_cache.dtype.itemsize == 1,
-            ROUND=must_round(q.dtype), HEADS=8, BLOCK=triton.next_power_of_2(half), num_warps=4,
+            q, k, v, cos, sin, positions, places, k_cache, v_cache, heads, k.shape[1], half,
+            k_cache.shape[0] * k_cache.shape[1], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos.stride(0),
+            EIGHT_BITS=k_cache.dtype.itemsize == 1, ROUND=must_round(q.dtype), HEADS=8,
+            BLOCK=triton.next_power_of_2(half), num_warps=4,
         )  # fmt: skip
 
 
@@ -109,8 +128,8 @@ def store_in_page(pointer, value, mask, EIGHT_BITS: tl.constexpr, ROUND: tl.cons
 
 @triton.jit
 def rope_to_pages_kernel(
-    q, k, v, cos, sin, positions, places, k_cache, v_cache, heads, key_heads, half, q_stride_t, q_stride_h, k_stride_t,
-    k_stride_h, v_stride_t, v_stride_h, table_stride, EIGHT_BITS: tl.constexpr, ROUND: tl.constexpr,
+    q, k, v, cos, sin, positions, places, k_cache, v_cache, heads, key_heads, half, slots, q_stride_t, q_stride_h,
+    k_stride_t, k_stride_h, v_stride_t, v_stride_h, table_stride, EIGHT_BITS: tl.constexpr, ROUND: tl.constexpr,
     HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program takes eight heads of a token: of the queries, or of keys and values."""
@@ -131,8 +150,9 @@ def rope_to_pages_kernel(
         tl.store(at + half, nearest(x2 * c + x1 * s, ROUND), mask=live)
     else:
         h = (group - query_groups) * HEADS + tl.arange(0, HEADS)[:, None]
-        live = (h < key_heads) & (i < half)
         place = tl.load(places + token).to(tl.int64)
+        there = tl.where((place >= 0) & (place < slots), key_heads, 0)
+        live = (h < there) & (i < half)
         out = (place * key_heads + h) * (2 * half) + i
         at = k + token * k_stride_t + h * k_stride_h + i
         x1 = tl.load(at, live, other=0.0).to(tl.float32)

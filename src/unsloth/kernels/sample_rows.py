@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from unsloth.core.errors import ConfigError
-from unsloth.kernels.dispatch import can_launch, launch_on
+from unsloth.kernels.dispatch import can_launch, check_device, check_shape, check_tensors, launch_on
 
 CHUNK, BLOCK = 4096, 1024
 _MASK = 0xFFFFFFFF
@@ -49,13 +49,21 @@ def sample_rows(
     Returns:
         (token int64, sampled float32, model float32), each (B,).
     """
+    check_tensors("sample_rows", raw=raw, adjusted=adjusted, temperature=temperature, bound=bound)
+    check_device("sample_rows", raw.device, keys=keys)
+    if raw.dim() != 2 or keys.dtype != torch.int32:
+        got = (tuple(raw.shape), keys.dtype)
+        raise ConfigError("sample_rows: wrong logits or keys", got=got, do="Pass logits (B, V) and int32 keys (2, B).")
     rows, size = raw.shape
+    check_shape("sample_rows", "bound", bound, (rows,))
     if adjusted.shape != raw.shape or temperature.shape != (rows,) or keys.shape != (2, rows):
-        got = (tuple(raw.shape), tuple(adjusted.shape), tuple(temperature.shape), tuple(keys.shape))
-        raise ConfigError("sample_rows: shapes do not fit", got=got, do="Pass (B, V), (B, V), (B,) and (2, B).")
+        shapes = (tuple(raw.shape), tuple(adjusted.shape), tuple(temperature.shape), tuple(keys.shape))
+        raise ConfigError("sample_rows: shapes do not fit", got=shapes, do="Pass (B, V), (B, V), (B,) and (2, B).")
     adjacent = raw.stride(1) == 1 and adjusted.stride(1) == 1
     if not (fast and adjacent and rows and can_launch(raw, adjusted, temperature)):
         return sample_rows_reference(raw, adjusted, temperature, bound, keys)
+    temperature, keys = temperature.contiguous(), keys.contiguous()
+    bound = None if bound is None else bound.contiguous()
     chunks = triton.cdiv(size, CHUNK)
     parts = torch.empty(7, rows, chunks, dtype=torch.float32, device=raw.device)
     places = torch.empty(rows, chunks, dtype=torch.int32, device=raw.device)

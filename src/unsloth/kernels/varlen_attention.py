@@ -320,12 +320,17 @@ def _check_shapes(
             got=[(t.dtype, t.device) for t in (q, k, v)],
             do="Cast or move them.",
         )
+    dispatch.check_tensors("varlen_attention", q=q, k=k, v=v)
+    dispatch.check_device("varlen_attention", q.device, cu_seqlens=cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ConfigError(
             "cu_seqlens must hold integers",
             got=(cu_seqlens.dtype, tuple(cu_seqlens.shape)),
             do="Pass (B + 1,) int32, from 0 to the number of tokens.",
         )
+    if cu_seqlens.device.type == "cpu" and (not len(cu_seqlens) or cu_seqlens[0] != 0 or cu_seqlens[-1] != len(q)):
+        got = cu_seqlens.tolist()
+        raise ConfigError("cu_seqlens does not cover the tokens", got=got, do=f"Begin with 0 and end with {len(q)}.")
     if keys is not None and keys.cu_seqlens.shape != cu_seqlens.shape:
         raise ConfigError("Queries and keys are of different documents", got=(len(cu_seqlens), len(keys.cu_seqlens)))
 
