@@ -1,6 +1,6 @@
 """GRPO with random weights: time and memory of whole steps, ours and TRL's, side by side.
 
-    python bench/grpo.py [--cases 1.7b 1.5b-nf4 8b-nf4 8b-20k loss ...] [--peer] [--steps 3] [--dry-run]
+    python bench/grpo.py [--cases 1.7b 1.5b-nf4 8b-nf4 8b-20k loss ...] [--trainers unsloth trl] [--steps 3] [--dry-run]
 
 ==========  ==============================================================================================
 case        a step
@@ -17,8 +17,8 @@ loss        log-probabilities, entropy and gradient of 8 x 20,480 hidden states 
 
 Weights are random, so that completions never end before their limit and every trainer has the same work. Every case has
 a process of its own. The reward is a random number. "Rollout" is the memory while completions are sampled, the cache of
-keys and values included, "training" that of the rest of a step, both as allocated by tensors. ``--peer`` runs TRL's
-trainer on the case 1.7b as well, for one step. A line a case is appended to bench/results/grpo.csv.
+keys and values included, "training" that of the rest of a step, both as allocated by tensors. TRL's trainer runs one
+step, and only cases whose completions are sampled. A line a case is appended to bench/results/grpo.csv.
 
 ``--dry-run`` takes tiny models and lengths, also on the CPU, and writes nothing.
 """
@@ -84,21 +84,24 @@ def arguments() -> argparse.Namespace:
     """What was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=[*CASES, "loss"], default=["1.7b", "loss"])
-    parser.add_argument("--peer", action="store_true")
+    parser.add_argument("--trainers", nargs="+", choices=["unsloth", "trl"], default=["unsloth"])
+    parser.add_argument("--batch", type=int, help="completions that go through the model at once")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--budget", type=float, default=1.0, help="GiB that ours keeps between forward and backward")
     parser.add_argument("--profile", action="store_true", help="show where the time of a step goes")
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--trainer", choices=["unsloth", "trl"], help=argparse.SUPPRESS)
+    parser.add_argument("--child", dest="trainer", choices=["unsloth", "trl"], help=argparse.SUPPRESS)
     given = parser.parse_args()
     if not given.dry_run and DEVICE.type != "cuda":
         raise SystemExit("bench grpo: no CUDA device here; run this on a GPU machine, or pass --dry-run")
     return given
 
 
-def case_of(name: str, dry: bool) -> Case:
+def case_of(name: str, dry: bool, batch: int | None = None) -> Case:
     """The case, or a tiny one of its kind."""
     case = CASES[name]
+    if batch:
+        case = dataclasses.replace(case, batch=batch)
     if not dry:
         return case
     shape = dataclasses.replace(SHAPES["tiny"], vocabulary=1024)
@@ -277,7 +280,7 @@ def trainer_of(given: argparse.Namespace, case: Case, folder: str, meter: Meter)
 def run(given: argparse.Namespace) -> dict[str, Any]:
     """One case."""
     name = given.cases[0]
-    case, meter = case_of(name, given.dry_run), Meter()
+    case, meter = case_of(name, given.dry_run, given.batch), Meter()
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(given, case, folder, meter)
         trainer.train()
@@ -305,6 +308,13 @@ def profile(trainer: Any) -> None:
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if DEVICE.type == "cuda" else [])
     trainer._step = 0
     inputs = trainer._prepare_inputs(batch)
+    for _ in range(3):
+        start = time.perf_counter()
+        trainer.compute_loss(trainer.model, inputs).backward()
+        launched = time.perf_counter() - start
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        print(f"  a batch: {1e3 * (time.perf_counter() - start):.0f} ms, launched in {1e3 * launched:.0f}", flush=True)
     with profile(activities=activities) as found:
         trainer.compute_loss(trainer.model, inputs).backward()
         if DEVICE.type == "cuda":
@@ -364,9 +374,10 @@ def main() -> None:
             if DEVICE.type == "cuda":
                 torch.cuda.empty_cache()
             continue
-        for trainer in ("unsloth", "trl") if given.peer and name == "1.7b" else ("unsloth",):
-            command = [sys.executable, __file__, "--cases", name, "--trainer", trainer]
+        for trainer in given.trainers:
+            command = [sys.executable, __file__, "--cases", name, "--child", trainer]
             command += ["--steps", str(given.steps if trainer == "unsloth" else 1), "--budget", str(given.budget)]
+            command += ["--batch", str(given.batch)] if given.batch else []
             command += ["--dry-run"] * given.dry_run + ["--profile"] * (given.profile and trainer == "unsloth")
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
                 assert process.stdout is not None

@@ -61,8 +61,8 @@ KINDS = {
 class Row:
     """One line of the results file; memory in MiB, kernel time in milliseconds a micro-batch.
 
-    ``over_mib`` is the peak over weights, optimizer states and gradients, and ``estimated_mib`` what the rules of the
-    library say of it.
+    ``over_mib`` is the peak over weights, optimizer states and gradients, with what recorded graphs use while they run,
+    and ``estimated_mib`` what the rules of the library say of it.
     """
 
     shape: str
@@ -123,6 +123,14 @@ def limit(gib: float) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total) if gib else 1.0)
 
 
+def recorded_mib() -> float:
+    """Memory in MiB that recorded graphs use while they run, which counts as reserved but not as allocated."""
+    if DEVICE.type != "cuda":
+        return 0.0
+    pools = (part for part in torch.cuda.memory_snapshot() if tuple(part.get("segment_pool_id", (0, 0))) != (0, 0))
+    return sum(part["total_size"] - part["allocated_size"] for part in pools) / 2**20
+
+
 def trained_items(case: Case, seed: int) -> int:
     """Positions of an update whose next token counts."""
     return sum(length - 1 for length in case.lengths(seed))
@@ -156,9 +164,11 @@ def measure_steps(model: torch.nn.Module, way: Way, case: Case, vocabulary: int,
         speeds.append(sum(case.lengths(seed)) / (time.perf_counter() - start))
         print(f"        {speeds[-1]:.0f} tok/s", flush=True)
     found = {"tokens_per_s": statistics.median(speeds[options.warm_up :]), **peaks()}
-    gradients = sum(p.nbytes for p in trained) / 2**20 if case.accumulate > 1 else 0.0
-    found["over_mib"] = max(0.0, found["allocated_mib"] - static - gradients)
-    found["estimated_mib"] = way.estimate(case.batch * case.tokens, vocabulary) / 2**20
+    gradients, accumulated = sum(p.nbytes for p in trained), case.accumulate > 1
+    found["over_mib"] = found["allocated_mib"] + recorded_mib() - static
+    found["over_mib"] = max(0.0, found["over_mib"] - (gradients / 2**20 if accumulated else 0.0))
+    expected = way.estimate(case.batch * case.tokens, vocabulary, gradients, accumulated=accumulated)
+    found["estimated_mib"] = expected / 2**20
     return found
 
 
@@ -235,7 +245,7 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def allocator() -> str:
     """Settings of torch's allocator that are not its defaults."""
-    return next((os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ), "")
+    return next((os.environ[name] for name in ALLOCATOR_VARIABLES if os.environ.get(name)), "")
 
 
 def clean(model: torch.nn.Module) -> None:
@@ -335,15 +345,16 @@ def plot() -> Path:
     with (results_file.RESULTS / "train.csv").open(newline="") as handle:
         newest = {(row["shape"], row["case"], row["way"], row["options"]): row for row in csv.DictReader(handle)}
     cases = list(dict.fromkeys((shape, case) for shape, case, *_ in newest))
-    figure, axes = pyplot.subplots(1, len(cases), figsize=(5 * len(cases), 4), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(cases), figsize=(5 * len(cases), 4.5), squeeze=False)
     for axis, (shape, case) in zip(axes[0], cases, strict=True):
         for (*place, way, options), row in newest.items():
             if tuple(place) == (shape, case):
                 x, y = float(row["allocated_mib"]) / 1024, float(row["tokens_per_s"])
-                axis.scatter(x, y)
-                axis.annotate(f"{way} {options}".strip(), (x, y))
+                axis.scatter(x, y, label=f"{way} {options}".strip())
         axis.set(title=f"{shape}, {case}", xlabel="peak allocated, GiB", ylabel="tokens/s")
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.15 * axis.get_ylim()[1])
+        axis.set_xlim(0, 1.15 * axis.get_xlim()[1])
+        axis.legend(fontsize=7, loc="lower right")
     figure.tight_layout()
     path = results_file.RESULTS / "train.png"
     figure.savefig(path, dpi=120)
@@ -419,7 +430,7 @@ def main() -> None:
         return
     begin = time.perf_counter()
     if not given.segments:
-        grow_segments()
+        print(f"segments grow: {grow_segments()}")
     shape = random_llama.SHAPES["tiny" if given.dry_run else given.shape]
     if given.layers:
         shape = replace(shape, layers=given.layers)

@@ -77,13 +77,14 @@ class Way:
         device, _, host = self.policy.partition("/")
         return Budget(int(float(device) * 2**30), int(float(host) * 2**30) if host else None)
 
-    def estimate(self, tokens: int, vocabulary: int) -> int:
-        """Bytes over weights, gradients and optimizer states, by the library's rules; 0 where they do not say."""
+    def estimate(self, tokens: int, vocabulary: int, gradients: int, *, accumulated: bool) -> int:
+        """Bytes over weights, optimizer states and accumulated gradients, by our rules; 0 where they do not say."""
         policy = self.memory()
         if self.blocks is None or policy == "unsloth":
             return 0
         found = block_memory.measure(self.blocks, policy, tokens, 2, vocabulary)
-        return found.activations + found.logits
+        added, *rest = found.peak(gradients, accumulated=accumulated)
+        return sum(rest) + (0 if accumulated else added)
 
     def leave(self, model: torch.nn.Module) -> None:
         """Take it back, Liger's excepted, which cannot be: it comes last."""

@@ -31,7 +31,16 @@ def test_what_the_user_has_set_stays(monkeypatch, name):
     assert os.environ[name] == "max_split_size_mb:64"
 
 
-def test_a_gpu_in_use_is_left_alone(monkeypatch):
+def test_a_gpu_in_use_is_told(monkeypatch):
+    told = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append, raising=False)
+    assert allocator.grow_segments() and told == ["expandable_segments:True"]
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+
+def test_a_torch_without_the_setter_stays_as_it_is(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.delattr(torch._C, "_accelerator_setAllocatorSettings", raising=False)
     assert not allocator.grow_segments()
     assert "PYTORCH_ALLOC_CONF" not in os.environ

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tests.serve.conftest import KEY, start, wait_until
 
-from unsloth.serve import tool_calls
+from unsloth.data import tool_calls
 from unsloth.serve.chat_prompt import ChatPrompt
 from unsloth.serve.requests import ChatRequest
 

@@ -41,13 +41,19 @@ def grow_segments() -> bool:
     """Have torch's CUDA allocator grow its segments instead of adding others, unless the user has set it.
 
     Activations of changing sizes otherwise leave holes that nothing else fits into: up to a third of what is reserved.
-    It is the setting ``expandable_segments`` of torch's documentation, given as its environment variable, which is read
-    when a process first uses a GPU.
+    It is the setting ``expandable_segments`` of torch's documentation: its environment variable, which is read when a
+    process first uses a GPU, and where one is in use already (importing bitsandbytes is enough), torch's own setter.
 
     Returns:
-        Whether it was set; False where the user has set something, or a GPU is in use already.
+        Whether it was set; False where the user has set something, or this torch cannot change it any more.
     """
-    if any(name in os.environ for name in ALLOCATOR_VARIABLES) or torch.cuda.is_initialized():
+    if any(os.environ.get(name) for name in ALLOCATOR_VARIABLES):
         return False
-    os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
+    setting = "expandable_segments:True"
+    if torch.cuda.is_initialized():
+        change = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+        if change is None:
+            return False
+        change(setting)
+    os.environ[ALLOCATOR_VARIABLES[0]] = setting
     return True

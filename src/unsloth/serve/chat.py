@@ -9,8 +9,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+from unsloth.data import tool_calls
 from unsloth.generate.outputs import CompletionOutput, RequestOutput
-from unsloth.serve import answers, tool_calls
+from unsloth.serve import answers
 from unsloth.serve.requests import ChatRequest
 from unsloth.serve.service import Service
 

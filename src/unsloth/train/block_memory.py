@@ -14,7 +14,7 @@ from unsloth.layers.block_sizes import block_sizes
 from unsloth.layers.fused_head import LEAN_CHUNK_BYTES
 from unsloth.layers.linear import Frozen
 from unsloth.layers.mlp import MlpOptions
-from unsloth.memory.budget import Assignment, Budget, LayerSizes, Place, assign, fixed_assignment
+from unsloth.memory.budget import STAGING, Assignment, Budget, LayerSizes, Place, assign, fixed_assignment
 from unsloth.memory.checkpointing import Policy
 from unsloth.models.patch import ForwardSwap, PatchPlan
 
@@ -48,13 +48,26 @@ class BlockMemory:
 
     Attributes:
         activations: What layers keep, and what one of them or the head holds at once.
-        logits: Of those, the logits.
+        logits: Beside them, the logits.
         host: Bytes in host memory.
+        late: What there is of activations when the backward of the first layers runs, and all gradients exist.
     """
 
     activations: int
     logits: int
     host: int
+    late: int
+
+    def peak(self, gradients: int, *, accumulated: bool) -> tuple[int, int, int]:
+        """(gradients, activations, logits) when they are most together.
+
+        Args:
+            gradients: Bytes of those of all trained weights.
+            accumulated: Whether they exist from an earlier micro-batch on.
+        """
+        if accumulated:
+            return gradients, self.activations, self.logits
+        return max((0, self.activations, self.logits), (gradients, self.late, 0), key=sum)
 
 
 def find(plan: PatchPlan, model: torch.nn.Module) -> Blocks | None:
@@ -86,10 +99,13 @@ def find(plan: PatchPlan, model: torch.nn.Module) -> Blocks | None:
     return Blocks(len(found), linears[-1].base.out_features, heads, linears)
 
 
-def measure(blocks: Blocks, policy: Policy, rows: int, itemsize: int, vocabulary: int) -> BlockMemory:
+def measure(
+    blocks: Blocks, policy: Policy, rows: int, itemsize: int, vocabulary: int, *, recorded: bool = True
+) -> BlockMemory:
     """The memory of forward and backward of a batch of ``rows`` tokens, with the head's product made in chunks.
 
-    ``"unsloth"`` takes what is free; counted is the least that it can do with.
+    ``"unsloth"`` takes what is free; counted is the least that it can do with. What recorded blocks work with is theirs
+    for good, so that the head has its memory beside it; ``recorded`` says whether blocks that can be recorded are.
     """
     sizes = blocks.sizes(rows, itemsize)
     chosen = _assignment(blocks.layers, sizes, policy)
@@ -99,7 +115,13 @@ def measure(blocks: Blocks, policy: Policy, rows: int, itemsize: int, vocabulary
     head = chosen.waiting_bytes(sizes) + 4 * hidden
     host = chosen.places.count(Place.OFFLOAD) * sizes.least
     layers = chosen.device_bytes(sizes) + hidden
-    return BlockMemory(layers, 0, host) if layers > head + logits else BlockMemory(head, logits, host)
+    staged = min(STAGING, blocks.layers) * sizes.least + sizes.buffers
+    late = staged + sizes.working + (0 if chosen.lean else sizes.quick) + hidden
+    if recorded and sizes.buffers and Place.KEEP not in chosen.places:
+        inside = layers - chosen.waiting_bytes(sizes)
+        return BlockMemory(head + inside, logits, host, min(late + logits, head + inside + logits))
+    first, second = (layers, 0) if layers > head + logits else (head, logits)
+    return BlockMemory(first, second, host, min(late, layers))
 
 
 def _assignment(layers: int, sizes: LayerSizes, policy: Policy) -> Assignment:

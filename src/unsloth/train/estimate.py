@@ -279,8 +279,9 @@ def _from_rules(
     dtype = step.autocast or record.require(built.model).dtype
     vocabulary = inner.config.get_text_config().vocab_size
     found = block_memory.measure(blocks, policy, step.batch_size * step.length, dtype.itemsize, vocabulary)
-    gradients = sum(parameter.nbytes for parameter in parameters.trained) if step.accumulates else 0
-    peak = Counter({_GRADIENTS: gradients, _LOGITS: found.logits, _ACTIVATIONS: found.activations})
+    all_gradients = sum(parameter.nbytes for parameter in parameters.trained)
+    gradients, activations, logits = found.peak(all_gradients, accumulated=step.accumulates)
+    peak = Counter({_GRADIENTS: gradients, _LOGITS: logits, _ACTIVATIONS: activations})
     return _estimate(built, step, optimizer, parameters, peak)
 
 

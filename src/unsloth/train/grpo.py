@@ -38,11 +38,20 @@ from unsloth.losses.policy import PolicyLoss, policy_loss, sampling_correction
 from unsloth.models import record
 from unsloth.train import masters, reward_names, setup
 from unsloth.train.checked_reward import CheckedReward, mask_whole_rows
+from unsloth.train.environments import (
+    Environments,
+    check_prompts,
+    conversations,
+    placeholder_rows,
+    tools_accepted,
+)
 from unsloth.train.grpo_config import GRPOConfig
 from unsloth.train.loop import ModelLoop
 from unsloth.train.packed_rows import pack
+from unsloth.train.phases import Phases
 from unsloth.train.preference import accept
 from unsloth.train.reference import AdapterFree, reference_of
+from unsloth.train.rollout_progress import RolloutProgress, samples
 from unsloth.train.rollouts import Completions, Rollouts, sampling_params
 from unsloth.train.sampling import RepeatedEpochs
 from unsloth.train.token_logprobs import TokenLogprobs
@@ -55,7 +64,7 @@ _OF_PROMPTS = ("prompt_ids", "prompt_mask")
 logger = get_logger(__name__)
 
 
-class GRPOTrainer(ModelLoop, TRLTrainer):
+class GRPOTrainer(Phases, Environments, ModelLoop, TRLTrainer):
     """Trains a model on its own completions, rated by reward functions.
 
     A subclass of ``trl.GRPOTrainer``. Adapters are trained in float32, and the reference of ``beta`` is the model
@@ -114,12 +123,20 @@ class GRPOTrainer(ModelLoop, TRLTrainer):
         functions = list(functions) if isinstance(functions, list | tuple) else [functions]
         rows, held_out = prompt_rows(train_dataset, given.more), prompt_rows(eval_dataset, {"eval": True})
         _check_columns(functions, rows, given.more)
+        talk = conversations(given.more.get("environment_factory"))
+        if talk is not None:
+            del given.more["environment_factory"]
+            functions += talk.rewards()
+            rows = placeholder_rows(args) if rows is None else rows
+        with_tools = bool(given.more.get("tools") or given.more.get("environment_factory"))
+        if with_tools or talk is not None:
+            check_prompts(rows)
         engine = _choose_engine(args)
         args.use_vllm = engine == "vllm"
         beta, args.beta = args.beta, 0.0  # TRL would copy the adapter, or load the model again, as the reference
         reference = reference_of(given.model) if beta else None  # before TRL puts its head around the model
         synchronized, args.sync_ref_model = args.sync_ref_model, False
-        with masters.preserved(given.model):
+        with masters.preserved(given.model), tools_accepted(given.tokenizer, with_tools):
             super().__init__(
                 model=given.model,
                 reward_funcs=[self._checked(function, args) for function in functions],
@@ -129,6 +146,8 @@ class GRPOTrainer(ModelLoop, TRLTrainer):
                 processing_class=given.tokenizer,
                 **given.more,
             )
+        self._set_up_environments(talk)
+        self._check_own_rewards(args)
         self.beta = args.beta = beta
         args.sync_ref_model = synchronized
         chunked = args.fused_head is not False
@@ -146,12 +165,18 @@ class GRPOTrainer(ModelLoop, TRLTrainer):
         if engine in (None, "unsloth"):
             self.rollouts = self._make_rollouts(required=engine is not None)
         self._corrects = self._wants_correction()
-        setup.show_progress(self)
+        shown = RolloutProgress(lambda: samples(self._logs), show_samples=not args.log_completions)
+        setup.show_progress(self, shown)
 
     def _checked(self, function: Any, args: GRPOConfig) -> Any:
-        if not callable(function) or isinstance(function, nn.Module):
+        if not callable(function) or isinstance(function, nn.Module | CheckedReward):
             return function  # a reward model, or its name
         return CheckedReward(function, args.invalid_rewards, args.reward_time_limit)  # type: ignore[arg-type]
+
+    def _check_own_rewards(self, args: GRPOConfig) -> None:
+        """Check what environments reward themselves as well; TRL has added it."""
+        functions: list[Any] = self.reward_funcs  # type: ignore[has-type]
+        self.reward_funcs = [self._checked(function, args) for function in functions]
 
     def _add_reference(self, reference: nn.Module | None, chunked: bool) -> None:
         """The reference of the KL term: the model without its adapter, or else a frozen copy."""
@@ -169,6 +194,14 @@ class GRPOTrainer(ModelLoop, TRLTrainer):
                     do="Leave it out, or fine-tune in full with beta above 0.",
                 )
             self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; what sampling needs is freed at the end."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.rollouts is not None:
+                self.rollouts.close()
 
     # Rollouts
 

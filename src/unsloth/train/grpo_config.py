@@ -41,6 +41,7 @@ class RolloutArguments(SurvivalArguments, FollowsModel):
         invalid_rewards: What happens when a reward function raises, or gives anything but a finite number or None:
             ``"raise"`` ends the run with an error, ``"mask"`` leaves the completion out and counts it.
         reward_time_limit: Seconds that one call of a reward function may take; None for no limit.
+        tool_time_limit: Seconds that one call of a tool, or one answer of an environment, may take; None for no limit.
         fused_head: Compute the output head in chunks, so that the logits never exist as a whole. None means yes.
         packing: Lay the completions of a batch end to end instead of padding them, and compute a prompt that several
             share once. None means wherever the model's attention tells them apart, which is on a GPU.
@@ -57,6 +58,7 @@ class RolloutArguments(SurvivalArguments, FollowsModel):
     max_prompt_length: int | None = field(default=None, metadata={"help": "Longer prompts lose their beginning."})
     invalid_rewards: str = field(default="raise", metadata={"help": "raise or mask."})
     reward_time_limit: float | None = field(default=600.0, metadata={"help": "Seconds a call of a reward may take."})
+    tool_time_limit: float | None = field(default=60.0, metadata={"help": "Seconds a call of a tool may take."})
     fused_head: bool | None = field(default=None, metadata={"help": "Compute no whole logits."})
     packing: bool | None = field(default=None, metadata={"help": "No padding, and shared prompts once."})
 
@@ -160,7 +162,7 @@ def _check(args: Any) -> None:
             got=args.vllm_importance_sampling_mode,
             do=f"Use one of {', '.join(_CORRECTIONS)}.",
         )
-    for name in ("max_prompt_length", "max_completion_length", "reward_time_limit"):
+    for name in ("max_prompt_length", "max_completion_length", "reward_time_limit", "tool_time_limit"):
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise ConfigError(f"{name} must be above 0", got=value)

@@ -91,8 +91,7 @@ class TrainingProgress(TrainerCallback):
         """Close the bar and print the summary."""
         self.close()
         steps = state.global_step - self._first_step
-        elapsed = time.monotonic() - self._started
-        parts = [f"{steps} steps in {_clock(elapsed)}"]
+        parts = [f"{steps} steps in {self._elapsed()}"]
         if self._first_loss is not None and self._last_loss is not None:
             parts.append(f"loss {self._first_loss:.4f} to {self._last_loss:.4f}")
         if self._tokens:
@@ -120,14 +119,21 @@ class TrainingProgress(TrainerCallback):
             figures.append(f"{self.tokens_per_second:,.0f} tokens/s")
         if self._skipped:
             figures.append(f"{self._skipped} skipped")
+        left = self._left(state)
+        return "  ".join([*figures, left] if left else figures)
+
+    def _elapsed(self) -> str:
+        return _clock(time.monotonic() - self._started)
+
+    def _left(self, state: TrainerState) -> str:
+        """How long the rest of the run takes; nothing before the first step."""
         done = state.global_step - self._first_step
-        if done:
-            left = (time.monotonic() - self._started) / done * (state.max_steps - state.global_step)
-            figures.append(f"{_clock(left)} left")
-        return "  ".join(figures)
+        if not done:
+            return ""
+        return f"{_clock((time.monotonic() - self._started) / done * (state.max_steps - state.global_step))} left"
 
     def _say(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _clock(seconds: float) -> str:

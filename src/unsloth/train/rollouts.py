@@ -69,6 +69,8 @@ class Rollouts:
         self.params, self.rows, self.group, self.turns = params, rows, group, turns
         self._model, self._tokenizer = model, tokenizer
         methods = model_methods.find(model)
+        if methods is not None:
+            methods.sleep()  # the engine that the model itself has
         self._options = EngineOptions() if methods is None else methods.options
         self._options = dataclasses.replace(self._options, max_num_seqs=min(self._options.max_num_seqs, rows))
         self._engine: Engine | None = None

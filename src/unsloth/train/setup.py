@@ -67,11 +67,11 @@ def override(args: TrainingArguments, values: Mapping[str, Any]) -> None:
             setattr(args, name, value)
 
 
-def show_progress(trainer: Trainer) -> None:
-    """Exchange transformers' progress bar for ours, and tell TensorBoard its folder."""
+def show_progress(trainer: Trainer, progress: TrainingProgress | None = None) -> None:
+    """Exchange transformers' progress bar for ``progress`` (None: our bar), and tell TensorBoard its folder."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and getattr(trainer.args, "logging_dir", None) is not None:
             callback.logging_dir = trainer.args.logging_dir
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(TrainingProgress())
+        trainer.add_callback(progress or TrainingProgress())

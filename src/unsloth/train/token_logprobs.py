@@ -145,7 +145,9 @@ class TokenLogprobs:
         if packed is not None:
             inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
         try:
-            last_logits = model(**inputs, use_cache=False, logits_to_keep=1).logits
+            # an index, not 1: for a slice, whose rows have gaps between them, a CPU copies the head once a row
+            last = torch.tensor([-1], device=inputs["input_ids"].device)
+            last_logits = model(**inputs, use_cache=False, logits_to_keep=last).logits
         finally:
             hook.remove()
         hidden = seen[-1]
@@ -186,7 +188,7 @@ class TokenLogprobs:
     def _head_is_known(self, hidden: torch.Tensor, head: nn.Module, expected: torch.Tensor) -> bool:
         """Compare our logits of the last position with the model's; both (B, 1, V)."""
         self._tried = True
-        raw = nn.functional.linear(hidden[:, -1:], head.weight, getattr(head, "bias", None))  # type: ignore[arg-type]
+        raw = nn.functional.linear(hidden[:, [-1]], head.weight, getattr(head, "bias", None))  # type: ignore[arg-type]
         found = transform_logits(raw, self._options).float()
         # Two ways through one head differ by rounding; a scale or cap that is not known of differs by much more.
         if found.shape == expected.shape and (found - expected).norm() <= 0.02 * expected.float().norm():

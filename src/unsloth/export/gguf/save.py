@@ -236,6 +236,8 @@ def _plan(
     if job.method.measured:
         return importance.budget(job.method), []
     planned, replaced = _fixed(job, conversion)
+    if job.method.type in methods.TERNARY:
+        logger.warning("%s is of use only for models that were trained with weights of three values", job.method.name)
     if replaced:
         first = replaced[0]
         logger.warning(
@@ -256,7 +258,7 @@ def _fixed(job: quantize.Job, conversion: Conversion) -> tuple[list[Planned], li
 
 
 def _merged(made_of: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: made_of[key] for key in ("adapters", "adapter_scale", "base_weight")}
+    return {key: made_of[key] for key in ("base_held_in", "adapters", "adapter_scale", "base_weight")}
 
 
 def _write_card(

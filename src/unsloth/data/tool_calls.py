@@ -56,7 +56,12 @@ def split(text: str) -> tuple[str, list[ToolCall]]:
         calls += found
         if not found:
             kept += f"{_OPEN}{piece}{_CLOSE}" if is_call else piece
-    return (kept.strip() if calls else kept), calls
+    return (kept.strip(), calls) if calls else (text, [])
+
+
+def looks_like_one(text: str) -> bool:
+    """Whether an answer holds the beginning of a call, which may be one that cannot be read."""
+    return _OPEN in text or text.lstrip().startswith((_LIST, _PYTHON_TAG))
 
 
 def settled(text: str) -> int:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from unsloth.serve import tool_calls
+from unsloth.data import tool_calls
 
 CALL = '{"name": "weather", "arguments": {"city": "Oslo"}}'
 LLAMA = '{"name": "weather", "parameters": {"city": "Oslo"}}'
