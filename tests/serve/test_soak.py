@@ -1,4 +1,7 @@
-"""``unsloth serve`` under 64 clients at once for minutes: every request is answered, and memory stays level."""
+"""``unsloth serve`` under 64 clients at once for minutes: every request is answered, and memory stays level.
+
+``SOAK_SECONDS`` shortens it from ten minutes; by the last quarter the cache must have been filled once.
+"""
 
 import itertools
 import os
@@ -16,7 +19,7 @@ import pytest
 
 CLIENTS = 64
 SECONDS = float(os.environ.get("SOAK_SECONDS", "600"))
-WARM = 60.0  # after this long, memory is what it will be
+CACHE = 1024  # MiB of keys and values, whose pages become resident one after the other
 
 
 def resident(process: int) -> int:
@@ -107,12 +110,12 @@ def test_sixty_four_streams_for_minutes(smollm2, tmp_path, capsys):
         assert process.wait(60) in (0, -signal.SIGTERM), (tmp_path / "log").read_text()[-2000:]
     finally:
         process.kill()
-    warm = [mib for seconds, mib in memory if seconds >= min(WARM, SECONDS / 2)]
+    last = [mib for seconds, mib in memory if seconds >= 0.75 * SECONDS]
     with capsys.disabled():
         sys.stdout.write(
             f"\n{SECONDS:.0f} s, {CLIENTS} clients: {dict(clients.counts)}; MiB at the start {memory[0][1]}, "
-            f"warm {warm[0]}, at the end {warm[-1]}, most {max(warm)}\n"
+            f"after three quarters {last[0]}, at the end {last[-1]}, most {max(mib for _, mib in memory)}\n"
         )
     failed = {outcome: count for outcome, count in clients.counts.items() if outcome.startswith("failed")}
     assert not failed and clients.counts["answered"] > CLIENTS and clients.counts["left"]
-    assert max(warm[-10:]) < 1.05 * max(warm[:10]) + 32
+    assert last[-1] < memory[0][1] + CACHE + 512 and max(last[-10:]) < 1.03 * max(last[:10]) + 16
