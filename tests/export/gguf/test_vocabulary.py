@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from unsloth.core.errors import TokenizerError
 from unsloth.export.gguf import check, convert, runtime, vocabulary
+from unsloth.export.gguf import template as chat
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 CORPUS = [
@@ -157,3 +158,19 @@ def test_other_kinds_are_named(model):
 def test_more_tokens_than_rows_are_refused(tokenizer):
     with pytest.raises(TokenizerError, match=r"259.*200 rows"):
         vocabulary.read(tokenizer, 200)
+
+
+@pytest.mark.parametrize(
+    ("template", "found"),
+    [
+        ("{% for m in messages %}{{ m.content.split('</think>')[-1].lstrip('\\n') }}{% endfor %}", []),
+        ("{{ messages[0].content.split('x', 1)[0] }}{% generation %}x{% endgeneration %}{% break %}", []),
+        ("{{ messages[0].content.split('x', maxsplit=1) }}", [".split(maxsplit=...)"]),
+        ("{% set a = m['content'].partition('x') %}{{ a[0].removeprefix('b') }}", [".partition()", ".removeprefix()"]),
+        ("{% for %}", []),
+        (None, []),
+    ],
+)
+def test_what_llama_cpps_templates_lack_is_said(template, found):
+    limits = chat.limits(template)
+    assert len(limits) == bool(found) and all(name in limits[0] for name in found)

@@ -247,6 +247,7 @@ _FALLBACKS = {
     Type.Q5_K: Type.Q5_1,
     Type.Q6_K: Type.Q8_0,
 }
+TERNARY = (Type.TQ1_0, Type.TQ2_0)
 PLAIN = (Type.F32, Type.F16, Type.BF16)
 NEED_IMATRIX = (Type.IQ3_XXS, Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ1_M, Type.IQ1_S)
 """Types that are useless without an importance matrix."""

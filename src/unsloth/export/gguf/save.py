@@ -236,6 +236,8 @@ def _plan(
     if job.method.measured:
         return importance.budget(job.method), []
     planned, replaced = _fixed(job, conversion)
+    if job.method.type in methods.TERNARY:
+        logger.warning("%s is of use only for models that were trained with weights of three values", job.method.name)
     if replaced:
         first = replaced[0]
         logger.warning(

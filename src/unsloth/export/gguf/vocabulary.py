@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unsloth.core.errors import TokenizerError
 from unsloth.export.gguf import pre_tokenizers
+from unsloth.export.gguf import template as chat
 from unsloth.export.gguf.metadata import BOOL, INTEGER, TEXT, Metadata
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -138,6 +139,7 @@ def add(made: Metadata, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBa
     if isinstance(template, dict):
         template = template.get("default")
     made.add(Keys.Tokenizer.CHAT_TEMPLATE, template or None, TEXT)
+    made.limits += chat.limits(template)
 
 
 def _content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
