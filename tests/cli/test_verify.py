@@ -44,7 +44,7 @@ def made(tiny, tmp_path_factory):
 
 
 def verified(target, base, *more):
-    command = ["verify", str(target), "--against", str(base), *map(str, more), "--precision", "16bit"]
+    command = ["verify", str(target), "--against", str(base), *map(str, more)]
     result = CliRunner().invoke(app, command)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code == 0, " ".join(result.output.split())

@@ -46,6 +46,8 @@ def test_the_documented_calls_save_and_push(model, pushed):
         model.save_pretrained_merged("model", tokenizer, save_method="merged_4bit")
     with pytest.raises(ConfigError, match="merged_4bit_forced"):
         model.push_to_hub_merged("hf/model", tokenizer, save_method="merged_4bit", token="")
+    with pytest.raises(ConfigError, match=r"gpt-oss.*merged_16bit"):
+        model.push_to_hub_merged("hf/model", tokenizer, save_method="mxfp4", token="")
     model.push_to_hub_merged("hf/model", tokenizer, save_method="lora", token="")
     model.save_pretrained("lora_model")
     tokenizer.save_pretrained("lora_model")
@@ -58,6 +60,19 @@ def test_the_documented_calls_save_and_push(model, pushed):
     assert "model.safetensors" in files[0] and "adapter_model.safetensors" not in files[0]
     assert "adapter_model.safetensors" in files[1] and "model.safetensors" not in files[1]
     assert {"adapter_model.safetensors", "tokenizer.json"} <= files[2]
+
+
+def test_the_documented_calls_for_gguf(model, pushed, tmp_path):
+    model, tokenizer = model
+    model.save_pretrained_gguf("directory", tokenizer, quantization_method="f16")
+    methods = ["q4_k_m", "q8_0", "q5_k_m"]
+    model.push_to_hub_gguf("your-username/model-name", tokenizer, quantization_method=methods, token="your-token")
+    ((name, settings, files),) = pushed
+    assert name == "your-username/model-name" and settings == ("your-token", True)
+    assert sorted(file.rsplit(".", 2)[1] for file in files if file.endswith(".gguf")) == ["Q4_K_M", "Q5_K_M", "Q8_0"]
+    assert {"Modelfile", "README.md", "manifest.json"} < files
+    model.save_pretrained_gguf("pushed", tokenizer, push_to_hub=True, private=False, verify=False)
+    assert pushed[-1][:2] == ("pushed", (None, False))
 
 
 def test_without_a_network_nothing_is_begun(model, tmp_path, monkeypatch):

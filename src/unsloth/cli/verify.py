@@ -23,7 +23,7 @@ class VerifyOptions:
         target: A folder of transformers' format, a folder of GGUF files, or a GGUF file.
         against: The original: a folder or hub id.
         adapter: An adapter's folder on it; None if the original is a whole model.
-        precision: How to hold the original.
+        precision: How to hold the original; None means as it was held when it was saved, where that is known.
         trust_remote_code: Whether the original's repository may run code.
     """
 
@@ -45,7 +45,8 @@ def verify(options: VerifyOptions) -> bool:
     name = options.against if options.adapter is None else options.adapter
     if options.adapter is not None:
         _check_base(options.adapter, options.against)
-    switch = precision_switch(options.precision or ("4bit" if options.adapter else "16bit"))
+    precision = options.precision or _held_in(target) or ("4bit" if options.adapter else "16bit")
+    switch = precision_switch(precision)
     model: Any
     model, tokenizer = FastLanguageModel.from_pretrained(name, **switch, trust_remote_code=options.trust_remote_code)
     model.eval()
@@ -65,6 +66,16 @@ def verify(options: VerifyOptions) -> bool:
         console.print(f"PROBLEM: {sentence}", markup=False)
     console.print("Everything that was compared is alike." if well and not damaged else "This is not the model.")
     return well and not damaged
+
+
+def _held_in(target: Path) -> str | None:
+    """How the base was held when the model was saved, by what the save left beside it."""
+    folder = target if target.is_dir() else target.parent
+    manifest = artifact.read_manifest(folder)
+    details = manifest["details"] if manifest is not None else {}
+    reports = [details, *details.get("files", {}).values()]
+    held = next((report["base_held_in"] for report in reports if "base_held_in" in report), None)
+    return held if held in ("4bit", "8bit", "16bit") else None
 
 
 def _files(target: Path) -> list[Path]:

@@ -275,6 +275,11 @@ def check_method(save_method: str) -> None:
             "and no GGUF file should be made of the result",
             do='Use "merged_16bit", or "merged_4bit_forced" if 4-bit weights are what you want.',
         )
+    if save_method == "mxfp4":
+        raise ConfigError(
+            'save_method="mxfp4" is the format of gpt-oss, and is not written here',
+            do='Use "merged_16bit", which every engine reads.',
+        )
     if save_method not in METHODS:
         raise ConfigError("unknown save_method", got=save_method, do=f"Available are: {', '.join(METHODS)}.")
 

@@ -258,7 +258,7 @@ def _fixed(job: quantize.Job, conversion: Conversion) -> tuple[list[Planned], li
 
 
 def _merged(made_of: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: made_of[key] for key in ("adapters", "adapter_scale", "base_weight")}
+    return {key: made_of[key] for key in ("base_held_in", "adapters", "adapter_scale", "base_weight")}
 
 
 def _write_card(
