@@ -1,4 +1,5 @@
 import gc
+import json
 import os
 from enum import IntEnum
 
@@ -193,3 +194,38 @@ def test_the_process_ends_with_the_object():
 def test_forged_answers_are_refused(parsed):
     with pytest.raises(codec.NotPlainError):
         codec.decode(parsed)
+
+
+def colliding_tuples(count):
+    """Pairs of integers that share a hash: CPython's hash of a tuple, solved for the second."""
+    first, second, start, size = 11400714785074694791, 14029467366897019727, 2870177450012600261, 2**64
+    back_first, back_second = pow(first, -1, size), pow(second, -1, size)
+
+    def turned(value, bits):
+        return (value << bits | value >> (64 - bits)) % size
+
+    found, a = [], 0
+    while len(found) < count:
+        a += 1
+        before = turned((start + a * second) % size, 31) * first % size
+        b = (turned(12345 * back_first % size, 33) - before) * back_second % size
+        b -= size if b >= size // 2 else 0
+        if -(2**60) < b < 2**60:
+            found.append((a, b))
+    return found
+
+
+@pytest.mark.parametrize("tag", ["d", "s", "f"])
+def test_keys_made_to_collide_do_not_keep_the_host_busy(tag):
+    keys = colliding_tuples(2000)
+    assert len({hash(key) for key in keys}) == 1
+    flat = [part for key in keys for part in ([{"t": list(key)}, 0] if tag == "d" else [{"t": list(key)}])]
+    with pytest.raises(codec.NotPlainError, match="of one hash"):
+        codec.decode({tag: flat})
+    honest = {(a, b): a for a in range(60) for b in range(60)}
+    assert codec.decode(json.loads(codec.encode(honest, json.dumps))) == honest
+
+
+def test_an_error_cannot_command_a_terminal():
+    found = SandboxedFunction("def f():\n    raise ValueError('\\x1b]0;title\\x07 and \\x9b2J')").run()
+    assert str(found.error) == "\ufffd]0;title\ufffd and \ufffd2J"

@@ -50,6 +50,8 @@ Status = Literal["ok", "error", "timeout", "killed", "infra"]
 
 LAYERS = ("limits", "namespaces", "empty_root", "capabilities", "landlock", "seccomp")
 _MESSAGE_CHARACTERS = 1000
+# Errors are shown, and must not command a terminal.
+_CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 _REQUIRED: dict[str, tuple[str, ...]] = {
     "strict": LAYERS,
     "standard": ("limits", "capabilities", "seccomp"),
@@ -389,7 +391,7 @@ def _error(described: Any) -> Exception:
     """The exception that the child described as [name of a builtin exception, text]."""
     if type(described) is not list or len(described) != 2 or not all(type(part) is str for part in described):
         raise ChildAnswerError("an error without a name and a text")
-    name, text = described[0], _printable(described[1][:_MESSAGE_CHARACTERS])
+    name, text = described[0], _printable(described[1][:_MESSAGE_CHARACTERS]).translate(_CONTROLS)
     kind = _BUILTIN_ERRORS.get(name)
     if kind is None:
         return GeneratedCodeError(f"generated code raised {name[:60]}: {text[:200]}", do="Treat it as failed.")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 MAX_DEPTH = 64
+MAX_ALIKE = 64  # keys of one hash; floats that honest code may return share theirs with some thirty others
 _SMALL = 2**61 - 1  # below it an integer is its own hash, so no short list of keys makes a dict quadratic
 _SCALARS = frozenset({type(None), bool, int, float, str})
 _NUMBERS = frozenset({int, float})
@@ -127,16 +128,26 @@ def _dict(flat: list[Any]) -> dict[Any, Any]:
 
 
 def _keys(values: list[Any]) -> list[Any]:
-    """The values if all may be keys: hashable, and without integers that can be made to collide in number."""
+    """The values if all may be keys: hashable, and not made to collide, which would keep the host busy for long."""
+    _check_keys(values)
+    alike: dict[int, int] = {}
+    for value in values:
+        number = hash(value)
+        alike[number] = alike.get(number, 0) + 1
+    if alike and max(alike.values()) > MAX_ALIKE:
+        raise NotPlainError(f"more than {MAX_ALIKE} keys of one hash")
+    return values
+
+
+def _check_keys(values: list[Any]) -> None:
     for value in values:
         kind = type(value)
         if kind is tuple or kind is frozenset:
-            _keys(list(value))
+            _check_keys(list(value))
         elif kind is int and not -_SMALL < value < _SMALL:
             raise NotPlainError("an integer of more than 60 bits as a key")
         elif kind not in _SCALARS and kind is not bytes:
             raise NotPlainError(f"a {kind.__name__} as a key")
-    return values
 
 
 _TEXT_TAGS: dict[str, Callable[[str], Any]] = {"i": _hexadecimal, "b": _bytes}
