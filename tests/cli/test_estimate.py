@@ -42,3 +42,9 @@ def test_what_to_change_if_it_does_not_fit(estimate):
 def test_without_a_size_it_looks_at_this_machine(estimate):
     code, shown = estimate()
     assert code == 0 and "free on" in shown
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "simpo"])
+def test_methods_that_learn_from_preferences(estimate, method):
+    code, shown = estimate("--memory", "200MB", "--set", f"training.method={method}")
+    assert code == 0 and "A step of 8 x" in shown and "Largest batch with" in shown

@@ -5,9 +5,24 @@ from dataclasses import replace
 
 import pytest
 import torch
+from datasets import Dataset
 from torch.profiler import ProfilerActivity, profile
 
-from unsloth import FastLanguageModel, SFTConfig, SFTTrainer
+from unsloth import (
+    CPOConfig,
+    CPOTrainer,
+    DPOConfig,
+    DPOTrainer,
+    FastLanguageModel,
+    KTOConfig,
+    KTOTrainer,
+    ORPOConfig,
+    ORPOTrainer,
+    RewardConfig,
+    SFTConfig,
+    SFTTrainer,
+)
+from unsloth.core.errors import ConfigError
 from unsloth.models.adapters import AdapterOptions
 from unsloth.models.load import LoadOptions
 from unsloth.train import fit, skeleton
@@ -33,7 +48,11 @@ def measured(folder, precision, policy, dtype, length, **training):
         train_sampling_strategy="sequential",
         **training,
     )
-    trainer = SFTTrainer(model=model, tokenizer=tokenizer, train_dataset=rows, args=arguments)
+    return peak_of(model, SFTTrainer(model=model, tokenizer=tokenizer, train_dataset=rows, args=arguments))
+
+
+def peak_of(model, trainer):
+    """Bytes of the model, and of what comes on top of it while it trains."""
     gc.collect()  # what an earlier measurement left must not be freed, and so subtracted, during this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         trainer.train()
@@ -77,6 +96,58 @@ def test_the_estimate_is_what_is_allocated(tiny, tmp_path, precision, policy, dt
     assert found.static == pytest.approx(static, rel=0.03)
     assert found.total - found.static == pytest.approx(working, rel=0.1)
     assert sum(found.parts().values()) == found.total
+
+
+PREFERENCE = {
+    "dpo": (DPOTrainer, DPOConfig, "4bit"),
+    "kto": (KTOTrainer, KTOConfig, "16bit"),
+    "orpo": (ORPOTrainer, ORPOConfig, "16bit"),
+    "cpo, whole logits": (CPOTrainer, CPOConfig, "16bit"),
+    "dpo, all weights": (DPOTrainer, DPOConfig, "full"),
+}
+
+
+@pytest.mark.parametrize("method", PREFERENCE)
+def test_the_estimate_of_preference_training_is_what_is_allocated(tiny, tmp_path, method):
+    trainer, config, precision = PREFERENCE[method]
+    folder, length, batch = tiny(), 160, 3
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=256, dtype=torch.float32, fast_layers=False, **{SWITCHES[precision]: True}
+    )
+    model = FastLanguageModel.get_peft_model(model, r=8, use_gradient_checkpointing=False)
+
+    def answer(count):
+        return [5 + j % 200 for j in range(count)]
+
+    if method == "kto":
+        rows = [{"prompt_ids": [7], "completion_ids": answer(length - 1 - i % 3), "label": i > 2} for i in range(6)]
+    else:
+        rows = [{"prompt_ids": [7], "chosen_ids": answer(length - 1), "rejected_ids": answer(length - 9)}] * 6
+    more = {"fused_head": False} if "whole" in method else {}
+    args = config(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=batch,
+        gradient_checkpointing=False,
+        max_length=length,
+        max_steps=2,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **more,
+    )
+    made = trainer(model=model, processing_class=tokenizer, train_dataset=Dataset.from_list(rows), args=args)
+    static, working = peak_of(model, made)
+    options = LoadOptions(str(folder), 256, torch.float32, precision=precision, use_gradient_checkpointing=False)
+    adapter = None if precision == "full" else AdapterOptions(r=8, use_gradient_checkpointing=False)
+    found = estimate(options, adapter, args, sequence_length=length)
+    copies = 2 if precision == "full" else 1
+    assert found.static == pytest.approx(copies * static, rel=0.03)
+    assert found.total - found.static == pytest.approx(working, rel=0.1)
+
+
+def test_a_reward_model_is_refused(tiny):
+    with pytest.raises(ConfigError, match="reward model"):
+        estimate(LoadOptions(str(tiny()), 256), AdapterOptions(), RewardConfig())
 
 
 @pytest.mark.parametrize("precision", ["4bit", "16bit", "full"])

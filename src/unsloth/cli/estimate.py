@@ -21,8 +21,8 @@ def estimate(config: RunConfig, limit: int | None, *, trust_remote_code: bool = 
     Raises:
         UnslothError: The model's configuration cannot be read, or the run makes no sense.
     """
-    if config.method != "sft":
-        raise ConfigError("memory is estimated for training.method sft only", got=config.method)
+    if config.method == "grpo":
+        raise ConfigError("memory is not estimated where completions are generated", got="training.method: grpo")
     console = screen.console()
     loading = options.load_options(config, trust_remote_code)
     plan = fit.Plan(

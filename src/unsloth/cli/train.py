@@ -65,7 +65,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     train: Rows | methods.PreferenceRows | methods.PromptRows
     evaluation: Rows | methods.PreferenceRows | methods.PromptRows | None
-    memory: estimate.MemoryEstimate | None  # of supervised fine-tuning only
+    memory: estimate.MemoryEstimate | None  # not where completions are generated
     plan: PatchPlan | None
 
     @property
@@ -177,7 +177,10 @@ def prepare_run(config: RunConfig, *, trust_remote_code: bool = False) -> Run:
             None if part is None else method.prepare(part, loaded_tokenizer, training) for part in (rows, held_out)
         )
         assert pairs is not None
-        return Run(loading, adapter, training, loaded_tokenizer, pairs, held_out_pairs, None, built.plan)
+        memory = None
+        if isinstance(pairs, methods.PreferenceRows):
+            memory = estimate.estimate(loading, adapter, training, built=built, sequence_length=pairs.longest)
+        return Run(loading, adapter, training, loaded_tokenizer, pairs, held_out_pairs, memory, built.plan)
     prepared = _prepared(rows, loaded_tokenizer, training, config.data)
     evaluation = None if held_out is None else _prepared(held_out, loaded_tokenizer, training, config.data)
     memory = estimate.estimate(

@@ -17,11 +17,22 @@ import torch
 from peft import PeftModel
 from transformers import PretrainedConfig
 
+from unsloth.core.errors import ConfigError
+from unsloth.kernels.logprobs import logprobs
 from unsloth.memory import checkpointing
 from unsloth.models import adapters, load, modes, record
 from unsloth.train import block_memory, memory_error, skeleton
 from unsloth.train.allocations import Allocations
 from unsloth.train.config import SFTConfig
+from unsloth.train.dpo import DPOConfig
+from unsloth.train.kto import KTOConfig
+from unsloth.train.paired import PairedArguments
+from unsloth.train.preference import PreferenceArguments
+from unsloth.train.reward import RewardConfig
+from unsloth.train.token_logprobs import head_options
+
+Training = SFTConfig | DPOConfig | KTOConfig | PairedArguments | RewardConfig
+"""The configurations of all trainers; a run of any but the last is estimated."""
 
 # The fused head works through the logits in tiles of at most this size, in float32.
 _TILE_TOKENS, _TILE_VOCABULARY = 4096, 32768
@@ -36,14 +47,14 @@ class MemoryEstimate:
     Not included: what the process and the device's own libraries take, and what the allocator keeps unused.
 
     Attributes:
-        weights: The base model, in the form it is held in.
+        weights: The base model, in the form it is held in; where DPO or KTO train all of it, also the reference.
         adapter: The adapter's weights.
         optimizer: The optimizer's state.
         gradients: Those gradients that exist at that moment.
         activations: What the forward pass keeps for the backward pass, and working copies of weights.
         logits: The output head's values, their gradient and copies, and working copies of the head itself.
-        batch_size: Rows of the batch that was assumed.
-        sequence_length: Tokens of each of its rows.
+        batch_size: Rows of the batch that was assumed; a pair of answers is one.
+        sequence_length: Tokens of each of its sequences; a prompt with one of its answers is a sequence.
         trainable_parameters: How many numbers are trained.
         total_parameters: How many numbers the model and its adapter have.
     """
@@ -103,7 +114,7 @@ def read_config(options: load.LoadOptions) -> PretrainedConfig:
 def estimate(
     options: load.LoadOptions,
     adapter: adapters.AdapterOptions | None,
-    training: SFTConfig,
+    training: Training,
     *,
     config: PretrainedConfig | None = None,
     built: skeleton.Skeleton | None = None,
@@ -112,7 +123,10 @@ def estimate(
     on_gpu: bool | None = None,
     whole_blocks: bool = True,
 ) -> MemoryEstimate:
-    """Estimate the memory of supervised fine-tuning, for a batch of the largest size.
+    """Estimate the memory of supervised fine-tuning, DPO, KTO, ORPO or CPO, for a batch of the largest size.
+
+    Preference training is taken to count every token of a sequence, and to compute the prompt of a pair twice, which
+    it does not do where batches are packed: both are the most that it can take.
 
     The model is taken as transformers and PEFT define it. Checked against a count of the allocations of real steps
     on the CPU (see docs/performance-log.md), not yet on GPUs.
@@ -120,18 +134,23 @@ def estimate(
     Args:
         options: How the model would be loaded.
         adapter: The adapter; None for full fine-tuning.
-        training: Batch size, accumulation, optimizer and precision of the run; not changed.
+        training: Batch size, accumulation, optimizer and precision of the run; not changed. Its class says what is
+            trained.
         config: The model's configuration; read from ``options.model_name`` if it is not given.
         built: The model's skeleton, made from the same options; None makes one.
         sequence_length: Tokens a row; None means ``training.max_length``, or the model's ``max_seq_length``.
         padded: Whether rows of unequal length share a batch, for which attention needs a mask; None means: with
-            batches of several rows, unless they are packed or padding-free.
+            batches of several rows, unless they are packed or padding-free; with preferences, unless they are packed,
+            which they are on a GPU.
         on_gpu: Whether the run uses a GPU, on which the loss is computed without the whole logits; None looks.
         whole_blocks: Whether blocks train as one function each on a GPU, where they can.
 
     Raises:
         UnslothError: The model's configuration cannot be read, or the adapter does not fit it.
+        ConfigError: A reward model is to be trained, whose head is another.
     """
+    if isinstance(training, RewardConfig):
+        raise ConfigError("the memory of training a reward model is not estimated", got=type(training).__name__)
     length = sequence_length or training.max_length or options.max_seq_length
     with _quietly():
         built = built or skeleton.build(config or read_config(options), options, adapter)
@@ -140,13 +159,16 @@ def estimate(
     policy = loaded.gradient_checkpointing if follows else bool(training.gradient_checkpointing)
     modes.for_training(built.model, policy)
     on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
+    preference = isinstance(training, PreferenceArguments)
     step = _Step(
         batch_size=training.per_device_train_batch_size,
+        answers=_answers(training),
         length=length,
-        padded=_is_padded(training) if padded is None else padded,
+        padded=_is_padded(training, on_gpu) if padded is None else padded,
         accumulates=training.gradient_accumulation_steps > 1,
         autocast=_autocast(training, loaded.dtype),
-        fused_head=training.fused_head if training.fused_head is not None else on_gpu,
+        fused_head=training.fused_head if training.fused_head is not None else on_gpu or preference,
+        copied=adapter is None and _copies_model(training),
     )
     optimizer = _Optimizer.of(training, on_gpu)
     if on_gpu and whole_blocks and built.blocks is not None and not step.padded and step.fused_head:
@@ -157,14 +179,32 @@ def estimate(
 
 @dataclass(frozen=True)
 class _Step:
-    """What one training step does."""
+    """What one training step does.
+
+    Attributes:
+        batch_size: Rows.
+        answers: Sequences that a row of preferences has; 0 for a row that is a text.
+        length: Tokens of a sequence.
+        padded: Whether attention needs a mask.
+        accumulates: Whether gradients outlive a batch.
+        autocast: The dtype of products, if autocast chooses it.
+        fused_head: Whether the whole logits never exist.
+        copied: Whether a frozen copy of the model is the reference.
+    """
 
     batch_size: int
+    answers: int
     length: int
     padded: bool
     accumulates: bool
     autocast: torch.dtype | None
     fused_head: bool
+    copied: bool
+
+    @property
+    def sequences(self) -> int:
+        """That are computed at once."""
+        return self.batch_size * max(1, self.answers)
 
 
 @dataclass(frozen=True)
@@ -183,7 +223,7 @@ class _Optimizer:
     working: Literal["none", "one", "all"]
 
     @classmethod
-    def of(cls, training: SFTConfig, on_gpu: bool) -> _Optimizer:
+    def of(cls, training: Training, on_gpu: bool) -> _Optimizer:
         name = str(getattr(training.optim, "value", training.optim))
         # Adafactor's rows and columns take less than a thousandth of the matrices.
         moments = next((count for part, count in _MOMENTS.items() if part in name), 2)
@@ -204,11 +244,23 @@ class _Optimizer:
         return {"none": 0, "one": max(sizes), "all": sum(sizes)}[self.working]
 
 
-def _is_padded(training: SFTConfig) -> bool:
+def _answers(training: Training) -> int:
+    if not isinstance(training, PreferenceArguments):
+        return 0
+    return 1 if isinstance(training, KTOConfig) else 2
+
+
+def _copies_model(training: Training) -> bool:
+    return isinstance(training, DPOConfig | KTOConfig) and not training.precompute_ref_log_probs
+
+
+def _is_padded(training: Training, on_gpu: bool) -> bool:
+    if isinstance(training, PreferenceArguments):
+        return not on_gpu or training.packing is False or training.fused_head is False
     return training.per_device_train_batch_size > 1 and not (training.packing or training.padding_free)
 
 
-def _autocast(training: SFTConfig, dtype: torch.dtype) -> torch.dtype | None:
+def _autocast(training: Training, dtype: torch.dtype) -> torch.dtype | None:
     if training._precision_follows_model:
         return torch.bfloat16 if dtype == torch.bfloat16 else None
     return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
@@ -278,7 +330,7 @@ def _from_rules(
     inner = record.transformers_model(built.model)
     dtype = step.autocast or record.require(built.model).dtype
     vocabulary = inner.config.get_text_config().vocab_size
-    found = block_memory.measure(blocks, policy, step.batch_size * step.length, dtype.itemsize, vocabulary)
+    found = block_memory.measure(blocks, policy, step.sequences * step.length, dtype.itemsize, vocabulary)
     all_gradients = sum(parameter.nbytes for parameter in parameters.trained)
     gradients, activations, logits = found.peak(all_gradients, accumulated=step.accumulates)
     peak = Counter({_GRADIENTS: gradients, _LOGITS: logits, _ACTIVATIONS: activations})
@@ -294,8 +346,9 @@ def _estimate(
     updating = gradients + optimizer.working_bytes(trained) + memory_error.snapshot_bytes(trained)
     if updating > sum(peak.values()):
         peak = Counter({_GRADIENTS: gradients, _ACTIVATIONS: updating - gradients})
+    base = _bytes(parameters.everything) - _bytes(parameters.adapter)
     return MemoryEstimate(
-        weights=_bytes(parameters.everything) - _bytes(parameters.adapter),
+        weights=2 * base if step.copied else base,
         adapter=_bytes(parameters.adapter),
         optimizer=optimizer.state_bytes(trained),
         gradients=peak[_GRADIENTS],
@@ -309,7 +362,7 @@ def _estimate(
 
 
 def _batch(step: _Step) -> dict[str, torch.Tensor]:
-    shape = (step.batch_size, step.length)
+    shape = (step.sequences, step.length)
     names = ["input_ids", "labels", *(["attention_mask"] if step.padded else [])]
     return {name: torch.zeros(shape, dtype=torch.int64) for name in names}
 
@@ -317,14 +370,28 @@ def _batch(step: _Step) -> dict[str, torch.Tensor]:
 def _forward(model: torch.nn.Module, inputs: dict[str, torch.Tensor], step: _Step) -> torch.Tensor:
     """The loss of a batch, computed as the trainer does."""
     with torch.autocast("cpu", dtype=step.autocast, enabled=step.autocast is not None):
+        inner = record.transformers_model(model)
+        if step.answers:
+            return _logprobs(inner, inputs, step.fused_head)
         if step.fused_head:
-            inner = record.transformers_model(model)
             hidden = inner.base_model(**{k: v for k, v in inputs.items() if k != "labels"}).last_hidden_state
             return _FusedLoss.apply(hidden, inner.get_output_embeddings().weight)
         outputs = model(**inputs, use_cache=False)
     if step.autocast is not None:
         outputs.logits.float()  # the trainer hands out float32 copies of what was computed in 16 bits
     return outputs.loss
+
+
+def _logprobs(inner: Any, inputs: dict[str, torch.Tensor], chunked: bool) -> torch.Tensor:
+    """A loss of the log-probabilities of all tokens, which are computed as the trainers on preferences do."""
+    inputs, targets = {k: v for k, v in inputs.items() if k != "labels"}, inputs["labels"][:, 1:]
+    if not chunked:
+        logits = inner(**inputs, use_cache=False).logits[:, :-1].float()
+        return logits.log_softmax(-1).gather(-1, targets[..., None]).sum()
+    hidden = inner.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+    scored = hidden.reshape(-1, hidden.shape[-1])  # the rows that count
+    head = inner.get_output_embeddings()
+    return logprobs(scored, head.weight, targets.reshape(-1), options=head_options(inner.config)).logprobs.sum()
 
 
 class _FusedLoss(torch.autograd.Function):

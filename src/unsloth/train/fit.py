@@ -10,8 +10,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from unsloth.models import adapters, load
-from unsloth.train.config import SFTConfig
-from unsloth.train.estimate import MemoryEstimate, estimate
+from unsloth.train.estimate import MemoryEstimate, Training, estimate
 
 _TRIES = 6
 _LARGEST_BATCH = 65536
@@ -24,7 +23,7 @@ class Plan:
 
     load: load.LoadOptions
     adapter: adapters.AdapterOptions | None
-    training: SFTConfig
+    training: Training
     config: PretrainedConfig
 
     @property
