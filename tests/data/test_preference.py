@@ -118,7 +118,17 @@ def test_pairs_without_a_preference_are_left_out_and_counted(tokenizer):
         ([{"prompt": [USER], "chosen": [USER], "rejected": [NO]}], "row 0: 'chosen' holds no answer"),
         ([{"chosen": [YES], "rejected": [NO]}], "row 0: chosen and rejected do not begin with the same message"),
         ([{"chosen": "Yes", "rejected": "No"}], "row 0: chosen and rejected do not begin with the same text"),
-        ([{"prompt": "a", "chosen": 3, "rejected": "c"}], "row 0: 'chosen' is empty, but must hold an answer"),
+        (
+            [{"prompt": "a", "chosen": 3, "rejected": "c"}],
+            "row 0: 'chosen' is empty or no text, but must hold an answer",
+        ),
+        ([{"prompt": "a", "chosen": "b", "rejected": "\ud800"}], "row 0: half of a surrogate pair"),
+        (
+            [{"prompt": [USER], "chosen": [YES], "rejected": [{**USER, "content": "No?"}]}],
+            "row 0: 'rejected' ends with a message of the user",
+        ),
+        ([{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": []}], "row 0: 'rejected_ids' must be token ids"),
+        ([{"prompt_ids": [1], "chosen_ids": [-2], "rejected_ids": [3]}], "row 0: 'chosen_ids' must be token ids"),
     ],
 )
 def test_rows_that_cannot_be_used_are_named(tokenizer, rows, message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from unsloth.cli import options, screen
 from unsloth.cli.run_config import RunConfig
 from unsloth.core import device
+from unsloth.core.errors import ConfigError
 from unsloth.train import fit
 from unsloth.train.estimate import format_bytes, read_config
 
@@ -20,6 +21,8 @@ def estimate(config: RunConfig, limit: int | None, *, trust_remote_code: bool = 
     Raises:
         UnslothError: The model's configuration cannot be read, or the run makes no sense.
     """
+    if config.method == "grpo":
+        raise ConfigError("memory is not estimated where completions are generated", got="training.method: grpo")
     console = screen.console()
     loading = options.load_options(config, trust_remote_code)
     plan = fit.Plan(

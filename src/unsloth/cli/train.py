@@ -65,7 +65,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     train: Rows | methods.PreferenceRows | methods.PromptRows
     evaluation: Rows | methods.PreferenceRows | methods.PromptRows | None
-    memory: estimate.MemoryEstimate | None  # not of GRPO, whose sampling takes memory of its own
+    memory: estimate.MemoryEstimate | None  # not where completions are generated
     plan: PatchPlan | None
 
     @property

@@ -118,7 +118,7 @@ def prepare_pairs(
     rows, first = opened(rows)
     columns = list(first[0])
     if set(PAIR_COLUMNS) <= set(columns):
-        return _as_given(rows), None
+        return _as_given(rows, PAIR_COLUMNS), None
     _require(columns, ("chosen", "rejected"), _PAIRS)
     return _prepared(rows, columns, _EncodePairs(tokenizer, options))
 
@@ -133,7 +133,7 @@ def prepare_rated(
     rows, first = opened(rows)
     columns = list(first[0])
     if set(RATED_COLUMNS) <= set(columns):
-        return _as_given(rows), None
+        return _as_given(rows, RATED_COLUMNS), None
     if "completion" in columns or "label" in columns:
         _require(columns, ("completion", "label"), _RATED)
         return _prepared(rows, columns, _EncodeRated(tokenizer, options))
@@ -141,8 +141,16 @@ def prepare_rated(
     return _prepared(rows, columns, _EncodeApart(tokenizer, options))
 
 
-def _as_given(rows: Rows) -> Dataset | IterableDataset:
-    return rows if isinstance(rows, Dataset | IterableDataset) else Dataset.from_list([dict(row) for row in rows])
+def _as_given(rows: Rows, columns: Sequence[str]) -> Dataset | IterableDataset:
+    """Rows of token ids, looked at unless they are streamed."""
+    if isinstance(rows, IterableDataset):
+        return rows
+    made = rows if isinstance(rows, Dataset) else Dataset.from_list([dict(row) for row in rows])
+    for name in (name for name in columns if name.endswith("_ids")):
+        for number, ids in enumerate(made[name]):
+            if (not ids and name != "prompt_ids") or min(ids or [0]) < 0:
+                raise DataError(f"row {number}: '{name}' must be token ids, of an answer at least one", got=ids)
+    return made
 
 
 def _hint(columns: Sequence[str]) -> str:
@@ -202,11 +210,12 @@ class _Encode:
         if isinstance(prompt, str):
             eos = self.tokenizer.eos_token or ""
             begin = not (self.tokenizer.bos_token and prompt.startswith(self.tokenizer.bos_token))
-            start = self._ids(prompt, begin)
-            whole = [self._ids(prompt + (text if text.endswith(eos) else text + eos), begin) for text in answers]
+            start = self._ids(prompt, number, begin)
+            texts = [prompt + (text if text.endswith(eos) else text + eos) for text in answers]
+            whole = [self._ids(text, number, begin) for text in texts]
         else:
-            start = self._ids(self._text(prompt, row, number, prompt=True))
-            whole = [self._ids(self._text(prompt + answer, row, number)) for answer in answers]
+            start = self._ids(self._text(prompt, row, number, prompt=True), number)
+            whole = [self._ids(self._text(prompt + answer, row, number), number) for answer in answers]
         shared = min(_common(start, ids) for ids in whole)
         if shared < len(start):
             # Tokens that merge across the boundary, or a template that renders the end of a prompt otherwise when
@@ -219,7 +228,12 @@ class _Encode:
             )
         return self._cut(start[:shared], [ids[shared:] for ids in whole])
 
-    def _ids(self, text: str, begin: bool = False) -> list[int]:
+    def _ids(self, text: str, number: int, begin: bool = False) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            found = text[error.start : error.end]
+            raise DataError(f"row {number}: half of a surrogate pair, which is no character", got=found) from None
         return list(self.tokenizer(text, add_special_tokens=begin, verbose=False)["input_ids"])
 
     def _text(self, messages: _Messages, row: Mapping[str, Any], number: int, prompt: bool = False) -> str:
@@ -389,7 +403,7 @@ def _side(row: Mapping[str, Any], name: str, number: int) -> str | _Messages:
     if isinstance(value, Sequence) and not isinstance(value, str) and value:
         return parse_messages(list(value), number, name)
     shown = {key: cell for key, cell in row.items() if key in ("prompt", "chosen", "rejected", "completion", "label")}
-    raise DataError(f"row {number}: '{name}' is empty, but must hold an answer", got=shown, do=_REPAIR)
+    raise DataError(f"row {number}: '{name}' is empty or no text, but must hold an answer", got=shown, do=_REPAIR)
 
 
 def _turns(side: str | _Messages) -> _Messages:
@@ -403,6 +417,12 @@ def _prompt_turns(prompt: Any, number: int) -> _Messages:
 
 
 def _check_answer(answer: _Messages, name: str, row: Mapping[str, Any], number: int) -> None:
+    if answer and answer[-1].get("role") in ("user", "system"):
+        raise DataError(
+            f"row {number}: '{name}' ends with a message of the {answer[-1]['role']}, which is no answer",
+            got=row.get(name),
+            do=_REPAIR,
+        )
     texts = [message.get("content") for message in answer]
     if not any((isinstance(text, str) and text.strip()) or text and not isinstance(text, str) for text in texts) and (
         not any(message.get("tool_calls") for message in answer)
