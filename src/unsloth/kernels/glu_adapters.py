@@ -20,9 +20,9 @@ import triton.language as tl
 from unsloth.core.errors import ConfigError
 from unsloth.kernels import dispatch
 from unsloth.kernels.append_projection import append_projection, matmul_wide
-from unsloth.kernels.glu import ACTIVATIONS, activate
 from unsloth.kernels.rounding import must_round, nearest
 
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 _MOST_RANK = 64
 _FORWARD_SPLITS = 16
 
@@ -32,6 +32,29 @@ def gated_activation_reference(gate: torch.Tensor, up: torch.Tensor, activation:
     if activation == "silu":
         return torch.nn.functional.silu(gate) * up
     return torch.nn.functional.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
+
+
+@triton.jit
+def _activate(e, ACTIVATION: tl.constexpr):
+    """(a(e), a'(e)) in float32.
+
+    Not :func:`unsloth.kernels.glu.activate`, whose sigmoid is exact to the last place: here the arithmetic shares the
+    multiprocessors with a product, and that sigmoid made the forward 3.3 times as long, the backward 1.9 times.
+    """
+    if ACTIVATION == 0:
+        s = tl.sigmoid(e)
+        value = e * s
+        slope = s * (1.0 + e * (1.0 - s))
+    elif ACTIVATION == 1:
+        cdf = 0.5 * (1.0 + tl.erf(e * 0.7071067811865476))
+        value = e * cdf
+        slope = cdf + e * 0.3989422804014327 * tl.exp(-0.5 * e * e)
+    else:
+        square = e * e
+        t = 2.0 * tl.sigmoid(1.5957691216057308 * e * (1.0 + 0.044715 * square)) - 1.0
+        value = 0.5 * e * (1.0 + t)
+        slope = 0.5 * (1.0 + t) + 0.5 * e * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 0.134145 * square)
+    return value, slope
 
 
 @triton.jit
@@ -69,7 +92,7 @@ def glu_forward_kernel(
         inside = (rows[:, None] < M) & (i[None, :] < I)
         e = tl.load(e_ptr + m * e_stride + i[None, :], mask=inside, other=0.0).to(tl.float32)
         u = tl.load(u_ptr + m * u_stride + i[None, :], mask=inside, other=0.0).to(tl.float32)
-        value, _ = activate(e, ACTIVATION)
+        value, _ = _activate(e, ACTIVATION)
         h = nearest(value * u, ROUND)
         tl.store(h_ptr + m * h_stride + i[None, :], h, mask=inside)
         if ADAPT:
@@ -149,7 +172,7 @@ def glu_backward_kernel(
         e = tl.load(e_ptr + m * e_stride + i[None, :], mask=inside, other=0.0).to(tl.float32)
         u = tl.load(u_ptr + m * u_stride + i[None, :], mask=inside, other=0.0).to(tl.float32)
         dh = tl.load(dh_ptr + m * dh_stride + i[None, :], mask=inside, other=0.0).to(tl.float32)
-        value, slope = activate(e, ACTIVATION)
+        value, slope = _activate(e, ACTIVATION)
         de = nearest(dh * u * slope, ROUND)
         du = nearest(dh * value, ROUND)
         tl.store(de_ptr + m * de_stride + i[None, :], de, mask=inside)
@@ -179,7 +202,7 @@ def glu_forward(gate_up: torch.Tensor, activation: str, a: torch.Tensor, h: torc
         h: (M, I), unit stride along I.
         tail: (M, R), unit stride along R.
     """
-    _check(activation)
+    kind = _kind(activation)
     rows, features = h.shape
     gate, up = gate_up[:, :features], gate_up[:, features:]
     rank = a.shape[0]
@@ -209,7 +232,7 @@ def glu_forward(gate_up: torch.Tensor, activation: str, a: torch.Tensor, h: torc
                 up.stride(0),
                 a.stride(0),
                 h.stride(0),
-                ACTIVATION=activation,
+                ACTIVATION=kind,
                 ADAPT=adapt,
                 UPCAST=dispatch.interpreting(),
                 ROUND=must_round(h.dtype),
@@ -242,7 +265,7 @@ def glu_backward(
     Returns:
         p^T h (R_d, I), t_g^T de (R_g, I), t_u^T du (R_u, I).
     """
-    _check(activation)
+    kind = _kind(activation)
     rows, features = dh.shape
     gate, up = gate_up[:, :features], gate_up[:, features:]
     de, du = out[:, :features], out[:, features:]
@@ -279,7 +302,7 @@ def glu_backward(
             t[0].stride(0),
             de.stride(0),
             h.stride(0),
-            ACTIVATION=activation,
+            ACTIVATION=kind,
             ADAPT=adapt,
             WRITE_H=not adapt,
             UPCAST=dispatch.interpreting(),
@@ -317,9 +340,10 @@ def _thin_products(
     return matmul_wide(p.t(), h), matmul_wide(t[0].t(), de), matmul_wide(t[1].t(), du)
 
 
-def _check(activation: str) -> None:
+def _kind(activation: str) -> int:
     if activation not in ACTIVATIONS:
         raise ConfigError("Unknown activation", got=activation, do=f"Use one of {sorted(ACTIVATIONS)}.")
+    return ACTIVATIONS[activation]
 
 
 def _forward_tile(h: torch.Tensor, rank: int) -> dict[str, int]:
@@ -373,16 +397,9 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     )
     signature |= dict.fromkeys((*integers, "dh_stride", "p_stride", "t_stride", "de_stride"), "i32")
     examples: list[tuple] = []
-    for activation in ACTIVATIONS:
-        adapt = activation != "gelu"
-        common = {
-            "ACTIVATION": activation,
-            "ADAPT": adapt,
-            "UPCAST": False,
-            "ROUND": False,
-            "BLOCK_M": 32,
-            "BLOCK_I": 64,
-        }
+    for kind in ACTIVATIONS.values():
+        adapt = kind != 1
+        common = {"ACTIVATION": kind, "ADAPT": adapt, "UPCAST": False, "ROUND": False, "BLOCK_M": 32, "BLOCK_I": 64}
         examples.append((glu_forward_kernel, signature, common | {"BLOCK_R": 32}))
         backward = common | {"WRITE_H": not adapt, "BLOCK_D": 32, "BLOCK_G": 32}
         examples.append((glu_backward_kernel, signature, backward, {"num_stages": 2}))
