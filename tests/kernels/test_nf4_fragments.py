@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from unsloth.kernels import nf4_fragments, nf4_matmul
+from unsloth.kernels import nf4_fragments
 from unsloth.kernels.nf4 import NF4_CODE
 
 LANES = np.arange(32)
@@ -82,8 +82,6 @@ class Warp:
         r, names = self.registers, re.findall(r"\$?\w+", rest)
         if op == "mov.f32":
             r[names[0]] = np.zeros(32)
-        elif op == "mov.b32" and rest[0] == "{":  # the two halves of a register
-            r[names[0]], r[names[1]] = r[names[2]] & 0xFFFF, r[names[2]] >> 16
         elif op == "mov.b32":
             r[names[0]] = np.full(32, int(names[1]))
         elif op == "mov.b64":
@@ -151,16 +149,3 @@ def test_the_side_path_by_hand():
     expected = (b.double() @ t_values.double().T).numpy()
     for i in range(4):
         np.testing.assert_allclose(warp.registers[f"${i}"], expected[g + 8 * (i // 2), 2 * t + i % 2], atol=1e-9)
-
-
-def test_words_looked_up_as_pairs():
-    code = torch.tensor(NF4_CODE).bfloat16()
-    packed = torch.randint(0, 256, (32, 4), dtype=torch.uint8)
-    pair = bits(code)[np.arange(256) >> 4].astype(np.uint32) | bits(code)[np.arange(256) & 15].astype(np.uint32) << 16
-    shared = np.repeat(pair[:, None], 32, 1).reshape(-1).view(np.uint8)
-    words = np.ascontiguousarray(packed.numpy()).view(np.uint32)[:, 0].astype(np.int64)
-    warp = Warp({"$8": words, "$9": TABLE + 4 * LANES}, shared, np.zeros(4, np.uint8))
-    warp.run(nf4_matmul.LOOK_UP_PAIRS.value)
-    expected = bits(code[torch.stack((packed >> 4, packed & 15), -1).reshape(32, 8).long()])
-    for i in range(8):
-        np.testing.assert_array_equal(warp.registers[f"${i}"], expected[:, i])

@@ -5,9 +5,9 @@
 With 16-bit activations, on cards with bfloat16 products, up to 16 rows of x go through the kernel of
 :mod:`unsloth.kernels.nf4_fragments`. Elsewhere up to :data:`MATVEC_ROWS` rows go through a matrix-vector kernel: values
 are decoded to float32 and multiplied there (with 16-bit activations, to within 2^-13 of a block's largest value), so
-nothing else is rounded before the output. Up to :data:`FUSED_ROWS` rows go through a kernel of tiles, which looks
-values up as pairs of 16-bit numbers in shared memory, multiplies them with x on the matrix units, a block of 64 columns
-at a time, and the sums with the block's scale in float32: what is rounded is the table alone. It splits K over programs
+nothing else is rounded before the output. Up to :data:`FUSED_ROWS` rows go through a kernel of tiles, which
+multiplies values, rounded to x's dtype, with x on the matrix units, a block of 64 columns at a time, and the sums with
+the block's scale in float32. It splits K over programs
 where N alone gives too few. Beyond that, and wherever a gradient is needed, W is dequantized first.
 
 The layout of W is described in :mod:`unsloth.kernels.nf4`.
@@ -43,14 +43,7 @@ from unsloth.kernels.nf4 import (
     scale_arguments,
     scale_signature,
 )
-from unsloth.kernels.nf4_fragments import (
-    THREAD,
-    LowRank,
-    assembly_int,
-    fill_table,
-    multiply_fragments,
-    takes_fragments,
-)
+from unsloth.kernels.nf4_fragments import LowRank, multiply_fragments, takes_fragments
 from unsloth.kernels.rounding import must_round, nearest
 
 MATVEC_ROWS = 4
@@ -116,7 +109,7 @@ def tile_shape(rows: int, n: int, k: int, processors: int, small: bool = False) 
     """Rows of x in a tile, rows of W in a tile, parts that K is split into, warps, stages of loads.
 
     Every tile of W reads all of x, so more rows of x want larger tiles; ``small`` says that a program has but 64 KiB of
-    shared memory, of which the table takes 32.
+    shared memory.
     """
     batch = min(32 if small else 128, max(16, triton.next_power_of_2(rows)))
     tile, warps = (64, 4) if batch <= 32 else (128, 8)
@@ -183,7 +176,8 @@ def multiply_tiles(
             0.0 if side is None else side.scale, parts, ranks, 0 if side is None else side.first,
             RANK=0 if side is None else side.b.shape[1], BLOCKSIZE=weight.blocksize, NESTED=weight.nested,
             NESTED_BLOCKSIZE=weight.nested_blocksize, PLAIN=interpreting(),
-            EARLY=split > 1 and overlaps_launches(x.device), BATCH=batch, ROWS=tile, WARPS=warps, STAGES=stages,
+            LOOK_UP=look_up(weight, x.dtype),
+            EARLY=split > 1 and overlaps_launches(x.device), BATCH=batch, ROWS=tile, STAGES=stages,
             num_warps=warps,
         )  # fmt: skip
     return y[0] if split == 1 else add_parts(y, x.dtype)
@@ -201,17 +195,6 @@ def add_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return y
 
 
-def _look_up_pairs() -> tl.constexpr:
-    """The eight values of the word $8, in order, from the table of pairs at $9."""
-    lines = [".reg .b32 a;"]
-    for byte in range(4):
-        lines += [f"prmt.b32 a, $8, 0, {0x4440 + byte};", "mad.lo.u32 a, a, 128, $9;", "ld.shared.b32 a, [a];"]
-        lines.append(f"mov.b32 {{${2 * byte}, ${2 * byte + 1}}}, a;")
-    return assembly(*lines)
-
-
-LOOK_UP_PAIRS = _look_up_pairs()
-EIGHT_HALVES = tl.constexpr((tl.int16,) * 8)
 LOAD_BYTE = assembly("ld.global.nc.u8 $0, [$1];")
 LOAD_FLOAT = assembly("ld.global.nc.f32 $0, [$1];")
 
@@ -319,17 +302,12 @@ def load_from(base, at, BYTE: tl.constexpr, PLAIN: tl.constexpr):
 
 
 @triton.jit
-def decode_pairs(words, code, table, dtype: tl.constexpr, PLAIN: tl.constexpr):
+def decode_tile(words, code, table, dtype: tl.constexpr, LOOK_UP: tl.constexpr):
     """Values [R, 64] of words [R, 8], without their scales, rounded to ``dtype``."""
-    if PLAIN:
-        v0, v1, v2, v3, v4, v5, v6, v7 = decode_words(words, code, table, "memory")
-        return tl.reshape(interleave_eight(v0, v1, v2, v3, v4, v5, v6, v7), [words.shape[0], 64]).to(dtype)
-    else:
-        v0, v1, v2, v3, v4, v5, v6, v7 = tl.inline_asm_elementwise(
-            LOOK_UP_PAIRS, "=h,=h,=h,=h,=h,=h,=h,=h,r,r", [words, table], dtype=EIGHT_HALVES, is_pure=False, pack=1
-        )
-        both = interleave_eight(v0, v1, v2, v3, v4, v5, v6, v7)
-        return tl.reshape(both, [words.shape[0], 64]).to(dtype, bitcast=True)
+    v0, v1, v2, v3, v4, v5, v6, v7 = decode_words(words, code, table, LOOK_UP)
+    if LOOK_UP == "mixed":  # decode_words added 3 to the first four
+        v0, v1, v2, v3 = v0 - 3.0, v1 - 3.0, v2 - 3.0, v3 - 3.0
+    return tl.reshape(interleave_eight(v0, v1, v2, v3, v4, v5, v6, v7), [words.shape[0], 64]).to(dtype)
 
 
 @triton.jit
@@ -337,7 +315,8 @@ def nf4_matmul_kernel(
     x, words, code, absmax, nested_code, nested_absmax, offset, y, m, n, k_blocks, part_blocks, stride_x,
     projections, side_b, side_scale, parts, ranks, first_rank, RANK: tl.constexpr,
     BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, PLAIN: tl.constexpr,
-    EARLY: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr,
+    LOOK_UP: tl.constexpr,
+    EARLY: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program computes a tile [ROWS, BATCH] of one part of the sum over K; y is [parts, m, n].
 
@@ -345,11 +324,7 @@ def nf4_matmul_kernel(
     its code) and two steps before (which code), so that no step waits for memory; words and x come by the pipeline.
     """
     dtype: tl.constexpr = x.dtype.element_ty
-    table = 0
-    if not PLAIN:
-        thread = assembly_int(THREAD, "=r,r", [0])
-        table = fill_table(code, dtype == tl.float16, 32 * WARPS) + (thread & 31) * 4
-        tl.debug_barrier()
+    table = lane_table(code, LOOK_UP)
     row = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), n - 1)
     batch = tl.minimum(tl.program_id(1) * BATCH + tl.arange(0, BATCH), m - 1)
     start = tl.minimum(tl.program_id(2) * part_blocks, k_blocks - 1)
@@ -379,7 +354,7 @@ def nf4_matmul_kernel(
         else:
             scale = entry
             entry = load_from(absmax, following, False, PLAIN)
-        tile = decode_pairs(packed, code, table, dtype, PLAIN)
+        tile = decode_tile(packed, code, table, dtype, LOOK_UP)
         if PLAIN:
             part = tl.dot(tile.to(tl.float32), activation.to(tl.float32))
         else:
@@ -436,12 +411,11 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     examples.append(
         (add_parts_kernel, signature, {"PARTS": 4, "ROUND": False, "EARLY": False, "BLOCK": 1024}, {"num_warps": 4})
     )
-    del constants["LOOK_UP"]
     small = float_dtype == "fp16"
     for rows, rank, nested in ((32, 32, True), (128, 0, False)):
         batch, tile, _, warps, stages = tile_shape(rows, 14336, 4096, 132, small)
         shape = {**constants, "NESTED": nested, "RANK": rank, "PLAIN": False, "EARLY": False, "BATCH": batch}
-        shape |= {"ROWS": tile, "WARPS": warps, "STAGES": stages}
+        shape |= {"ROWS": tile, "STAGES": stages}
         types = matrix if nested else {**matrix, "absmax": "*fp32"}
         examples.append((nf4_matmul_kernel, types, shape, {"num_warps": warps}))
     return examples
