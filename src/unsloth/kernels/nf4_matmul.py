@@ -133,12 +133,7 @@ def _matvec(x: torch.Tensor, weight: NF4Weight, words: torch.Tensor) -> torch.Te
 
 
 def takes_tiles(x: torch.Tensor, weight: NF4Weight) -> bool:
-    """Whether :func:`multiply_tiles` can take ``x`` [M, K]: at most :data:`FUSED_ROWS` rows of a 16-bit dtype.
-
-    Never on a GPU for now: an H100's driver refuses its launch ("invalid argument"), so that weights are dequantized.
-    """
-    if x.is_cuda:
-        return False
+    """Whether :func:`multiply_tiles` can take ``x`` [M, K]: at most :data:`FUSED_ROWS` rows of a 16-bit dtype."""
     whole = weight.shape[1] % 64 == 0 and weight.blocksize >= 64 and weight.words() is not None
     half = x.dtype == torch.float16 or (
         x.dtype == torch.bfloat16 and (interpreting() or capability(x.device) >= (8, 0))
