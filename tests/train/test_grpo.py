@@ -439,6 +439,12 @@ def test_tokens_are_weighed_where_precisions_differ(tiny, tmp_path):
     assert not logged(without, "sampling/importance_sampling_ratio/max")
 
 
+def test_a_correction_that_the_loss_of_trl_leaves_out_is_named(tiny, tmp_path, said):
+    trainer = trainer_of(tiny, tmp_path, loss_type="cispo", epsilon_high=4.0, vllm_importance_sampling_correction=True)
+    assert not trainer._corrects
+    assert "tokens are not weighed" in said.text and "cispo" in said.text
+
+
 @pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
 def test_weights_of_the_correction(mode):
     """Against TRL's way of writing them."""

@@ -204,7 +204,7 @@ def read_excel(path: Path, sheet: str | None = None) -> list[dict[str, Any]]:
             for column in range(first[1], last[1] + 1):
                 cells.setdefault((row, column), cells.get(first))
     if merged:
-        logger.info("%s: %d groups of merged cells; each of their cells has the value now", path, len(merged))
+        logger.info("%s: merged cells in %d places; each of their cells has the value now", path, len(merged))
     if lost:
         logger.warning(
             "%s: %d cells are empty because they hold an error, or a formula whose result was not saved, such as %s. "

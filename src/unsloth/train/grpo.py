@@ -223,7 +223,14 @@ class GRPOTrainer(Phases, Environments, ModelLoop, TRLTrainer):
         if self.rollouts is None or wanted is False:
             return False
         training = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
-        return bool(wanted) or training != self.rollouts.dtype or self.rollouts.float8
+        corrects = bool(wanted) or training != self.rollouts.dtype or self.rollouts.float8
+        if corrects and not self.args.uses_our_loss:
+            logger.warning(
+                "with loss_type=%r and these options the loss is computed by TRL: tokens are not weighed for the "
+                "difference between sampling and training, which is not reported either",
+                self.args.loss_type,
+            )
+        return corrects and self.args.uses_our_loss
 
     def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams | None = None) -> Completions:
         """One completion by the policy as it is for each of ``prompts``, token ids; for environments of several turns.
