@@ -7,7 +7,7 @@ sequence whose end is found in those results has then been computed once too oft
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable
 from collections.abc import Sequence as Many
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from unsloth.generate.protocol import EngineStats, Lora, LoRARequest, Prompt
 from unsloth.generate.runner import Launch, Runner
 from unsloth.generate.scheduler import Scheduler
 from unsloth.generate.sequence import Request, Sequence
+from unsloth.generate.stepped import SteppedEngine
 from unsloth.generate.text import TextStream
 from unsloth.models import record
 
@@ -37,7 +38,7 @@ _Chosen = tuple[str | None, int | None]
 """Name and slot of an adapter; None for the base model."""
 
 
-class Engine:
+class Engine(SteppedEngine):
     """See :class:`unsloth.generate.protocol.Engine`.
 
     Args:
@@ -166,66 +167,15 @@ class Engine:
         request.changed = True
         return True
 
-    def generate(
-        self, prompts_given: Any, params: Any = None, *, lora: Any = None, progress: Any = None
-    ) -> list[RequestOutput]:
-        """See :meth:`unsloth.generate.protocol.Engine.generate`.
-
-        Args:
-            prompts_given: One prompt or several.
-            params: For all, or a list.
-            lora: For all, or a list.
-            progress: Called after every step with the number of requests that have ended in it; what it raises ends
-                the generation.
-
-        Raises:
-            GenerationError: The device failed.
-        """
-        many = [prompts_given] if prompts.is_single(prompts_given) else list(prompts_given)
-        each = list(params) if isinstance(params, list | tuple) else [params] * len(many)
-        loras = list(lora) if isinstance(lora, list | tuple) else [lora] * len(many)
-        if len(each) != len(many) or len(loras) != len(many):
-            got = f"{len(many)} prompts, {len(each)} parameters, {len(loras)} adapters"
-            raise ConfigError("parameters and adapters must be one for all prompts, or one for each", got=got)
-        names: list[str] = []
-        found: dict[str, RequestOutput] = {}
-        chosen: dict[int, _Chosen] = {}  # by identity of what asked for it: nothing changes between these requests
+    def _add_each(self, requests: Iterable[tuple[Prompt, Any, Any]], names: list[str]) -> None:
         self._check_open()
         self._begin()
-        try:
-            for prompt, own, adapter in zip(many, each, loras, strict=True):
-                if id(adapter) not in chosen:
-                    chosen[id(adapter)] = self._choose(adapter)
-                names.append(self._add(prompt, own, None, chosen[id(adapter)]))
-                self._requests[names[-1]].pieces = False
-            wanted = set(names)
-            while len(found) < len(names):
-                done = {out.request_id: out for out in self.step() if out.finished and out.request_id in wanted}
-                found |= done
-                if progress is not None:
-                    progress(len(done))
-        finally:
-            self._drop(names)
-        broken = next((out.error for out in found.values() if out.error), None)
-        if broken is not None:
-            raise GenerationError(
-                f"generation failed: {broken}",
-                do="If memory ran out, lower gpu_memory_utilization, or max_num_seqs in EngineOptions.",
-            )
-        return [found[name] for name in names]
-
-    def stream(self, prompt: Prompt, params: Any = None, *, lora: Lora = None) -> Iterator[RequestOutput]:
-        """See :meth:`unsloth.generate.protocol.Engine.stream`."""
-        name = self.add_request(prompt, params, lora=lora)
-        try:
-            finished = False
-            while not finished:
-                for output in self.step():
-                    if output.request_id == name:
-                        finished = output.finished
-                        yield output
-        finally:
-            self._drop([name])
+        chosen: dict[int, _Chosen] = {}  # by identity of what asked for it: nothing changes between these requests
+        for prompt, params, lora in requests:
+            if id(lora) not in chosen:
+                chosen[id(lora)] = self._choose(lora)
+            names.append(self._add(prompt, params, None, chosen[id(lora)]))
+            self._requests[names[-1]].pieces = False
 
     def load_adapter(self, name: str, path: str | Path) -> LoRARequest:
         """See :meth:`unsloth.generate.protocol.Engine.load_adapter`."""

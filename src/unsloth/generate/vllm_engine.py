@@ -14,7 +14,7 @@ import dataclasses
 import importlib
 import itertools
 import tempfile
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from unsloth.generate.options import EngineOptions
 from unsloth.generate.outputs import CompletionOutput, Logprob, RequestOutput
 from unsloth.generate.protocol import EngineStats, Lora, LoRARequest, Prompt
 from unsloth.generate.sampling import SamplingParams
+from unsloth.generate.stepped import SteppedEngine
 from unsloth.models import record
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM knows
@@ -36,7 +37,7 @@ _SAME_NAMES = (
 )  # fmt: skip
 
 
-class VllmEngine:
+class VllmEngine(SteppedEngine):
     """See :class:`unsloth.generate.protocol.Engine`.
 
     Args:
@@ -127,43 +128,6 @@ class VllmEngine:
         self._counts["aborted"] += 1
         self._aborted.append(known)
         return True
-
-    def generate(
-        self, prompts_given: Any, params: Any = None, *, lora: Any = None, progress: Any = None
-    ) -> list[RequestOutput]:
-        """See :meth:`unsloth.generate.protocol.Engine.generate`; ``progress`` as in our own engine."""
-        many = [prompts_given] if prompts.is_single(prompts_given) else list(prompts_given)
-        each = list(params) if isinstance(params, list | tuple) else [params] * len(many)
-        loras = list(lora) if isinstance(lora, list | tuple) else [lora] * len(many)
-        if len(each) != len(many) or len(loras) != len(many):
-            got = f"{len(many)} prompts, {len(each)} parameters, {len(loras)} adapters"
-            raise ConfigError("parameters and adapters must be one for all prompts, or one for each", got=got)
-        names: list[str] = []
-        found: dict[str, RequestOutput] = {}
-        try:
-            for prompt, own, adapter in zip(many, each, loras, strict=True):
-                names.append(self.add_request(prompt, own, lora=adapter))
-            while len(found) < len(names):
-                done = {out.request_id: out for out in self.step() if out.finished and out.request_id in names}
-                found |= done
-                if done and progress is not None:
-                    progress(len(done))
-        finally:
-            self._drop(names)
-        return [found[name] for name in names]
-
-    def stream(self, prompt: Prompt, params: Any = None, *, lora: Lora = None) -> Iterator[RequestOutput]:
-        """See :meth:`unsloth.generate.protocol.Engine.stream`."""
-        name = self.add_request(prompt, params, lora=lora)
-        try:
-            finished = False
-            while not finished:
-                for output in self.step():
-                    if output.request_id == name:
-                        finished = output.finished
-                        yield output
-        finally:
-            self._drop([name])
 
     def load_adapter(self, name: str, path: str | Path) -> LoRARequest:
         """See :meth:`unsloth.generate.protocol.Engine.load_adapter`."""
@@ -351,7 +315,7 @@ class VllmEngine:
         outputs = [dataclasses.replace(o, token_ids=list(o.token_ids)) for o in known.outputs]
         return dataclasses.replace(known, outputs=outputs)
 
-    def _drop(self, names: list[str]) -> None:
+    def _drop(self, names: Sequence[str]) -> None:
         for name in names:
             self.abort(name)
         self._aborted = [output for output in self._aborted if output.request_id not in names]
