@@ -1,4 +1,4 @@
-"""Teach a small model to add two-digit numbers by rewards; about twenty minutes on two busy cores.
+"""Teach a small model to add two-digit numbers by rewards; up to twenty minutes on two cores.
 
 A few steps of supervised training show the form of an answer first, on sums that are not asked for later: where no
 attempt is ever right, there is nothing to learn from. Then GRPO: of 2.5 points a sum, 2 are for the exact answer.
