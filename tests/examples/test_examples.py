@@ -7,11 +7,15 @@ import pytest
 from unsloth.cli import main
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+LONG = {"grpo_code.py"}  # the trainer is that of grpo_sums.py, and its tasks have tests of their own
+EXAMPLES = [
+    pytest.param(path, id=path.name, marks=[pytest.mark.soak] if path.name in LONG else [])
+    for path in sorted((ROOT / "examples").glob("*.py"))
+]
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.name)
+@pytest.mark.parametrize("script", EXAMPLES)
 def test_the_example_runs(script, tmp_path, smollm2):
     result = subprocess.run(
         [sys.executable, str(script), "--smoke"], cwd=tmp_path, capture_output=True, text=True, timeout=280
