@@ -19,11 +19,12 @@ from unsloth.train import reward_names
 from unsloth.train.config import SFTConfig
 from unsloth.train.cpo import CPOConfig, CPOTrainer
 from unsloth.train.dpo import DPOConfig, DPOTrainer
-from unsloth.train.grpo import GRPOTrainer, encode_prompt, prompt_rows
+from unsloth.train.grpo import GRPOTrainer
 from unsloth.train.grpo_config import GRPOConfig
 from unsloth.train.kto import KTOConfig, KTOTrainer
 from unsloth.train.orpo import ORPOConfig, ORPOTrainer
 from unsloth.train.preference import options_of
+from unsloth.train.prompt_rows import encode_prompt, prompt_rows
 from unsloth.train.sft import SFTTrainer
 
 _TEXT_ONLY = ("text_field", "responses_only", "instruction_part", "response_part")
