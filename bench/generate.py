@@ -12,16 +12,15 @@ bench/results/generate.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import gc
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import random_llama
+import results_file
 import torch
 
 from unsloth.generate.engine import Engine
@@ -31,7 +30,6 @@ from unsloth.memory import checkpointing
 from unsloth.models import record
 from unsloth.models.plan import plan
 
-RESULTS = Path(__file__).parent / "results"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -249,7 +247,6 @@ def main() -> None:
     args = parser.parse_args()
     shape = random_llama.SHAPES[args.shape]
     args.vocabulary = shape.vocabulary
-    RESULTS.mkdir(exist_ok=True)
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     for precision in args.precision:
         made, model = timed(lambda p=precision: random_llama.build(shape, DEVICE, quantized=p == "nf4", positions=4096))
@@ -266,13 +263,7 @@ def main() -> None:
             print("  " + ", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
             row = {"date": datetime.date.today().isoformat(), "gpu": name, "torch": torch.__version__} | row
             row |= {"shape": args.shape, "precision": precision, "graphs": not args.no_graphs}
-            path = RESULTS / "generate.csv"
-            new = not path.exists()
-            with path.open("a", newline="") as file:
-                writer = csv.DictWriter(file, list(row))
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
+            results_file.append_lines(results_file.RESULTS / "generate.csv", [row])
         prefill(model, engine, args)
         if args.switches:
             switches(model, engine, args)

@@ -26,7 +26,6 @@ step, and only cases whose completions are sampled. A line a case is appended to
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import json
 import os
@@ -40,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import results_file
 import torch
 import transformers
 import trl
@@ -387,20 +387,10 @@ def main() -> None:
                         continue
                     results.append(json.loads(line.removeprefix("RESULTS ")))
                     if not given.dry_run:
-                        append(results[-1])
+                        results_file.append_lines(RESULTS, results[-1:], COLUMNS)
             if process.returncode:
                 print(f"{trainer}, {name}: failed", flush=True)
             show(results)
-
-
-def append(row: dict[str, Any]) -> None:
-    """Add a line to the results."""
-    fresh = not RESULTS.exists()
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if fresh:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ those of padded ones. Prints a table, and appends a line a case to bench/results
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import statistics
@@ -28,6 +27,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import results_file
 import torch
 import transformers
 import trl
@@ -291,12 +291,7 @@ def main() -> None:
     show(results)
     if given.dry_run:
         return
-    fresh = not RESULTS.exists()
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if fresh:
-            writer.writeheader()
-        writer.writerows(results)
+    results_file.append_lines(RESULTS, results, COLUMNS)
 
 
 if __name__ == "__main__":
