@@ -72,6 +72,15 @@ def test_a_dry_run_shows_the_run_and_writes_nothing(run_file, tmp_path, monkeypa
     assert "<|im_start|>user↵\nSay·well:·0<|im_end|>↵\n<|im_start|>assistant↵\n[[well·0<|im_end|>↵\n]]" in shown
 
 
+def test_a_refused_run_leaves_no_folder(run_file, tmp_path, monkeypatch, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"unknown": 1}\n')
+    file = run_file()
+    before = sorted(os.listdir(tmp_path))
+    assert command(monkeypatch, "train", file, "--set", "training.output_dir=new/results") != 0
+    assert "unknown" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == before
+
+
 def test_the_fast_paths_can_be_switched_off(run_file, monkeypatch, capsys):
     file = run_file(model={"fast_layers": False, "fused_head": False}, save={"plot": False})
     swapped = {}

@@ -363,11 +363,11 @@ def _check_not_a_file(output: Path) -> None:
 
 
 def _writable(output: Path) -> Path:
-    """Create the folder for the results, and find out before the work whether it can be written."""
+    """Find out before the work whether the folder for the results can be written; a refused run leaves none behind."""
     _check_not_a_file(output)
+    existing = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise StorageError(
