@@ -95,7 +95,7 @@ def measure(
     """One update."""
     way = Way(name)
     way.enter(model)
-    optimizer = make_states(model, way)
+    optimizer, of_others = make_states(model, way), train.recorded_mib()
     if case.batch * case.tokens <= RECORDED_ROWS:
         for _ in range(_UPDATES_BEFORE):  # until blocks are recorded as graphs, if they are
             train.update(model, way, case, shape.vocabulary, 0)
@@ -121,7 +121,7 @@ def measure(
         if residents and on_gpu:
             torch.cuda.memory._record_memory_history(enabled=None)
         peaks = train.peaks()
-        recorded = train.recorded_mib()
+        recorded = train.recorded_mib() - of_others
         train.limit(0)
         del optimizer
         train.clean(model)

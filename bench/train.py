@@ -150,7 +150,7 @@ def measure_steps(model: torch.nn.Module, way: Way, case: Case, vocabulary: int,
     """Median tokens a second, and the peaks of memory, over whole updates after those that warm up."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = way.optimizer(trained)
-    speeds, static = [], 0.0
+    speeds, static, of_others = [], 0.0, recorded_mib()
     for seed in range(options.warm_up + options.steps):
         synchronize()
         if seed == options.warm_up:
@@ -165,7 +165,7 @@ def measure_steps(model: torch.nn.Module, way: Way, case: Case, vocabulary: int,
         print(f"        {speeds[-1]:.0f} tok/s", flush=True)
     found = {"tokens_per_s": statistics.median(speeds[options.warm_up :]), **peaks()}
     gradients, accumulated = sum(p.nbytes for p in trained), case.accumulate > 1
-    found["over_mib"] = found["allocated_mib"] + recorded_mib() - static
+    found["over_mib"] = found["allocated_mib"] + recorded_mib() - of_others - static
     found["over_mib"] = max(0.0, found["over_mib"] - (gradients / 2**20 if accumulated else 0.0))
     expected = way.estimate(case.batch * case.tokens, vocabulary, gradients, accumulated=accumulated)
     found["estimated_mib"] = expected / 2**20

@@ -193,6 +193,7 @@ def backward_pass(
     group = rest.groups.pop("output") if rest.groups else parts.output.group(x.dtype, again=False)
     flat = attended.out.reshape(x.shape[0], -1)
     do, o = _linears_gradients(group, [dh], flat, rest.t_o, (True, *needs[first : first + 2]))
+    del group  # a dequantized weight, before attention's gradients are made
     assert do is not None
     grads = _attention_gradients(parts, attended, rest, do.view(attended.out.shape), shape)
     del do, flat
