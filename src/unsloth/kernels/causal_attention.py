@@ -167,12 +167,10 @@ def _by_groups(dout, q, k, v, attended, visible, scale, groups):
     each, ratio = -(-k.shape[2] // groups), q.shape[2] // k.shape[2]
     for start in range(0, k.shape[2], each):
         few, many = slice(start, start + each), slice(start * ratio, (start + each) * ratio)
-        parts = [x[:, :, many] for x in (dout, q)] + [x[:, :, few] for x in (k, v)]
         lse = attended.lse[many] if attended.lse.dim() == 2 else attended.lse[:, many].contiguous()
         own = replace(attended, out=attended.out[:, :, many], lse=lse)
-        for to, grad, heads in zip(
-            found, attention_backward(*parts, own, visible, scale), (many, few, few), strict=True
-        ):
+        grads = attention_backward(dout[:, :, many], q[:, :, many], k[:, :, few], v[:, :, few], own, visible, scale)
+        for to, grad, heads in zip(found, grads, (many, few, few), strict=True):
             to[:, :, heads] = grad
     return found
 
