@@ -30,10 +30,26 @@ class Shape:
 
 SHAPES = {
     "8b": Shape(),
+    "70b": Shape(80, 8192, 28672, 64, 8),
     "1b": Shape(16, 2048, 8192, 32, 8),
     "0.6b": Shape(28, 1024, 3072, 16, 8, 151936),
     "tiny": Shape(2, 64, 96, 4, 2, 256, 8),
 }
+
+
+def config(shape: Shape, positions: int = 131072) -> transformers.LlamaConfig:
+    """Of a model that knows ``positions``."""
+    return transformers.LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_heads,
+        max_position_embeddings=positions,
+        attn_implementation="sdpa",
+        use_cache=False,
+    )
 
 
 def build(
@@ -55,19 +71,9 @@ def build(
         full: Whether there is no adapter, and all weights are trained.
         dtype: Of weights, and of the computation where they are quantized.
     """
-    config = transformers.LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.inner,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.key_heads,
-        max_position_embeddings=positions,
-        attn_implementation="sdpa",
-        use_cache=False,
-    )
+    configuration = config(shape, positions)
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(config).to(dtype)
+        model = transformers.LlamaForCausalLM(configuration).to(dtype)
     torch.manual_seed(0)
     for name, module in list(model.named_modules()):
         if type(module) is torch.nn.Linear and "layers" in name:
@@ -80,7 +86,7 @@ def build(
             value = value.fill_(1.0) if parameter.ndim == 1 else value.normal_(std=0.02)
             setattr(model.get_submodule(parent), child, torch.nn.Parameter(value, requires_grad=False))
     with device:
-        model.model.rotary_emb = LlamaRotaryEmbedding(config)
+        model.model.rotary_emb = LlamaRotaryEmbedding(configuration)
     model.is_loaded_in_4bit = quantized
     nf4.keep_layout(model)
     if full:

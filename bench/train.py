@@ -150,7 +150,7 @@ def measure_steps(model: torch.nn.Module, way: Way, case: Case, vocabulary: int,
     """Median tokens a second, and the peaks of memory, over whole updates after those that warm up."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = way.optimizer(trained)
-    speeds, static = [], 0.0
+    speeds, static, of_others = [], 0.0, recorded_mib()
     for seed in range(options.warm_up + options.steps):
         synchronize()
         if seed == options.warm_up:
@@ -165,7 +165,7 @@ def measure_steps(model: torch.nn.Module, way: Way, case: Case, vocabulary: int,
         print(f"        {speeds[-1]:.0f} tok/s", flush=True)
     found = {"tokens_per_s": statistics.median(speeds[options.warm_up :]), **peaks()}
     gradients, accumulated = sum(p.nbytes for p in trained), case.accumulate > 1
-    found["over_mib"] = found["allocated_mib"] + recorded_mib() - static
+    found["over_mib"] = found["allocated_mib"] + recorded_mib() - of_others - static
     found["over_mib"] = max(0.0, found["over_mib"] - (gradients / 2**20 if accumulated else 0.0))
     expected = way.estimate(case.batch * case.tokens, vocabulary, gradients, accumulated=accumulated)
     found["estimated_mib"] = expected / 2**20
@@ -227,20 +227,23 @@ def profile(model: torch.nn.Module, batch: Batch, wanted: bool) -> dict[str, Any
     }  # fmt: skip
 
 
-def gradients(model: torch.nn.Module, way: Way, case: Case, vocabulary: int) -> tuple[float, torch.Tensor]:
-    """Loss of an update, and all gradients of adapters (of full fine-tuning: every hundredth number) on the host."""
+def gradients(model: torch.nn.Module, way: Way, case: Case, vocabulary: int) -> tuple[float, list[torch.Tensor]]:
+    """Loss of an update, and the gradients of adapters (of full fine-tuning: every hundredth number) on the host."""
     model.zero_grad(set_to_none=True)
     loss = update(model, way, case, vocabulary, seed=3)
     every = 1 if any("lora_" in name for name, _ in model.named_parameters()) else 100
-    found = torch.cat([p.grad.flatten()[::every].float().cpu() for p in model.parameters() if p.grad is not None])
+    found = [p.grad.flatten()[::every].float().cpu() for p in model.parameters() if p.grad is not None]
     model.zero_grad(set_to_none=True)
     return loss.item(), found
 
 
-def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Of the angle between two gradients."""
-    a, b = a.double(), b.double()
-    return (torch.dot(a, b) / (a.norm() * b.norm())).item()
+def cosines(a: list[torch.Tensor], b: list[torch.Tensor]) -> tuple[float, float]:
+    """Of the angle between two gradients as a whole, and the lowest of one parameter."""
+    products = torch.tensor([[x.double() @ y.double(), x.double() @ x.double(), y.double() @ y.double()]
+                             for x, y in zip(a, b, strict=True)])  # fmt: skip
+    each = products[:, 0] / (products[:, 1] * products[:, 2]).sqrt()
+    whole = products.sum(0)
+    return (whole[0] / (whole[1] * whole[2]).sqrt()).item(), each.min().item()
 
 
 def allocator() -> str:
@@ -300,11 +303,13 @@ def run_case(model: torch.nn.Module, label: str, case: Case, options: Options) -
             restore(trained, start)
         longest = more.pop("longest")
         same = found is not None and expected[1] is not None
+        alike, lowest = cosines(found, expected[1]) if same else (float("nan"), float("nan"))
         rows.append(Row(label, str(case), name, **values, **more, loss=loss,
                         loss_difference=loss - expected[0] if same else float("nan"),
-                        gradient_cosine=cosine(found, expected[1]) if same else float("nan"),
+                        gradient_cosine=alike,
                         options=options.text()))  # fmt: skip
         show(rows[-1:], longest, way.made)
+        print(f"      lowest cosine of one parameter's gradient: {lowest:.6f}", flush=True)
         if not options.dry:
             results_file.append("train.csv", rows[-1:])
     return rows

@@ -41,6 +41,17 @@ def test_reference(device, dtype, documents, window):
         assert x.dtype == dtype and (x - expected).abs().max() <= tolerance * expected.abs().max()
 
 
+@pytest.mark.parametrize("groups", [2, 3, 9])
+@pytest.mark.parametrize("heads", [(4, 2), (6, 3), (3, 1)])
+def test_heads_in_groups(device, groups, heads):
+    q, k, v, do = inputs(device, torch.float64, heads)
+    seen = visible(ROWS[1], device)
+    attended = attention_forward(q, k, v, seen, 0.3, "reference")
+    found = attention_backward(do, q, k, v, attended, seen, 0.3, groups)
+    for x, expected in zip(found, attention_backward(do, q, k, v, attended, seen, 0.3), strict=True):
+        torch.testing.assert_close(x, expected, atol=0, rtol=1e-13)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="these operators exist on GPUs only")
 @pytest.mark.parametrize(("backend", "documents"), [("cudnn", ROWS[0]), ("flash", ROWS[0]), ("flash", ROWS[1])])
 def test_operators_of_torch(device, backend, documents):
@@ -50,6 +61,9 @@ def test_operators_of_torch(device, backend, documents):
     found = (attended.out, *attention_backward(do, q, k, v, attended, seen, 0.1))
     for x, expected in zip(found, exact(q, k, v, do, seen, 0.1), strict=True):
         assert (x - expected).norm() <= 1e-2 * expected.norm()
+    parts = attention_backward(do, q, k, v, attended, seen, 0.1, groups=2)
+    for x, expected in zip(parts, found[1:], strict=True):
+        torch.testing.assert_close(x, expected)
 
 
 def test_choice():

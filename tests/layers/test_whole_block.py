@@ -114,6 +114,16 @@ def test_wherever_values_wait_the_gradients_are_the_same(family, policy, expecte
     assert tiny.worst(found, kept) < 1e-12
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_heads_in_groups_give_the_same(family, monkeypatch):
+    monkeypatch.setattr(read_block, "head_groups", lambda rows, key_heads: 2)
+    model = make(family)
+    expected = separate(model)
+    plan(model, attention=True, whole=True).apply()
+    budgeted(model, Budget(device=0, host=2**30))
+    assert tiny.worst(run(model), expected) < 1e-10
+
+
 def test_a_full_host_leaves_the_rest_on_the_device():
     model = make("llama", layers=4)
     expected = separate(model)

@@ -22,6 +22,11 @@ def allow_uninitialized_weights() -> bool:
     return not flag("UNSLOTH_WARN_UNINITIALIZED", default=True)
 
 
+def read_ahead() -> bool:
+    """``UNSLOTH_READ_AHEAD=0`` leaves reading weights for a GPU to transformers."""
+    return flag("UNSLOTH_READ_AHEAD", default=True)
+
+
 def trl_compatibility() -> bool:
     """``UNSLOTH_TRL_COMPAT=0`` leaves the names of ``trl`` and ``transformers`` alone (see ``unsloth.compat``)."""
     return flag("UNSLOTH_TRL_COMPAT", default=True)

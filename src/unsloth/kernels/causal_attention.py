@@ -13,7 +13,7 @@ mask over all T x T pairs of a batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,7 +61,8 @@ class Attended:
 
     Attributes:
         out: (B, T, H, D).
-        lse: Log-sum-exp in float32 (float64 for float64), in the shape that the backend wants it back.
+        lse: Log-sum-exp in float32 (float64 for float64), in the shape that the backend wants it back: (H, B T), or
+            (B, H, T) with or without a last dimension of one.
         backend: Which one it was.
         more: Further values that the backend handed out for its backward.
     """
@@ -125,8 +126,23 @@ def attention_backward(
     attended: Attended,
     visible: Visible,
     scale: float,
+    groups: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv), shaped like q, k and v, of ``dout`` (B, T, H, D)."""
+    """(dq, dk, dv), shaped like q, k and v, of ``dout`` (B, T, H, D).
+
+    Args:
+        dout: Gradient of the output.
+        q: As in the forward, like k, v, ``visible`` and ``scale``.
+        k: See q.
+        v: See q.
+        attended: What the forward gave.
+        visible: See q.
+        scale: See q.
+        groups: Of key heads with their query heads, one after the other: the backends hold dq in float32, and dk and
+            dv of every query head apart, of one group at a time.
+    """
+    if groups > 1:
+        return _by_groups(dout, q, k, v, attended, visible, scale, min(groups, k.shape[2]))
     if attended.backend == "cudnn":
         heads = (x.transpose(1, 2) for x in (dout, q, k, v, attended.out))
         cu_q, cu_k, max_q, max_k, seed, offset = attended.more
@@ -144,6 +160,19 @@ def attention_backward(
         found = dq, *(_scattered(visible, x, len(dq)) for x in others)
         return tuple(x.view(like.shape) for x, like in zip(found, (q, k, v), strict=True))
     return _reference_backward(dout, q, k, v, attended, visible, scale)
+
+
+def _by_groups(dout, q, k, v, attended, visible, scale, groups):
+    found = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    each, ratio = -(-k.shape[2] // groups), q.shape[2] // k.shape[2]
+    for start in range(0, k.shape[2], each):
+        few, many = slice(start, start + each), slice(start * ratio, (start + each) * ratio)
+        lse = attended.lse[many] if attended.lse.dim() == 2 else attended.lse[:, many].contiguous()
+        own = replace(attended, out=attended.out[:, :, many], lse=lse)
+        grads = attention_backward(dout[:, :, many], q[:, :, many], k[:, :, few], v[:, :, few], own, visible, scale)
+        for to, grad, heads in zip(found, grads, (many, few, few), strict=True):
+            to[:, :, heads] = grad
+    return found
 
 
 def _reference_backward(dout, q, k, v, attended, visible, scale):

@@ -50,6 +50,7 @@ class Parts:
         visible: Which keys a query sees.
         scale: Of the scores.
         backend: Of attention.
+        head_groups: In how many groups of heads attention's gradients are made.
         decision: What becomes of the block's values.
         keeper: Moves those that go.
         number: Of the block, from 0.
@@ -66,6 +67,7 @@ class Parts:
     visible: Visible
     scale: float
     backend: str
+    head_groups: int
     decision: Decision
     keeper: Keeper
     number: int
@@ -191,6 +193,7 @@ def backward_pass(
     group = rest.groups.pop("output") if rest.groups else parts.output.group(x.dtype, again=False)
     flat = attended.out.reshape(x.shape[0], -1)
     do, o = _linears_gradients(group, [dh], flat, rest.t_o, (True, *needs[first : first + 2]))
+    del group  # a dequantized weight, before attention's gradients are made
     assert do is not None
     grads = _attention_gradients(parts, attended, rest, do.view(attended.out.shape), shape)
     del do, flat
@@ -213,7 +216,9 @@ def _attention_gradients(
     """(M, features) gradients of q, k and v as the projections left them."""
     norms: list[HeadNorms] = []
     q, k, v = _heads(parts, rest.qkv, shape, norms)
-    dq, dk, dv = attention_backward(do, q.detach(), k.detach(), v, attended, parts.visible, parts.scale)
+    dq, dk, dv = attention_backward(
+        do, q.detach(), k.detach(), v, attended, parts.visible, parts.scale, parts.head_groups
+    )
     del q, k, v
     rest.qkv = None
     if norms:

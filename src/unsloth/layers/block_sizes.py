@@ -16,6 +16,10 @@ TILE = 4096
 """Rows of the MLP whose inner values exist at a time; fewer make its products slower."""
 LEAN_TILE = 2048
 """The same where memory is short."""
+GROUP_ROWS = 8192
+"""Rows from whose double on the gradients of attention are made for some heads at a time, where memory is short."""
+MOST_GROUPS = 4
+"""Of heads; one of them still has work for a whole GPU."""
 RECORDED_ROWS = 8192
 """Blocks of more rows keep a GPU busy without being recorded as graphs, and their buffers would be large."""
 
@@ -44,11 +48,15 @@ def block_sizes(
         """While the MLP's gradients are made: three values of the width of its input, and a tile of its inner ones."""
         return again + rows * (4 * width + thin[2]) + min(tile, rows) * (3 * inner + thin[2] + width) + sum(of_mlp)
 
-    # while attention's are: those of q, k and v, of its output, and the sum of q's in float32
-    scores = again + rows * (2 * width + attended + projected) + rows * attended * 4 // itemsize
+    def scores(groups: int) -> int:
+        """While attention's are: of its output, of q, k and v, and inside it q's in float32, keys' for every head."""
+        outside = projected + sum(thin[:2]) + 2 * width + attended + projected
+        heads_at_once = -(-heads[1] // groups) * (heads[0] // heads[1])
+        return rows * outside + rows * heads_at_once * heads[2] * (4 + 2 * itemsize) // itemsize
+
     kept = again + rows * (3 * width + inner + thin[2]) + max(of_mlp)
-    lean = max(mlp(LEAN_TILE), scores)
-    quick = max(mlp(TILE) + rows * width, scores) + of_attention
+    lean = max(mlp(LEAN_TILE), scores(head_groups(rows, heads[1])))
+    quick = max(mlp(TILE) + rows * width, scores(1)) + of_attention
     return LayerSizes(
         least=aligned(rows * width * itemsize) + aligned(rows * attended * itemsize),
         fixed=rows * (heads[0] * 4 + thin[3] * itemsize),
@@ -59,6 +67,11 @@ def block_sizes(
         weights=(sum(of_mlp) + of_attention) * itemsize if all(linear.quantized for linear in linears) else 0,
         buffers=rows * (2 * width + attended) * itemsize if rows <= RECORDED_ROWS else 0,
     )
+
+
+def head_groups(rows: int, key_heads: int) -> int:
+    """In how many groups of heads the gradients of attention are made where memory is short."""
+    return max(1, min(key_heads, MOST_GROUPS, rows // GROUP_ROWS))
 
 
 def _columns(group: Sequence[Frozen]) -> int:

@@ -17,7 +17,7 @@ from unsloth.kernels.rope import RopeTables
 from unsloth.layers import attention, mlp
 from unsloth.layers.block_mlp import MlpParts
 from unsloth.layers.block_passes import Parts
-from unsloth.layers.block_sizes import LEAN_TILE, TILE, block_sizes
+from unsloth.layers.block_sizes import LEAN_TILE, TILE, block_sizes, head_groups
 from unsloth.layers.fast import is_swapped, is_untouched
 from unsloth.layers.linear import Frozen, read_all
 from unsloth.layers.norm import NormOptions
@@ -148,6 +148,7 @@ def _parts(
         visible=visible,
         scale=options.scale,
         backend=backend,
+        head_groups=head_groups(x.shape[0] * x.shape[1], options.key_heads) if decision.lean else 1,
         decision=decision,
         keeper=keeper,
         number=number,

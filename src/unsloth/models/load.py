@@ -31,6 +31,7 @@ from unsloth.models import (
     adapter_base,
     identity,
     placement,
+    read_ahead,
     record,
     remote_code,
     rope,
@@ -240,7 +241,11 @@ def _from_pretrained(
     auto: Any = options.auto_model or AutoModelForCausalLM
     try:
         if form.stored == "fp8":
-            return _load_dequantized(found, auto, arguments)
+            with weight_format.dequantized(found) as tensors:
+                return _from_tensors(found, _model_class(auto, arguments["config"]), tensors, arguments)
+        if form.stored == "plain" and _reads_ahead(found, auto, arguments):
+            with read_ahead.entries(found.tensors, torch.device(arguments["device_map"][""])) as tensors:
+                return _from_tensors(found, _model_class(auto, arguments["config"]), tensors, arguments)
         return auto.from_pretrained(
             found.location, trust_remote_code=options.trust_remote_code, use_safetensors=True, **arguments
         )
@@ -256,20 +261,34 @@ def _from_pretrained(
         raise remote_code.explain(found.name, found.location, error) from error
 
 
-def _load_dequantized(
-    found: source.Source, auto: Any, arguments: dict[str, Any]
+def _reads_ahead(found: source.Source, auto: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether tensors are read for transformers: those of a class of its own, all of them for one GPU."""
+    device_map = arguments["device_map"]
+    one = device_map.get("") if isinstance(device_map, Mapping) and len(device_map) == 1 else None
+    if not isinstance(one, torch.device) or one.type != "cuda" or not settings.read_ahead():
+        return False
+    if auto is not AutoModelForCausalLM or getattr(arguments["config"], "auto_map", None):
+        return False
+    known = type(arguments["config"]) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return known and bool(found.tensors) and read_ahead.can_read(found.tensors.values())
+
+
+def _model_class(auto: Any, config: PretrainedConfig) -> Any:
+    """The class that ``auto`` would choose; it is needed where a model is not loaded by its name."""
+    if auto is not AutoModelForCausalLM:
+        return auto
+    architecture = (config.architectures or [""])[0]
+    chosen = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), getattr(transformers, architecture, None))
+    if chosen is None:
+        raise ModelError("not a kind of model that tensors are read for", got=type(config).__name__)
+    return chosen
+
+
+def _from_tensors(
+    found: source.Source, model_class: Any, tensors: dict[str, Any], arguments: Mapping[str, Any]
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    """Load an FP8 checkpoint: transformers is given tensors that are dequantized when it reads them."""
-    config, model_class = arguments["config"], auto
-    if auto is AutoModelForCausalLM:
-        architecture = (config.architectures or [""])[0]
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), getattr(transformers, architecture, None))
-    if model_class is None:
-        raise ModelError(
-            f"'{found.name}' is a kind of model that FP8 weights are not read for", got=type(config).__name__
-        )
-    with weight_format.dequantized(found) as state_dict:
-        model, info = model_class.from_pretrained(None, state_dict=state_dict, **arguments)
+    """Load a folder whose tensors transformers is given as entries that are read when it uses them."""
+    model, info = model_class.from_pretrained(None, state_dict=tensors, **arguments)
     if (Path(found.location) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(found.location)
     model.config._name_or_path = model.name_or_path = found.location

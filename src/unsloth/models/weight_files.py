@@ -22,11 +22,21 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a safetensors header says of one tensor: its file, dtype (``"BF16"``) and shape."""
+    """What a safetensors header says of one tensor.
+
+    Attributes:
+        file: That holds it.
+        dtype: Such as ``"BF16"``.
+        shape: Of the tensor.
+        start: Its first byte in the file.
+        size: Its bytes.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    start: int
+    size: int
 
 
 def check(folder: Path, *, quantized: bool = False) -> dict[str, TensorHeader]:
@@ -63,7 +73,7 @@ def check_file(path: Path) -> dict[str, TensorHeader]:
             )
         try:
             header = json.loads(file.read(length))
-            tensors = dict(_entries(path, header))
+            tensors = dict(_entries(path, header, 8 + length))
             ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise CheckpointError(f"{path} has a damaged header", do="Copy or download it again.") from error
@@ -145,10 +155,11 @@ def _mention_strays(folder: Path, names: list[str]) -> None:
         logger.warning("%s: %d weight files are not part of the model and are not read: %s", folder, len(strays), first)
 
 
-def _entries(path: Path, header: Mapping[str, Any]) -> Iterator[tuple[str, TensorHeader]]:
+def _entries(path: Path, header: Mapping[str, Any], data: int) -> Iterator[tuple[str, TensorHeader]]:
     for name, entry in header.items():
         if name != "__metadata__":
-            yield name, TensorHeader(path, entry["dtype"], tuple(entry["shape"]))
+            start, stop = entry["data_offsets"]
+            yield name, TensorHeader(path, entry["dtype"], tuple(entry["shape"]), data + start, stop - start)
 
 
 def _check_floating(tensors: Mapping[str, TensorHeader]) -> None:
