@@ -107,15 +107,20 @@ def lora_rows_reference(
     mask: torch.Tensor | None = None,
 ) -> None:
     """The formula in plain torch."""
-    low = x.to(a.dtype) @ a.T
-    if mask is not None:
-        columns = low.view(x.shape[0], len(b), mask.shape[1], -1)
-        low = (columns * mask[:, None, :, None].to(low.dtype)).flatten(1)
-    for y, part, m in zip(outputs, low.chunk(len(b), 1), b, strict=True):
+    for y, part, m in zip(outputs, low_rank(x, a, len(b), mask), b, strict=True):
         if y.dtype == m.dtype:
             y.addmm_(part, m.T)
         else:
             y.add_(part @ m.T)
+
+
+def low_rank(x: torch.Tensor, a: torch.Tensor, outputs: int, mask: torch.Tensor | None) -> Sequence[torch.Tensor]:
+    """``m * low_i`` (T, W) of each output."""
+    low = x.to(a.dtype) @ a.T
+    if mask is not None:
+        columns = low.view(x.shape[0], outputs, mask.shape[1], -1)
+        low = (columns * mask[:, None, :, None].to(low.dtype)).flatten(1)
+    return low.chunk(outputs, 1)
 
 
 @triton.jit(do_not_specialize=["rows", "share"])  # one compilation for every number of rows
