@@ -15,14 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from unsloth.core.errors import AdapterError
 from unsloth.generate.weights import Projection
-from unsloth.kernels.lora_rows import ROWS, lora_rows, low_rank
+from unsloth.kernels.lora_rows import ROWS, fits, lora_rows, low_rank, project_rows
 from unsloth.kernels.nf4_lora import StackedAdapters, joined_product, nf4_lora_linears
+from unsloth.kernels.side_by_side import side_by_side
 
 _STEP = 16  # ranks are rounded up to it, so that rows stay aligned
 
@@ -71,14 +73,19 @@ class Site:
             if len(packed) == len(self.projections) and joined_product(x, packed, self.stacked) is not None:
                 outputs = nf4_lora_linears(x, packed, self.stacked)
                 return [p.add_bias(y) for p, y in zip(self.projections, outputs, strict=True)]
+        products = [partial(projection.multiply, x, fast) for projection in self.projections]
         if self.a is None or not adapters.used:
-            return [projection.multiply(x, fast) for projection in self.projections]
+            return side_by_side(products, x.device)
         if fast and x.shape[0] > ROWS and x.dtype == self.a.dtype:
             parts = low_rank(x, self.a, len(self.b), adapters.mask)
             updates = [part @ b.t() for part, b in zip(parts, self.b, strict=True)]
             return [p.multiply_onto(y, x) for p, y in zip(self.projections, updates, strict=True)]
-        outputs = [projection.multiply(x, fast) for projection in self.projections]
-        lora_rows(x, self.a, self.b, outputs, adapters.mask, fast=fast)
+        low, outputs = None, []
+        if fast and fits(x, self.a, self.b):
+            low, *outputs = side_by_side([partial(project_rows, x, self.a), *products], x.device)
+        else:
+            outputs = side_by_side(products, x.device)
+        lora_rows(x, self.a, self.b, outputs, adapters.mask, low=low, fast=fast)
         return outputs
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -26,6 +27,7 @@ from unsloth.kernels.dispatch import as_rows, can_launch, check_tensors, interpr
 from unsloth.kernels.nf4 import NF4Weight
 from unsloth.kernels.nf4_fragments import LowRank, multiply_fragments, takes_fragments
 from unsloth.kernels.nf4_matmul import multiply_tiles, nf4_linear, takes_tiles
+from unsloth.kernels.side_by_side import side_by_side
 
 STEP = 512  # columns of x that a program multiplies at a time
 
@@ -94,12 +96,12 @@ def nf4_lora_linears(
     if multiply is None:
         return _one_by_one(x, weights, adapters, fast)
     projections = project_few(rows, adapters.a)
-    outputs, first = [], 0
+    products, first = [], 0
     for weight, b, scale in zip(weights, adapters.b, adapters.scales, strict=True):
-        side = LowRank(projections, first, b, scale)
-        outputs.append(multiply(rows, weight, side=side).view(*x.shape[:-1], weight.shape[0]))
+        products.append(partial(multiply, rows, weight, side=LowRank(projections, first, b, scale)))
         first += b.shape[1]
-    return outputs
+    outputs = side_by_side(products, x.device)
+    return [y.view(*x.shape[:-1], y.shape[1]) for y in outputs]
 
 
 def joined_product(
