@@ -83,13 +83,6 @@ def compare(model: torch.nn.Module, engine: Engine, args: argparse.Namespace) ->
     print(f"  log-probability, engine against forward: mean {error.mean():.5f}, largest {error.max():.5f}", flush=True)
 
 
-def warm(engine: Engine, args: argparse.Namespace) -> None:
-    """Compile what prompts of few tokens need: pieces of prompts may have any size."""
-    one = SamplingParams(max_tokens=1, ignore_eos=True, detokenize=False)
-    for tokens in (2, 10, 20, 40, 80, 120, 200):
-        engine.generate([[args.vocabulary - 1 - i % 7 for i in range(min(tokens, args.prompt))]], one)
-
-
 def throughput(engine: Engine, batch: int, args: argparse.Namespace) -> dict:
     """Tokens a second of whole generations; the first, which compiles and captures, apart."""
     vocabulary = args.vocabulary
@@ -257,7 +250,6 @@ def main() -> None:
         engine = Engine(model, None, options)
         print(f"{args.shape} {precision} on {name}, torch {torch.__version__}, made in {made:.1f} s", flush=True)
         compare(model, engine, args)
-        warm(engine, args)
         for batch in args.batches:
             row = throughput(engine, batch, args)
             print("  " + ", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
@@ -265,6 +257,8 @@ def main() -> None:
             row |= {"shape": args.shape, "precision": precision, "graphs": not args.no_graphs}
             results_file.append_lines(results_file.RESULTS / "generate.csv", [row])
         prefill(model, engine, args)
+        held = engine.stats()
+        print(f"  {held.graphs} graphs, {held.graph_seconds:.1f} s of capturing", flush=True)
         if args.switches:
             switches(model, engine, args)
         for batch in args.profile if DEVICE.type == "cuda" else []:

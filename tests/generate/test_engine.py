@@ -126,6 +126,28 @@ def test_outputs_come_piece_by_piece(make_engine):
     assert engine.stats().free_pages == engine.stats().pages
 
 
+def test_known_tokens_come_first_where_nobody_reads_along(make_engine, monkeypatch):
+    engine = make_engine(max_num_batched_tokens=10, max_num_seqs=3)
+    steps, launch = [], engine._runner.launch
+
+    def record(plan):
+        steps.append((sum(chunk.stop - chunk.start for chunk in plan.chunks), len(plan.decodes)))
+        return launch(plan)
+
+    monkeypatch.setattr(engine._runner, "launch", record)
+    together = engine.generate(PROMPTS, drawn(seed=1, max_tokens=5))  # 3, 6, 9 and 4 tokens; three rows
+    assert steps[:4] == [(9, 0), (9, 0), (0, 3), (0, 3)]  # in pieces of one size
+    assert (4, 0) in steps[4:]  # the fourth as soon as there is room
+    steps.clear()
+    for i, prompt in enumerate(PROMPTS):
+        engine.add_request(prompt, drawn(seed=1, max_tokens=5), request_id=str(i))
+    outputs = {}
+    while engine.has_unfinished():
+        outputs |= {output.request_id: output for output in engine.step()}
+    assert steps[1][1] and all(decodes for _, decodes in steps[1:4])
+    assert ids(outputs[str(i)] for i in range(4)) == ids(together)
+
+
 def test_abort(make_engine):
     engine = make_engine(max_num_seqs=2)
     names = [engine.add_request(prompt, drawn()) for prompt in PROMPTS]

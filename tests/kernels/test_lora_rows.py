@@ -3,7 +3,7 @@ import torch
 from check_op import assert_close
 
 from unsloth.core.errors import ConfigError
-from unsloth.kernels.lora_rows import lora_rows, lora_rows_reference
+from unsloth.kernels.lora_rows import lora_rows, lora_rows_reference, project_rows
 
 
 def make(device, rows=5, k=200, sizes=(70, 33, 64), rank=16, adapters=2, dtype=torch.float32):
@@ -46,6 +46,17 @@ def test_equals_the_reference(device, dtype, masked):
 )
 def test_shapes(device, rows, k, sizes, rank, adapters):
     check(*make(device, rows, k, sizes, rank, adapters))
+
+
+@pytest.mark.parametrize(("rows", "k"), [(1, 64), (40, 300), (128, 9000)])
+def test_first_product_made_before(device, rows, k):
+    x, a, b, y, mask = make(device, rows, k)
+    low = project_rows(x, a)
+    torch.testing.assert_close(low.sum(0), x @ a.T, rtol=1e-4, atol=1e-4)
+    outputs = [t.clone() for t in y]
+    lora_rows(x, a, b, outputs, mask, low=low)
+    for ours, own in zip(outputs, run(lora_rows, x, a, b, y, mask), strict=True):
+        assert torch.equal(ours, own)
 
 
 def test_columns_of_wider_tensors_and_many_rows(device):

@@ -6,22 +6,25 @@ B times its adapter's scale. With m the mask (T, S R) that is 1 where a column b
     y = x W^T + bias + (m * (x A^T)) B^T
 
 A row without an adapter has a mask of zeros. With one adapter for all rows there is no mask; the few rows of a decoding
-step then go through products of four-bit weights that add the adapter's part before they round. The matrices are copies
-in the dtype of computation, made anew from the live tensors whenever those have changed.
+step then go through products of four-bit weights that add the adapter's part before they round. Where there are many
+rows, the adapter's part is made first, and the product with W is added to it. The matrices are copies in the dtype of
+computation, made anew from the live tensors whenever those have changed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from unsloth.core.errors import AdapterError
 from unsloth.generate.weights import Projection
-from unsloth.kernels.lora_rows import lora_rows
+from unsloth.kernels.lora_rows import ROWS, fits, lora_rows, low_rank, project_rows
 from unsloth.kernels.nf4_lora import StackedAdapters, joined_product, nf4_lora_linears
+from unsloth.kernels.side_by_side import side_by_side
 
 _STEP = 16  # ranks are rounded up to it, so that rows stay aligned
 
@@ -70,10 +73,19 @@ class Site:
             if len(packed) == len(self.projections) and joined_product(x, packed, self.stacked) is not None:
                 outputs = nf4_lora_linears(x, packed, self.stacked)
                 return [p.add_bias(y) for p, y in zip(self.projections, outputs, strict=True)]
-        outputs = [projection.multiply(x, fast) for projection in self.projections]
+        products = [partial(projection.multiply, x, fast) for projection in self.projections]
         if self.a is None or not adapters.used:
-            return outputs
-        lora_rows(x, self.a, self.b, outputs, adapters.mask, fast=fast)
+            return side_by_side(products, x.device)
+        if fast and x.shape[0] > ROWS and x.dtype == self.a.dtype:
+            parts = low_rank(x, self.a, len(self.b), adapters.mask)
+            updates = [part @ b.t() for part, b in zip(parts, self.b, strict=True)]
+            return [p.multiply_onto(y, x) for p, y in zip(self.projections, updates, strict=True)]
+        low, outputs = None, []
+        if fast and fits(x, self.a, self.b):
+            low, *outputs = side_by_side([partial(project_rows, x, self.a), *products], x.device)
+        else:
+            outputs = side_by_side(products, x.device)
+        lora_rows(x, self.a, self.b, outputs, adapters.mask, low=low, fast=fast)
         return outputs
 
 

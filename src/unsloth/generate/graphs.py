@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+_LEAST_FREE = 1 << 30  # bytes
+
 
 class Graphs:
     """Graphs by key; all in one pool of memory, since only one runs at a time.
@@ -24,6 +26,7 @@ class Graphs:
         self._seen: set[Hashable] = set()
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._pool: Any = None
+        self._stream = torch.cuda.Stream(device)
         self.seconds = 0.0
 
     def __len__(self) -> int:
@@ -47,11 +50,18 @@ class Graphs:
         self._pool = None
 
     def _capture(self, function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """Neither waits for the device nor gives cached memory back (as ``torch.cuda.graph`` does) without need."""
+        start = time.perf_counter()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        start = time.perf_counter()
+        if torch.cuda.mem_get_info(self._device)[0] < _LEAST_FREE:  # an allocator that captures cannot free any itself
+            torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
-            result = function()
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            try:
+                result = function()
+            finally:
+                graph.capture_end()
         self.seconds += time.perf_counter() - start
         return graph, result

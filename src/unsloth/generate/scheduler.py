@@ -1,15 +1,19 @@
 """What is computed next. Decides only; no tensors.
 
-A sequence waits, then its known tokens are computed (in pieces, if they are many), then one token a step. Sequences
-that start with the same tokens form a group: the first is computed, the others take its pages over as they are, and a
-copy of the last one if that is not full. When no page is left, the sequence that started last gives its pages up and
-waits again, with the tokens it has. Whoever gives up or ends frees its pages at once: work on the device is in order,
-so whatever is still being computed with them comes before anything the next owner does.
+A sequence waits, then its known tokens are computed (in pieces, if they are many), then one token a step. Known tokens
+of all that fit come first where nobody reads along: a step of decoding takes nearly as long for a part of the batch as
+for all of it. Where somebody does, every step decodes too.
+
+Sequences that start with the same tokens form a group: the first is computed, the others take its pages over as they
+are, and a copy of the last one if that is not full. When no page is left, the sequence that started last gives its
+pages up and waits again, with the tokens it has. Whoever gives up or ends frees its pages at once: work on the device
+is in order, so whatever is still being computed with them comes before anything the next owner does.
 """
 
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
@@ -134,6 +138,11 @@ class Scheduler:
     def schedule(self, may_preempt: bool = True) -> Plan | None:
         """The next step; None if a sequence must give its pages up first, and may not yet."""
         plan = Plan()
+        budget = self._share_of_budget()
+        if not any(sequence.request.pieces for sequence in self._running):
+            self._admit(plan, self._continue(plan, budget))
+            if plan.chunks:
+                return plan
         for sequence in list(self._running):
             if sequence.state != "running" or not self._has_more(sequence):
                 continue
@@ -144,8 +153,7 @@ class Scheduler:
             plan.decodes.append(sequence)
         plan.decodes = [sequence for sequence in plan.decodes if sequence.state == "running"]
         self._compact(plan)
-        left = self._continue(plan, self.budget)
-        self._admit(plan, left)
+        self._admit(plan, self._continue(plan, budget))
         for sequence in plan.decodes:
             sequence.computed = sequence.length
             sequence.length += 1
@@ -155,6 +163,13 @@ class Scheduler:
         """Let everything that runs wait again; nothing of it may be on the device still."""
         while self._running or self._prefill:
             self._preempt_last()
+
+    def _share_of_budget(self) -> int:
+        """Known tokens of this step: all that can be computed soon in as few steps as they need, each as large."""
+        soon = itertools.islice(self._waiting.values(), len(self._rows))
+        leads = [*(lead for _, lead in self._prefill), *(group.members[0] for group in soon)]
+        left = sum(len(lead.tokens) - lead.computed for lead in leads)
+        return -(-left // max(1, -(-left // self.budget)))
 
     def _has_more(self, sequence: Sequence) -> bool:
         return sequence.generated < sequence.request.max_tokens and sequence.length < self.max_len

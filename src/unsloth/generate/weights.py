@@ -16,7 +16,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch.nn.functional import linear
 
 from unsloth.core.errors import PlanError
-from unsloth.kernels.nf4 import NF4Weight
+from unsloth.kernels.nf4 import NF4Weight, dequantize_nf4
 from unsloth.kernels.nf4_matmul import nf4_linear
 from unsloth.quant import nf4
 
@@ -65,6 +65,16 @@ class Projection:
         if weight.dtype == x.dtype:
             return linear(x, weight, bias)
         return linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+    def multiply_onto(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """``y`` (T, out) plus what :meth:`multiply` gives, for many rows; changes ``y``.
+
+        The product itself adds ``y`` as it writes, which spares a pass over the output.
+        """
+        if self.opaque or self.native or (self.packed is None and self.module.weight.dtype != y.dtype):
+            return y.add_(self.multiply(x))
+        weight = self.module.weight if self.packed is None else dequantize_nf4(self.packed, dtype=x.dtype)
+        return self.add_bias(y.addmm_(x, weight.t()))
 
     def add_bias(self, y: torch.Tensor) -> torch.Tensor:
         """``y`` with the layer's bias, if it has one; may change ``y``."""

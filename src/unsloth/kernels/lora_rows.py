@@ -36,6 +36,7 @@ def lora_rows(
     outputs: Sequence[torch.Tensor],
     mask: torch.Tensor | None = None,
     *,
+    low: torch.Tensor | None = None,
     fast: bool = True,
 ) -> None:
     """Add the updates to ``outputs``; no gradient.
@@ -46,6 +47,7 @@ def lora_rows(
         b: (N_i, W) of each output, contiguous.
         outputs: (T, N_i), adjacent columns, of the dtype of all others.
         mask: (T, adapters), 1 where the row has the adapter, else 0; None: every row has every one.
+        low: What :func:`project_rows` gave for ``x`` and ``a``; None calls it.
         fast: False takes the plain-torch reference.
     """
     dispatch.check_tensors("lora_rows", x=x, a=a, **{f"b{i}": m for i, m in enumerate(b)})
@@ -65,13 +67,13 @@ def lora_rows(
         raise ConfigError("lora_rows: outputs or mask do not fit", got=found, do=do)
     if any(m.dtype != a.dtype for m in b):
         raise ConfigError("lora_rows: A and B differ in dtype", got=(a.dtype, [m.dtype for m in b]), do="Cast them.")
-    if not fast or not fits(x, a, [*b, *outputs]) or not (a.is_contiguous() and all(m.is_contiguous() for m in b)):
+    contiguous = a.is_contiguous() and all(m.is_contiguous() for m in b)
+    if not (fast and contiguous and fits(x, a, [*b, *outputs])):
         lora_rows_reference(x, a, b, outputs, mask)
         return
-    rows, k = x.shape
-    tile, splits = min(MOST_TILE, max(16, triton.next_power_of_2(rows))), 8 if k <= 8192 else 16
-    row_tiles, block_r = triton.cdiv(rows, tile), 16 if tile == 16 else 32
-    low = torch.empty(splits, rows, a.shape[0], dtype=torch.float32, device=x.device)
+    low = project_rows(x, a) if low is None else low
+    splits, rows, ranks = low.shape
+    tile = _row_tile(rows)
     sizes = [m.shape[0] for m in b]
     block_n = 64 if rows <= 32 or sum(sizes) <= 8192 else 128
     tiles = list(itertools.accumulate(triton.cdiv(size, block_n) for size in sizes))
@@ -79,17 +81,31 @@ def lora_rows(
     three_n = [*sizes, *[sizes[0]] * (MOST_OUTPUTS - len(sizes))]
     block_w = 32 if width > 16 else 16
     with dispatch.launch_on(x):
-        lora_shrink_kernel[(triton.cdiv(a.shape[0], block_r), splits, row_tiles)](
-            x, a, low, rows, a.shape[0], k, triton.cdiv(k, splits), x.stride(0), UPCAST=dispatch.interpreting(),
-            BLOCK_T=tile, BLOCK_R=block_r, BLOCK_K=256 if tile == 16 else 128, num_warps=4, num_stages=3,
-        )  # fmt: skip
-        lora_expand_kernel[(tiles[-1], row_tiles)](
+        lora_expand_kernel[(tiles[-1], triton.cdiv(rows, tile))](
             low, mask, *three_b, *three_y, *three_n, tiles[0], tiles[1] if len(tiles) > 1 else tiles[0],
-            *[y.stride(0) for y in three_y], rows, a.shape[0], width,
+            *[y.stride(0) for y in three_y], rows, ranks, width,
             width // (1 if mask is None else mask.shape[1]), 1 if mask is None else mask.shape[1], SPLITS=splits,
             MASKED=mask is not None, UPCAST=dispatch.interpreting(), ROUND=must_round(x.dtype), BLOCK_T=tile,
             BLOCK_N=block_n, BLOCK_W=block_w, num_warps=4, num_stages=1,
         )  # fmt: skip
+
+
+def project_rows(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """Shares of ``x @ a.T`` that add up to it, float32 (shares, T, ranks), for what :func:`fits` accepts."""
+    (rows, k), ranks = x.shape, a.shape[0]
+    tile, splits = _row_tile(rows), 8 if k <= 8192 else 16
+    block_r = 16 if tile == 16 else 32
+    low = torch.empty(splits, rows, ranks, dtype=torch.float32, device=x.device)
+    with dispatch.launch_on(x):
+        lora_shrink_kernel[(triton.cdiv(ranks, block_r), splits, triton.cdiv(rows, tile))](
+            x, a, low, rows, ranks, k, triton.cdiv(k, splits), x.stride(0), UPCAST=dispatch.interpreting(),
+            BLOCK_T=tile, BLOCK_R=block_r, BLOCK_K=256 if tile == 16 else 128, num_warps=4, num_stages=3,
+        )  # fmt: skip
+    return low
+
+
+def _row_tile(rows: int) -> int:
+    return min(MOST_TILE, max(16, triton.next_power_of_2(rows)))
 
 
 def fits(x: torch.Tensor, a: torch.Tensor, others: Sequence[torch.Tensor]) -> bool:
@@ -107,15 +123,20 @@ def lora_rows_reference(
     mask: torch.Tensor | None = None,
 ) -> None:
     """The formula in plain torch."""
-    low = x.to(a.dtype) @ a.T
-    if mask is not None:
-        columns = low.view(x.shape[0], len(b), mask.shape[1], -1)
-        low = (columns * mask[:, None, :, None].to(low.dtype)).flatten(1)
-    for y, part, m in zip(outputs, low.chunk(len(b), 1), b, strict=True):
+    for y, part, m in zip(outputs, low_rank(x, a, len(b), mask), b, strict=True):
         if y.dtype == m.dtype:
             y.addmm_(part, m.T)
         else:
             y.add_(part @ m.T)
+
+
+def low_rank(x: torch.Tensor, a: torch.Tensor, outputs: int, mask: torch.Tensor | None) -> Sequence[torch.Tensor]:
+    """``m * low_i`` (T, W) of each output."""
+    low = x.to(a.dtype) @ a.T
+    if mask is not None:
+        columns = low.view(x.shape[0], outputs, mask.shape[1], -1)
+        low = (columns * mask[:, None, :, None].to(low.dtype)).flatten(1)
+    return low.chunk(outputs, 1)
 
 
 @triton.jit(do_not_specialize=["rows", "share"])  # one compilation for every number of rows

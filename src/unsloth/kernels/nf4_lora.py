@@ -6,7 +6,8 @@ Several linears of one input (q/k/v, gate/up), M rows of x, adapters A_i (r_i, K
     t = x [A_0; A_1; ...]^T                 y_i = x W_i^T + s_i t_i B_i^T
 
 One launch makes t for all of them, in float32 and in parts of K, which are added where they are read (beyond 16 rows by
-a launch of their own); one launch a linear multiplies with W_i and adds the adapter's part before y_i is rounded.
+every tile of the product, so there are fewer); one launch a linear multiplies with W_i and adds the adapter's part
+before y_i is rounded.
 Bytes: packed W once, A and B once; t is a few kilobytes. Separate products would launch two to three kernels more a
 linear, which take longer than their bytes.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -24,10 +26,10 @@ from unsloth.core.errors import ConfigError
 from unsloth.kernels.dispatch import as_rows, can_launch, check_tensors, interpreting, launch_on
 from unsloth.kernels.nf4 import NF4Weight
 from unsloth.kernels.nf4_fragments import LowRank, multiply_fragments, takes_fragments
-from unsloth.kernels.nf4_matmul import add_parts, multiply_tiles, nf4_linear, takes_tiles
+from unsloth.kernels.nf4_matmul import multiply_tiles, nf4_linear, takes_tiles
+from unsloth.kernels.side_by_side import side_by_side
 
 STEP = 512  # columns of x that a program multiplies at a time
-MOST_PARTS = 8  # every program of the products adds up so many
 
 
 @dataclass(frozen=True)
@@ -94,14 +96,12 @@ def nf4_lora_linears(
     if multiply is None:
         return _one_by_one(x, weights, adapters, fast)
     projections = project_few(rows, adapters.a)
-    if multiply is multiply_tiles:  # every program would read all parts again
-        projections = add_parts(projections, torch.float32)[None]
-    outputs, first = [], 0
+    products, first = [], 0
     for weight, b, scale in zip(weights, adapters.b, adapters.scales, strict=True):
-        side = LowRank(projections, first, b, scale)
-        outputs.append(multiply(rows, weight, side=side).view(*x.shape[:-1], weight.shape[0]))
+        products.append(partial(multiply, rows, weight, side=LowRank(projections, first, b, scale)))
         first += b.shape[1]
-    return outputs
+    outputs = side_by_side(products, x.device)
+    return [y.view(*x.shape[:-1], y.shape[1]) for y in outputs]
 
 
 def joined_product(
@@ -140,19 +140,19 @@ def project_few(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         float32 [parts, M, R].
     """
     (m, k), r = x.shape, a.shape[0]
-    share = triton.cdiv(triton.cdiv(k, STEP), MOST_PARTS) * STEP
-    batch = 16 if m <= 16 else 32
+    batch, most, stages = (16, 8, 2) if m <= 16 else (32, 2 if k <= 8192 else 4, 4)
+    share = triton.cdiv(triton.cdiv(k, STEP), most) * STEP
     parts = triton.cdiv(k, share)
     t = torch.empty((parts, m, r), dtype=torch.float32, device=x.device)
     with launch_on(x):
         project_few_kernel[(triton.cdiv(r, 16), parts, triton.cdiv(m, batch))](
             x, a, t, m, r, k, share, x.stride(0), UPCAST=interpreting(), BATCH=batch, STEP=STEP // (batch // 16),
-            num_warps=4, num_stages=2,
+            num_warps=4, num_stages=stages,
         )  # fmt: skip
     return t
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])  # one compilation for every number of rows
 def project_few_kernel(
     x, a, t, m, r, k, share, stride_x, UPCAST: tl.constexpr, BATCH: tl.constexpr, STEP: tl.constexpr
 ):  # fmt: skip
@@ -177,5 +177,8 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     """Kernels with the argument types and options they are launched with, for compilation without a GPU."""
     ptr = f"*{float_dtype}"
     signature = {"x": ptr, "a": ptr, "t": "*fp32"} | dict.fromkeys(("m", "r", "k", "share", "stride_x"), "i32")
-    shape = {"UPCAST": False, "BATCH": 16, "STEP": STEP}
-    return [(project_few_kernel, signature, shape, {"num_warps": 4, "num_stages": 2})]
+    few, more = ({"UPCAST": False, "BATCH": rows, "STEP": STEP * 16 // rows} for rows in (16, 32))
+    return [
+        (project_few_kernel, signature, few, {"num_warps": 4, "num_stages": 2}),
+        (project_few_kernel, signature, more, {"num_warps": 4, "num_stages": 4}),
+    ]

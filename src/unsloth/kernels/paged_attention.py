@@ -22,6 +22,7 @@ from functools import partial
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from unsloth.core.errors import ConfigError
 from unsloth.kernels import dispatch
@@ -56,7 +57,7 @@ def take_tokens(s, v, top, total, acc):
     return new_top, total, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "window"])
 def paged_attention_kernel(
     q_ptr,
     k_ptr,
@@ -81,6 +82,9 @@ def paged_attention_kernel(
     G,
     D,
     page_size,
+    WHOLE: tl.constexpr,
+    EARLY: tl.constexpr,
+    ROUND: tl.constexpr,
     CAP: tl.constexpr,
     WINDOW: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -88,7 +92,10 @@ def paged_attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program a (sequence, key head, share of the tokens): all query heads of the group together."""
+    """One program a (sequence, key head, share of the tokens): all query heads of the group together.
+
+    With WHOLE there is one share, and ``part_ptr`` is the result itself, contiguous (B, H, D).
+    """
     b = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     split = tl.program_id(2)
@@ -127,12 +134,19 @@ def paged_attention_kernel(
         s = tl.where(visible[None, :], s, float("-inf"))
         m, total, acc = take_tokens(s, v, m, total, acc)
     at = (b * tl.num_programs(1) * G + head * G + g) * splits + split
-    tl.store(m_ptr + at, m, mask=g < G)
-    tl.store(l_ptr + at, total, mask=g < G)
-    tl.store(part_ptr + at[:, None] * D + d[None, :], acc, mask=(g[:, None] < G) & (d[None, :] < D))
+    live = (g[:, None] < G) & (d[None, :] < D)
+    if WHOLE:
+        out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        tl.store(part_ptr + at[:, None] * D + d[None, :], nearest(out, ROUND), mask=live)
+    else:
+        if EARLY:
+            gdc_launch_dependents()
+        tl.store(m_ptr + at, m, mask=g < G)
+        tl.store(l_ptr + at, total, mask=g < G)
+        tl.store(part_ptr + at[:, None] * D + d[None, :], acc, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def paged_attention_join_kernel(
     part_ptr,
     m_ptr,
@@ -144,10 +158,13 @@ def paged_attention_join_kernel(
     splits,
     SINKS: tl.constexpr,
     ROUND: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """One program a (sequence, query head): joins the shares' sums, each relative to its own maximum."""
+    if EARLY:
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, BLOCK_S)
     d = tl.arange(0, BLOCK_D)
@@ -219,53 +236,27 @@ def paged_attention(
     if splits is None:
         tiles = triton.cdiv(page_table.shape[1] * k_cache.shape[1], _BLOCK_N)
         splits = max(1, min(tiles, 64, 4 * dispatch.processor_count(q.device) // (batch * kv_heads)))
-    parts = torch.empty(batch, heads, splits, dim, dtype=torch.float32, device=q.device)
+    whole = splits == 1 and sinks is None
+    parts = out if whole else torch.empty(batch, heads, splits, dim, dtype=torch.float32, device=q.device)
     tops, totals = torch.empty(2, batch, heads, splits, dtype=torch.float32, device=q.device)
     block_d = max(16, triton.next_power_of_2(dim))
+    shares = 8 if splits <= 8 else max(64, triton.next_power_of_2(splits))  # few sizes, few compilations
+    early = not whole and dispatch.overlaps_launches(q.device)
     with dispatch.launch_on(q):
         paged_attention_kernel[(batch, kv_heads, splits)](
-            q,
-            k_cache,
-            v_cache,
-            page_table,
-            lengths,
-            parts,
-            tops,
-            totals,
-            q.stride(0),
-            q.stride(1),
-            *k_cache.stride()[:3],
-            *v_cache.stride()[:3],
-            page_table.stride(0),
-            scale,
-            softcap,
-            window,
-            heads // kv_heads,
-            dim,
-            k_cache.shape[1],
-            CAP=softcap > 0,
-            WINDOW=window > 0,
-            UPCAST=dispatch.interpreting(),
+            q, k_cache, v_cache, page_table, lengths, parts, tops, totals, q.stride(0), q.stride(1),
+            *k_cache.stride()[:3], *v_cache.stride()[:3], page_table.stride(0), scale, softcap, window,
+            heads // kv_heads, dim, k_cache.shape[1], WHOLE=whole, EARLY=early, ROUND=must_round(out.dtype),
+            CAP=softcap > 0, WINDOW=window > 0, UPCAST=dispatch.interpreting(),
             BLOCK_G=max(16, triton.next_power_of_2(heads // kv_heads)),
-            BLOCK_N=_BLOCK_N if block_d <= 128 else _BLOCK_N // 2,
-            BLOCK_D=block_d,
-            num_warps=4,
-            num_stages=2,
-        )
-        paged_attention_join_kernel[(batch * heads,)](
-            parts,
-            tops,
-            totals,
-            parts if sinks is None else sinks,
-            out,
-            heads,
-            dim,
-            splits,
-            SINKS=sinks is not None,
-            ROUND=must_round(out.dtype),
-            BLOCK_S=triton.next_power_of_2(splits),
-            BLOCK_D=block_d,
-        )
+            BLOCK_N=_BLOCK_N if block_d <= 128 else _BLOCK_N // 2, BLOCK_D=block_d, num_warps=4, num_stages=2,
+        )  # fmt: skip
+        if not whole:
+            paged_attention_join_kernel[(batch * heads,)](
+                parts, tops, totals, parts if sinks is None else sinks, out, heads, dim, splits,
+                SINKS=sinks is not None, ROUND=must_round(out.dtype), EARLY=early, BLOCK_S=shares,
+                BLOCK_D=block_d, **({"launch_pdl": True} if early else {}),
+            )  # fmt: skip
     return out
 
 
@@ -351,8 +342,10 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     signature |= {"table_ptr": "*i32", "lengths_ptr": "*i32"}
     examples: list[tuple] = []
     for on, n, d in ((False, 64, 128), (True, 32, 256)):
-        sizes = {"BLOCK_G": 16, "BLOCK_N": n, "BLOCK_D": d}
-        examples.append((paged_attention_kernel, signature, {"CAP": on, "WINDOW": on, "UPCAST": False, **sizes}))
-        join = {"SINKS": on, "ROUND": False, "BLOCK_S": 16, "BLOCK_D": d}
+        sizes = {"BLOCK_G": 16, "BLOCK_N": n, "BLOCK_D": d, "ROUND": False, "EARLY": False}
+        shape = {"WHOLE": on, "CAP": on, "WINDOW": on, "UPCAST": False, **sizes}
+        types = {**signature, "part_ptr": f"*{float_dtype}"} if on else signature
+        examples.append((paged_attention_kernel, types, shape))
+        join = {"SINKS": on, "ROUND": False, "EARLY": False, "BLOCK_S": 64 if on else 8, "BLOCK_D": d}
         examples.append((paged_attention_join_kernel, signature, join))
     return examples

@@ -187,7 +187,7 @@ class _RMSNorm(torch.autograd.Function):
         return dx, dx if ctx.added else None, dweight, None, None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # one compilation for every number of rows
 def rms_norm_forward_kernel(
     x, residual, weight, y, h, rows, n, stride_x, stride_r, stride_y, eps, offset,
     ADD: tl.constexpr, WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

@@ -130,7 +130,7 @@ def merge_sums(m, total, other_m, other_total):
     return top, total * tl.exp(m - safe) + other_total * tl.exp(other_m - safe)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keys_stride"])  # which is the number of rows
 def sample_chunks_kernel(
     raw, adjusted, temperature, bound, keys, parts, places, size, raw_stride, adjusted_stride, keys_stride,
     BOUND: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
