@@ -83,4 +83,12 @@ def test_buffers_of_recorded_layers_are_there_unless_all_are_kept():
     recomputed, kept = assign(8, sizes, 100 + 8 + 80 + 5, 0), assign(8, sizes, 107 + 8 + 80 + 400 + 5, 0)
     assert set(recomputed.places) == {Place.RECOMPUTE} and recomputed.waiting_bytes(sizes) == 8 + 80 + 5
     assert set(kept.places) == {Place.KEEP} and kept.waiting_bytes(sizes) == 8 + 80 + 400
-    assert assign(8, sizes, 100 + 8 + 80 + 4, 1000).places.count(Place.OFFLOAD) == 1
+    assert assign(8, sizes, 100 + 8 + 80 + 4, 1000).places.count(Place.OFFLOAD) == 3
+
+
+def test_where_layers_move_to_the_host_anyway_the_backward_is_quick_if_two_may_stay():
+    assert counts(100 + 8 + 20 + 20, host=1000)[0].lean is False
+    assert counts(100 + 8 + 20 + 19, host=1000)[0].lean is True
+    found, number = counts(100 + 8 + 20 + 30, host=50)  # the host takes no more than 5
+    assert not found.lean and number == {Place.OFFLOAD: 5, Place.RECOMPUTE: 3} and found.tight
+    assert counts(100 + 8 + 20 + 29, host=50)[0].lean

@@ -120,6 +120,7 @@ def rms_norm_backward(
     offset: float = 0.0,
     dh: torch.Tensor | None = None,
     weight_grad: bool = False,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Launch the backward kernel on matrices.
 
@@ -131,12 +132,13 @@ def rms_norm_backward(
         offset: Added to the weight.
         dh: [M, N], gradient that reaches h by other ways (the residual stream), or None.
         weight_grad: Whether to compute the weight's gradient.
+        out: [M, N] contiguous, to write dx into; None allocates.
 
     Returns:
         ``(dx, dweight)``: the gradient of x (and of residual, which is the same), and that of the weight or None.
     """
     rows, n = h.shape
-    dx = torch.empty((rows, n), dtype=h.dtype, device=h.device)
+    dx = torch.empty((rows, n), dtype=h.dtype, device=h.device) if out is None else out
     weight_grad = weight_grad and weight is not None
     if dx.numel() == 0:
         return dx, torch.zeros_like(weight) if weight_grad else None

@@ -1,16 +1,20 @@
 """Forward and backward of blocks as recorded CUDA graphs: one launch in the place of sixty.
 
 A block of 4,096 tokens keeps an H100 busy for 3 ms forward and 7 ms backward, hardly longer than Python needs to launch
-its kernels; smaller ones wait for Python. Where batches of one shape come again and again, and values are not kept but
-computed again, the launches of each block are recorded at the third such batch and replayed from then on.
+its kernels; smaller ones wait for Python. Where batches of one shape come again and again, the launches of each block
+are recorded at the third such batch and replayed from then on.
 
-All graphs of one shape share one set of buffers for what goes in and out, and those of all shapes one pool of memory,
-since they run one after the other. A replay reads weights and adapters where they were when it was recorded; whether
-they still are there is asked at each call. What is computed is what :mod:`unsloth.layers.block_passes` computes.
+All graphs of one shape share buffers for what goes in and out, and those of all shapes one pool of memory, since they
+run one after the other. What a block keeps for its backward is written to the same place at every replay: such memory
+stays from pass to pass, for one shape at a time (:meth:`unsloth.memory.keeper.Keeper.stands`), and while it is in use a
+second forward is computed call by call. A replay reads weights and adapters where they were when it was recorded;
+whether they still are there is asked at each call. What is computed is what :mod:`unsloth.layers.block_passes`
+computes.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -22,11 +26,10 @@ from unsloth.kernels.causal_attention import Attended
 from unsloth.kernels.lora_linear import flatten_adapters
 from unsloth.kernels.lora_mlp import finish_gradients
 from unsloth.kernels.rope import RopeTables
-from unsloth.layers.block_passes import Parts, backward_pass, forward_pass
+from unsloth.layers.block_passes import Parts, Rest, backward_pass, forward_pass
 from unsloth.layers.block_sizes import RECORDED_ROWS
 from unsloth.layers.linear import Identity
 from unsloth.memory.budget import Place
-from unsloth.memory.keeper import Decision
 
 _SHAPES = 4
 _CALLS_BEFORE = 2
@@ -42,54 +45,80 @@ class Recorded(Protocol):
 
 
 @dataclass(slots=True)
+class Values:
+    """What the backward of a block starts from, at fixed addresses.
+
+    Attributes:
+        x: (M, K).
+        attended: o (B, T, H, D) with its log-sum-exp.
+        t_d: (M, columns).
+        rest: What is computed again otherwise; None of blocks that keep nothing more.
+    """
+
+    x: torch.Tensor
+    attended: Attended
+    t_d: torch.Tensor
+    rest: Rest | None = None
+
+    @classmethod
+    def like(cls, x: torch.Tensor, attended: Attended, t_d: torch.Tensor) -> Values:
+        """Room for values like these."""
+        out = torch.empty_like(attended.out, memory_format=torch.contiguous_format)
+        lse = torch.empty_like(attended.lse, memory_format=torch.contiguous_format)
+        t_d = torch.empty_like(t_d, memory_format=torch.contiguous_format)
+        return cls(torch.empty_like(x), replace(attended, out=out, lse=lse, more=()), t_d)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Those that are copied from block to block, where blocks share them."""
+        return [self.x, self.attended.out, self.attended.lse, self.t_d]
+
+
+@dataclass(slots=True)
 class Shared:
     """What the graphs of one shape have in common.
 
     Attributes:
-        x: (M, K) in.
-        y: (M, K) out; in the backward first the gradient that comes in, then the one that goes out.
-        out: (B, T, H, D) o.
-        lse: Its log-sum-exp.
-        t_d: (M, columns).
+        y: (M, K) first x, then y; in the backward first the gradient that comes in, then the one that goes out.
         flat: (numbers,) all adapter gradients.
         tables: Of the rotary embedding.
         source: What they were last copied from, and its version.
         pool: Of memory inside the graphs.
         stream: On which they are recorded.
+        values: Of the blocks that keep no more than the least.
+        given: A copy of ``y`` that was handed out since, and its version.
     """
 
-    x: torch.Tensor
     y: torch.Tensor
-    out: torch.Tensor
-    lse: torch.Tensor
-    t_d: torch.Tensor
     flat: torch.Tensor
     tables: RopeTables | None
     source: tuple[torch.Tensor, int] | None
     pool: Any
     stream: Any
+    values: Values | None = None
+    given: tuple[torch.Tensor, int] | None = None
 
     @classmethod
-    def like(
-        cls, x: torch.Tensor, attended: Attended, t_d: torch.Tensor, parts: Parts, numbers: int, pool: tuple[Any, Any]
-    ) -> Shared:
-        """Buffers for values like these."""
+    def like(cls, x: torch.Tensor, parts: Parts, numbers: int, pool: tuple[Any, Any]) -> Shared:
+        """For a call with ``parts`` and ``x`` (M, K), and ``numbers`` gradients of adapters."""
         tables = parts.tables
         if tables is not None:
             cos, sin = tables.cos.contiguous().clone(), tables.sin.contiguous().clone()
             tables = RopeTables(cos, sin, None, tables.rotary_dim, tables.interleaved)
-        return cls(
-            x=torch.empty_like(x),
-            y=torch.empty_like(x),
-            out=torch.empty_like(attended.out, memory_format=torch.contiguous_format),
-            lse=torch.empty_like(attended.lse, memory_format=torch.contiguous_format),
-            t_d=torch.empty_like(t_d, memory_format=torch.contiguous_format),
-            flat=torch.empty(numbers, dtype=torch.float32, device=x.device),
-            tables=tables,
-            source=None,
-            pool=pool[0],
-            stream=pool[1],
-        )
+        flat = torch.empty(numbers, dtype=torch.float32, device=x.device)
+        return cls(torch.empty_like(x), flat, tables, None, *pool)
+
+    def take(self, x: torch.Tensor) -> None:
+        """Have ``x`` (M, K) in the buffer, where it is already if it comes from the block that ran before."""
+        given = self.given
+        if given is None or given[0].data_ptr() != x.data_ptr() or given[1] != x._version or given[0].shape != x.shape:
+            self.y.copy_(x)
+        self.given = None
+
+    def give(self) -> torch.Tensor:
+        """A copy of the buffer."""
+        found = self.y.clone()
+        self.given = found, found._version  # held, so that nothing else can be at its address
+        return found
 
     def set_tables(self, parts: Parts) -> None:
         """Have the rotary embedding of this very batch."""
@@ -109,48 +138,59 @@ class Captured:
     Attributes:
         signature: Of what they were recorded with.
         shared: Buffers.
+        values: What the backward starts from: the block's own where it keeps them, else the shared ones.
         replay_forward: The graph.
         replay_backward: The graph.
-        attended: As the forward leaves it in the shared buffers.
         shapes: Of the adapters' gradients, None where there is none.
         needs_x: Whether x gets a gradient.
         parts: What they were recorded with, which must not be freed.
         weights: The same of base weights.
+        user: Whoever waits for the backward of the values kept, if somebody does.
     """
 
     signature: tuple
     shared: Shared
+    values: Values
     replay_forward: Recorded
     replay_backward: Recorded
-    attended: Attended
     shapes: list[torch.Size | None]
     needs_x: bool
     parts: Parts
     weights: Identity
+    user: Callable[[], Any] = field(default=lambda: None)
 
-    def forward(self, parts: Parts, x: torch.Tensor) -> tuple[torch.Tensor, Attended, torch.Tensor]:
-        """As :func:`unsloth.layers.block_passes.forward_pass`."""
-        shared = self.shared
+    def forward(self, parts: Parts, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Attended, torch.Tensor]:
+        """(y, x for the backward, and more as :func:`unsloth.layers.block_passes.forward_pass`)."""
+        shared, values = self.shared, self.values
         shared.set_tables(parts)
-        shared.x.copy_(x)
+        shared.take(x)
         self.replay_forward.replay()
-        attended = replace(self.attended, out=shared.out.clone(), lse=shared.lse.clone())
-        return shared.y.clone(), attended, shared.t_d.clone()
+        y, attended = shared.give(), values.attended
+        if values.rest is not None:
+            return y, values.x, attended, values.t_d
+        attended = replace(attended, out=attended.out.clone(), lse=attended.lse.clone())
+        return y, x, attended, values.t_d.clone()
+
+    def lend(self, user: Any) -> None:
+        """Remember who waits for the backward, if values are kept for it."""
+        if self.values.rest is not None:
+            self.user = weakref.ref(user)
 
     def backward(
         self, parts: Parts, x: torch.Tensor, attended: Attended, t_d: torch.Tensor, grad: torch.Tensor
     ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-        """As backward_pass, with finished gradients."""
+        """As backward_pass, with finished gradients, of what the forward gave."""
         shared = self.shared
         shared.set_tables(parts)
-        to = [shared.x, shared.out, shared.lse, shared.t_d, shared.y]
-        for buffer, value in zip(to, (x, attended.out, attended.lse, t_d, grad), strict=True):
-            buffer.copy_(value)
+        shared.take(grad)
+        if self.values.rest is None:
+            for buffer, value in zip(self.values.tensors(), (x, attended.out, attended.lse, t_d), strict=True):
+                buffer.copy_(value)
         self.replay_backward.replay()
         sizes = [0 if shape is None else shape.numel() for shape in self.shapes]
         pieces = shared.flat[: sum(sizes)].clone().split(sizes)
         found = [None if s is None else piece.view(s) for s, piece in zip(self.shapes, pieces, strict=True)]
-        return shared.y.clone() if self.needs_x else None, found
+        return shared.give() if self.needs_x else None, found
 
 
 @dataclass(slots=True)
@@ -158,16 +198,20 @@ class Shape:
     """What is known of one shape of batches.
 
     Attributes:
-        calls: Of each block, by number.
+        calls: Of each block, by number and by what decides which kernels it launches.
         shared: Once there are graphs.
         captured: By number.
         failed: Whether recording was given up.
     """
 
-    calls: dict[int, int] = field(default_factory=dict)
+    calls: dict[tuple[int, bool, bool], int] = field(default_factory=dict)
     shared: Shared | None = None
     captured: dict[int, Captured] = field(default_factory=dict)
     failed: bool = False
+
+    def release(self) -> None:
+        """Drop the blocks that keep values for their backward."""
+        self.captured = {number: one for number, one in self.captured.items() if one.values.rest is None}
 
 
 def find(parts: Parts, x: torch.Tensor, shape: torch.Size, needs: tuple[bool, ...]) -> Captured | None:
@@ -183,25 +227,42 @@ def find(parts: Parts, x: torch.Tensor, shape: torch.Size, needs: tuple[bool, ..
     fits = parts.visible.single and not parts.visible.window and all(needs[1:]) and x.shape[0] <= RECORDED_ROWS
     if not keeper.captures or not fits or not can_record(x):
         return None
-    key = (shape, x.dtype, x.device, parts.decision.lean)
+    key = (shape, x.dtype, x.device)
     known = _shape(keeper.shapes, key)
     if known is None:
         return None
-    calls = known.calls[parts.number] = known.calls.get(parts.number, 0) + 1
+    if parts.number == 0:
+        keeper.began(tuple(shape))
+    form = (parts.number, parts.decision.place is Place.KEEP, parts.decision.lean)
+    calls = known.calls[form] = known.calls.get(form, 0) + 1
     if known.failed or calls <= _CALLS_BEFORE:
         return None
     signature = _signature(parts, needs)
     captured = known.captured.get(parts.number)
     if captured is None or captured.signature != signature:
+        if captured is not None and captured.values.rest is not None:
+            keeper.stands(parts.number, 0)
         known.captured.pop(parts.number, None)
-        try:
-            known.captured[parts.number] = captured = _capture(known, parts, x, shape, needs, signature)
-        except RuntimeError as error:
-            known.failed = True
-            known.captured.clear()
-            known.shared = None
-            logger.warning("blocks are launched call by call: recording them failed: %s", str(error).splitlines()[0])
+        captured = None  # its memory, before more is taken
+        if parts.decision.place is Place.KEEP and not keeper.may_stand(tuple(shape)):
             return None
+        captured = _captured(known, parts, x, shape, needs, signature)
+    return None if captured is None or captured.user() is not None else captured
+
+
+def _captured(
+    known: Shape, parts: Parts, x: torch.Tensor, shape: torch.Size, needs: tuple[bool, ...], signature: tuple
+) -> Captured | None:
+    """Graphs recorded now; None, once and for all, if that fails."""
+    try:
+        captured = _capture(known, parts, x, shape, needs, signature)
+    except RuntimeError as error:
+        known.failed = True
+        known.captured.clear()
+        known.shared = None
+        logger.warning("blocks are launched call by call: recording them failed: %s", str(error).splitlines()[0])
+        return None
+    known.captured[parts.number] = captured
     return captured
 
 
@@ -221,6 +282,9 @@ def _signature(parts: Parts, needs: tuple[bool, ...]) -> tuple:
     adapters = [linear.adapter for linear in linears]
     return (
         needs,
+        parts.decision.place is Place.KEEP,
+        parts.decision.lean,
+        id(parts.qkv.held),
         parts.backend,
         parts.mlp.tile,
         parts.norm[0].data_ptr(),
@@ -235,33 +299,60 @@ def _capture(
     known: Shape, parts: Parts, x: torch.Tensor, shape: torch.Size, needs: tuple[bool, ...], signature: tuple
 ) -> Captured:
     pairs, scales = flatten_adapters([linear.adapter for linear in parts.linears()])
+    keep = parts.decision.place is Place.KEEP
     if known.shared is None:
-        _, attended, t_d, _ = forward_pass(parts, x, shape, keep=False)
         numbers = sum(pair.numel() for pair in pairs if pair is not None)
         others = (other.shared for other in parts.keeper.shapes.values() if other.captured and other.shared)
         pool = next(((shared.pool, shared.stream) for shared in others), None) or new_pool(x.device)
-        known.shared = Shared.like(x, attended, t_d, parts, numbers, pool)
-        del attended, t_d
+        known.shared = Shared.like(x, parts, numbers, pool)
     shared = known.shared
-    fixed = replace(parts, tables=shared.tables, decision=Decision(Place.RECOMPUTE, parts.decision.lean))
-    left: list[Attended] = []
+    if shared.values is None and not keep:
+        _, attended, t_d, _ = forward_pass(parts, x, shape, keep=False)
+        shared.values = Values.like(x, attended, t_d)
+        del attended, t_d
+    fixed = replace(parts, tables=shared.tables, decision=replace(parts.decision, place=Place.RECOMPUTE))
+    left: list[Values] = []
     shapes: list[torch.Size | None] = []
+    own = torch.empty_like(x) if keep or shared.values is None else shared.values.x
 
-    def forward() -> None:
-        y, attended, t_d, _ = forward_pass(fixed, shared.x, shape, keep=False)
-        for to, value in ((shared.y, y), (shared.out, attended.out), (shared.lse, attended.lse), (shared.t_d, t_d)):
-            to.copy_(value)
-        left[:] = [replace(attended, out=shared.out, lse=shared.lse)]
+    def forward() -> list[torch.Tensor]:
+        if keep:
+            own.copy_(shared.y)
+        _, attended, t_d, rest = forward_pass(fixed, own if keep else shared.y, shape, keep=keep, out=shared.y)
+        if not keep and shared.values is not None:
+            for to, value in zip(shared.values.tensors()[1:], (attended.out, attended.lse, t_d), strict=True):
+                to.copy_(value)
+            at = shared.values.attended
+            attended, t_d = replace(attended, out=at.out, lse=at.lse), shared.values.t_d
+        left[:] = [Values(own, attended, t_d, rest)]
+        return [attended.out, attended.lse, t_d, *_tensors(rest)]
 
-    def backward() -> None:
-        dx, raw = backward_pass(fixed, shared.x, left[0], shared.t_d, None, shared.y, needs, shape)
-        if dx is not None:
-            shared.y.copy_(dx)
+    def backward() -> list[torch.Tensor]:
+        rest = None if values.rest is None else replace(values.rest)  # which the backward uses up
+        more = values.x, values.attended, values.t_d, rest
+        _, raw = backward_pass(fixed, *more, shared.y, needs, shape, out=shared.y)
         shapes[:] = _collect(finish_gradients(raw, pairs, scales, needs[1:]), shared.flat)
+        return []
 
-    first, second = record(shared, forward), record(shared, backward)
+    for site in (parts.qkv, parts.output, parts.mlp.gate_up, parts.mlp.down):
+        if site.held is not None:
+            site.group(x.dtype)  # so that what is held is there already
+    if keep and not any(other.values.rest is not None for other in known.captured.values()):
+        make_room(x)
+    first = record(shared, forward)
+    values = left[0]
+    if keep:
+        parts.keeper.stands(parts.number, sum(t.nbytes for t in (*values.tensors(), *_tensors(values.rest))))
+    second = record(shared, backward)
     weights = Identity.of(parts.linears())
-    return Captured(signature, shared, first, second, left[0], shapes, needs[0], fixed, weights)
+    return Captured(signature, shared, values, first, second, shapes, needs[0], fixed, weights)
+
+
+def _tensors(rest: Rest | None) -> list[torch.Tensor]:
+    """What is kept at its address."""
+    if rest is None or rest.mlp is None:
+        return []
+    return [rest.qkv, rest.t_qkv, rest.t_o, rest.h, rest.mlp.t_gu, rest.mlp.gated]
 
 
 def _collect(found: Sequence[torch.Tensor | None], flat: torch.Tensor) -> list[torch.Size | None]:
@@ -273,24 +364,33 @@ def _collect(found: Sequence[torch.Tensor | None], flat: torch.Tensor) -> list[t
     return [None if grad is None else grad.shape for grad in found]
 
 
-def record(shared: Shared, launch: Callable[[], None]) -> Recorded:
-    """What ``launch`` launches, to be replayed; nothing is computed now."""
+def record(shared: Shared, launch: Callable[[], list[torch.Tensor]]) -> Recorded:
+    """What ``launch`` launches, to be replayed; nothing is computed now.
+
+    What it returns is where each replay leaves its values.
+    """
     graph = torch.cuda.CUDAGraph()
     stream = shared.stream
-    stream.wait_stream(torch.cuda.current_stream(shared.x.device))
+    stream.wait_stream(torch.cuda.current_stream(shared.y.device))
     with torch.cuda.stream(stream):
         graph.capture_begin(pool=shared.pool, capture_error_mode="thread_local")
         try:
             launch()
         finally:
             graph.capture_end()
-    torch.cuda.current_stream(shared.x.device).wait_stream(stream)
+    torch.cuda.current_stream(shared.y.device).wait_stream(stream)
     return graph
 
 
 def can_record(x: torch.Tensor) -> bool:
     """Whether launches for ``x`` can be recorded."""
     return x.is_cuda
+
+
+def make_room(x: torch.Tensor) -> None:
+    """Give back memory that nothing uses, since recording takes its own and cannot do that itself."""
+    if x.is_cuda:
+        torch.cuda.empty_cache()
 
 
 def new_pool(device: torch.device) -> tuple[Any, Any]:

@@ -58,9 +58,14 @@ class MlpInner:
 
 
 def mlp_forward(
-    parts: MlpParts, added: torch.Tensor, residual: torch.Tensor, *, keep: bool
+    parts: MlpParts,
+    added: torch.Tensor,
+    residual: torch.Tensor,
+    *,
+    keep: bool,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, MlpInner | None]:
-    """(y, h = residual + added, h A_d^T, what else was kept)."""
+    """(y, h = residual + added, h A_d^T, what else was kept); y is written into ``out`` if that is given."""
     group, dtype = parts.gate_up.group(added.dtype), added.dtype
     wide, h = _normed(parts, group, added, residual)
     rows, features = h.shape[0], sum(group.outs) // 2
@@ -69,7 +74,7 @@ def mlp_forward(
         inner.t_gu = apart(inner.t_gu, group)
         inner.gated = added.new_empty(rows, 2 * features + group.room)
     tiles = list(_tiles(rows, rows if keep else parts.tile))
-    y, t_d, down = torch.empty_like(h), None, None
+    y, t_d, down = torch.empty_like(h) if out is None else out, None, None
     for i, part in enumerate(tiles):
         gated = _gated(group, wide[part], None if inner is None else inner.gated)
         if i + 1 == len(tiles):

@@ -101,15 +101,18 @@ class Rest:
 
 
 def forward_pass(
-    parts: Parts, x: torch.Tensor, shape: torch.Size, *, keep: bool
+    parts: Parts, x: torch.Tensor, shape: torch.Size, *, keep: bool, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, Attended, torch.Tensor, Rest | None]:
-    """(y (M, K), o with its log-sum-exp, h A_d^T, the rest if it is to be kept) of x (M, K), a batch of ``shape``."""
+    """(y (M, K), o with its log-sum-exp, h A_d^T, the rest if it is to be kept) of x (M, K), a batch of ``shape``.
+
+    y is written into ``out``, which may be x, if that is given.
+    """
     qkv, t_qkv, _, _ = _project(parts, x, again=True)
     attended = attention_forward(*_heads(parts, qkv, shape), parts.visible, parts.scale, parts.backend)
     if not keep:
         del qkv
     added, t_o, _ = _output(parts, attended.out, again=True)
-    y, h, t_d, inner = mlp_forward(parts.mlp, added, x, keep=keep)
+    y, h, t_d, inner = mlp_forward(parts.mlp, added, x, keep=keep, out=out)
     return y, attended, t_d, Rest(qkv, t_qkv, t_o, h, inner, {}) if keep else None
 
 
@@ -176,10 +179,12 @@ def backward_pass(
     grad: torch.Tensor,
     needs: Sequence[bool],
     shape: torch.Size,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
     """(dx or None, dA and dB of every linear, not yet scaled) of ``grad`` (M, K); ``rest`` is used up.
 
-    ``needs`` says whether x, and each A and B, want a gradient; the others are what the forward gave.
+    ``needs`` says whether x, and each A and B, want a gradient; dx is written into ``out``, which may be ``grad``, if
+    that is given; the others are what the forward gave.
     """
     rest = _again(parts, x, attended, shape) if rest is None else rest
     first = 1 + 2 * len(parts.qkv.linears)
@@ -206,7 +211,7 @@ def backward_pass(
     grads = grads if len(grads) == len(parts.qkv.linears) else [torch.cat(grads, dim=1)]
     dx, qkv = _linears_gradients(group, grads, normed, rest.t_qkv, needs[:first])
     if dx is not None:
-        dx = norm_gradient(dx, x, *parts.norm, dh)
+        dx = norm_gradient(dx, x, *parts.norm, dh, out)
     return dx, [*qkv, *o, *mlp]
 
 

@@ -32,15 +32,24 @@ def norm(
 
 
 def norm_gradient(
-    dy: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, options: NormOptions, dh: torch.Tensor
+    dy: torch.Tensor,
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    options: NormOptions,
+    dh: torch.Tensor,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(M, N) gradient of what was normalized (``h``): through the norm from ``dy``, plus ``dh`` that came past it."""
+    """(M, N) gradient of what was normalized (``h``): through the norm from ``dy``, plus ``dh`` that came past it.
+
+    Written into ``out``, contiguous, if that is given.
+    """
     if h.shape[1] <= MAX_COLUMNS and can_launch(h, weight):
-        return rms_norm_backward(dy, h, weight, options.eps, options.offset, dh)[0]
+        return rms_norm_backward(dy, h, weight, options.eps, options.offset, dh, out=out)[0]
     with torch.enable_grad():
         leaf = h.detach().requires_grad_()
         y = rms_norm_reference(leaf, weight.detach(), options.eps, options.offset)
-        return torch.autograd.grad(y, leaf, dy)[0] + dh
+        found = torch.autograd.grad(y, leaf, dy)[0]
+    return torch.add(found, dh, out=out)
 
 
 def rotate(q: torch.Tensor, k: torch.Tensor, tables: RopeTables, *, back: bool = False) -> None:

@@ -139,7 +139,7 @@ class FusedHead:
 
     def _is_lean(self, origin: Origin) -> bool:
         """Whether layers spend time to save memory, and so does a frozen head."""
-        lean = self.keeper is not None and self.keeper.assignment.lean
+        lean = self.keeper is not None and self.keeper.assignment.tight
         return lean and origin.hidden.is_cuda and not origin.linear.weight.requires_grad
 
 

@@ -165,7 +165,7 @@ def _decide(block: Any, x: torch.Tensor, heads: tuple[int, int, int], linears: l
     trained = [adapter for linear in linears if (adapter := linear.adapter) is not None]
     # gradients, and two moments in float32 at most
     later = 3 * options.keeper.layers * sum(adapter.a.nbytes + adapter.b.nbytes for adapter in trained)
-    return options.keeper.decide(options.number, policy, sizes, later, x.device)
+    return options.keeper.decide(options.number, policy, sizes, later, x.device, tuple(x.shape))
 
 
 def _visible(x: torch.Tensor, positions: torch.Tensor | None, attend: Any, window: int | None) -> Visible:

@@ -25,7 +25,7 @@ from unsloth.memory.budget import Place
 from unsloth.memory.offload import Parcel
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class _Kept:
     """Between forward and backward.
 
@@ -101,15 +101,18 @@ def whole_block(x: torch.Tensor, parts: Parts) -> torch.Tensor:
 
 
 def _forward(parts: Parts, x: torch.Tensor, shape: torch.Size, needs: tuple[bool, ...]) -> tuple[torch.Tensor, _Kept]:
-    place, version, rest = parts.decision.place, x._version, None
-    captured = block_graphs.find(parts, x, shape, needs) if place is not Place.KEEP else None
+    place, rest = parts.decision.place, None
+    captured = block_graphs.find(parts, x, shape, needs)
     if captured is not None:
-        y, attended, t_d = captured.forward(parts, x)
+        y, x, attended, t_d = captured.forward(parts, x)
     else:
         y, attended, t_d, rest = forward_pass(parts, x, shape, keep=place is Place.KEEP)
     if place is Place.OFFLOAD:
         parcel = parts.keeper.send([x, attended.out])
         if parcel is not None:
             away = replace(attended, out=x.new_empty(0))
-            return y, _Kept(None, version, away, t_d, None, parcel, captured)
-    return y, _Kept(x, version, attended, t_d, rest, None, captured)
+            return y, _Kept(None, x._version, away, t_d, None, parcel, captured)
+    kept = _Kept(x, x._version, attended, t_d, rest, None, captured)
+    if captured is not None:
+        captured.lend(kept)
+    return y, kept

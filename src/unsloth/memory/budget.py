@@ -92,6 +92,11 @@ class Assignment:
     lean: bool
     holding: int = 0
 
+    @property
+    def tight(self) -> bool:
+        """Whether memory is short for what else a step holds."""
+        return self.lean or Place.OFFLOAD in self.places
+
     def device_bytes(self, sizes: LayerSizes, staging: int = STAGING) -> int:
         """Bytes on the device when the backward of the last layer runs, the most there is for layers."""
         more = sizes.keeping if Place.KEEP in self.places else 0 if self.lean else sizes.quick
@@ -122,6 +127,7 @@ def assign(
 
     Returns:
         What keeps most and fits. Where offloading every layer does not fit, as many are offloaded as the host takes.
+        Offloaded layers cost little time, so what room there is then serves their backward before more of them stay.
     """
     room = device - sizes.working - layers * sizes.fixed - sizes.buffers
     spare = room - layers * sizes.least
@@ -132,9 +138,11 @@ def assign(
         holding = min(layers, left // sizes.weights) if kept == layers and sizes.weights else 0
         places = (Place.RECOMPUTE,) * (layers - kept) + (Place.KEEP,) * kept
         return Assignment(places, lean=spare < sizes.quick, holding=holding)
-    stay = min(layers, max(staging, room // sizes.least))
-    offloaded = min(layers - stay, host // sizes.least)
-    return Assignment((Place.OFFLOAD,) * offloaded + (Place.RECOMPUTE,) * (layers - offloaded), lean=True)
+    offloaded = min(layers, host // sizes.least)
+    lean = room - sizes.quick < max(staging, layers - offloaded) * sizes.least
+    stay = min(layers, max(staging, (room if lean else room - sizes.quick) // sizes.least))
+    offloaded = min(offloaded, layers - stay)
+    return Assignment((Place.OFFLOAD,) * offloaded + (Place.RECOMPUTE,) * (layers - offloaded), lean=lean)
 
 
 def fixed_assignment(layers: int, place: Place) -> Assignment:

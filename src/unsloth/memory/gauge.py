@@ -64,6 +64,11 @@ class Gauge:
         self._others = 0
         self._largest = 0
 
+    def free(self, device: torch.device) -> int:
+        """Bytes that no tensor takes."""
+        now = self._reader(device)
+        return now.total - now.allocated
+
     def learn(self, device: torch.device, batch: int, held: int) -> None:
         """A pass of a batch of size ``batch`` (in whatever unit) is over, in which the layers held ``held`` bytes."""
         self._others = max(self._others, self._reader(device).peak - held)

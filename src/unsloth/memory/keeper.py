@@ -15,6 +15,8 @@ from unsloth.memory.checkpointing import Policy
 from unsloth.memory.gauge import Gauge, Room
 from unsloth.memory.offload import Offloader, Parcel
 
+_IDLE_PASSES = 16
+
 logger = get_logger(__name__)
 
 
@@ -43,7 +45,8 @@ class Keeper:
         captures: Whether layers may be recorded as CUDA graphs.
 
     Attributes:
-        shapes: Of batches, with the graphs recorded for them; who records decides what is in it.
+        shapes: Of batches, with the graphs recorded for them; who records decides what is in it, but for a method
+            ``release`` that drops what stays from pass to pass.
     """
 
     def __init__(self, layers: int, captures: bool = False) -> None:
@@ -54,12 +57,23 @@ class Keeper:
         self._gauge = Gauge()
         self._held: dict[int, dict[str, tuple[Any, Any]]] = {}
         self._asked: tuple[Policy, LayerSizes, torch.device] | None = None
+        self._batch: tuple[int, ...] = ()
+        self._known = False
+        self._standing: tuple[int, ...] | None = None
+        self._standing_bytes: dict[int, int] = {}
+        self._passes = self._stood = 0
 
     def __reduce__(self) -> tuple:
         return Keeper, (self.layers, self.captures)
 
     def decide(
-        self, layer: int, policy: Policy | None, sizes: LayerSizes, later: int, device: torch.device
+        self,
+        layer: int,
+        policy: Policy | None,
+        sizes: LayerSizes,
+        later: int,
+        device: torch.device,
+        batch: tuple[int, ...] = (),
     ) -> Decision:
         """The decision for layer number ``layer``; that of all is made when the first one asks.
 
@@ -69,6 +83,7 @@ class Keeper:
             sizes: Of every layer, for this batch.
             later: Bytes of the device that the rest of the step will need: gradients, optimizer state.
             device: Where it computes.
+            batch: Its shape.
         """
         if policy is None or policy is False:
             self._held = {}
@@ -77,9 +92,12 @@ class Keeper:
             return Decision(Place.RECOMPUTE, lean=False)
         if layer == 0:
             budget = policy if isinstance(policy, Budget) else Budget()
-            host, room = self._host_bytes(budget), self._room(budget, sizes, later, device)
-            self._asked = policy, sizes, device
-            self.assignment = assign(self.layers, sizes, room.size, host, keep=room.known)
+            host, room = self._host_bytes(budget), self._room(budget, sizes, later, device, batch)
+            new = assign(self.layers, sizes, room.size, host, keep=room.known)
+            settled = self._known and self._asked == (policy, sizes, device)
+            if not (settled and _as_good(self.assignment, new, sizes, room.size)):
+                self.assignment = new
+            self._asked, self._batch, self._known = (policy, sizes, device), batch, room.known
             self._held = {i: held for i, held in self._held.items() if i < self.assignment.holding}
             self._prepare(host, sizes, device)
         if self._asked != (policy, sizes, device):  # another device, or called on its own
@@ -97,16 +115,56 @@ class Keeper:
         """Move contiguous ``tensors`` to the host; None if there is no room."""
         return None if self._offloader is None else self._offloader.send(tensors)
 
-    def _room(self, budget: Budget, sizes: LayerSizes, later: int, device: torch.device) -> Room:
+    def began(self, batch: tuple[int, ...]) -> None:
+        """A pass of a batch of this shape, which may be recorded, has begun."""
+        self._passes += 1
+        if batch == self._standing:
+            self._stood = self._passes
+
+    def may_stand(self, batch: tuple[int, ...]) -> bool:
+        """Whether what recorded layers keep for batches of this shape may stay from pass to pass.
+
+        It may for one shape; for another when that has not come for a while.
+        """
+        if self._standing not in (None, batch):
+            if self._passes - self._stood <= _IDLE_PASSES:
+                return False
+            self.release()
+        self._standing, self._stood = batch, self._passes
+        return True
+
+    def stands(self, layer: int, size: int) -> None:
+        """That ``size`` bytes of ``layer`` do so."""
+        self._standing_bytes[layer] = size
+
+    def make_way(self, device: torch.device) -> None:
+        """Release what stays from pass to pass, if no more memory than it takes is free for what comes now."""
+        standing = sum(self._standing_bytes.values())
+        if standing and device.type == "cuda" and self._gauge.free(device) < standing:
+            self.release()
+
+    def release(self) -> None:
+        """Drop what recorded layers keep from pass to pass."""
+        for known in self.shapes.values():
+            known.release()
+        self._standing, self._standing_bytes = None, {}
+
+    def _room(
+        self, budget: Budget, sizes: LayerSizes, later: int, device: torch.device, batch: tuple[int, ...]
+    ) -> Room:
         """On the device: by the budget, or by what passes so far have left."""
+        standing = sum(self._standing_bytes.values())
+        of_others = 0 if self._standing in (None, batch) else standing
         if budget.device is not None:
-            return Room(budget.device, known=True)
+            return Room(max(0, budget.device - of_others), known=True)
         if device.type != "cuda":
             return Room(0, known=True)
         if self._asked is not None and self._asked[2] == device:
             before = self._asked[1]
-            self._gauge.learn(device, before.least, self.assignment.device_bytes(before))
-        return self._gauge.room(device, sizes.least, later, len(self._held) * sizes.weights)
+            beside = 0 if self._standing in (None, self._batch) else standing
+            self._gauge.learn(device, before.least, self.assignment.device_bytes(before) + beside)
+        room = self._gauge.room(device, sizes.least, later, len(self._held) * sizes.weights + standing)
+        return Room(max(0, room.size - of_others), room.known)
 
     def _host_bytes(self, budget: Budget) -> int:
         """The limit of the arena, there or to come."""
@@ -132,3 +190,10 @@ class Keeper:
                 self.layers,
                 arena.reserved / 2**30,
             )
+
+
+def _as_good(old: Assignment, new: Assignment, sizes: LayerSizes, room: int) -> bool:
+    """Whether ``old`` fits as well and keeps all but one layer of what ``new`` does, so that nothing need change."""
+    kept = (new.places.count(Place.KEEP) - old.places.count(Place.KEEP), new.holding - old.holding)
+    same = old.lean == new.lean and old.places.count(Place.OFFLOAD) == new.places.count(Place.OFFLOAD)
+    return same and len(old.places) == len(new.places) and max(kept) <= 1 and old.device_bytes(sizes) <= room

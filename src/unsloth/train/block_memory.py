@@ -110,7 +110,7 @@ def measure(
     sizes = blocks.sizes(rows, itemsize)
     chosen = _assignment(blocks.layers, sizes, policy)
     hidden = rows * blocks.width * itemsize
-    logits = min(LEAN_CHUNK_BYTES if chosen.lean else CHUNK_BYTES, rows * vocabulary * 4)
+    logits = min(LEAN_CHUNK_BYTES if chosen.tight else CHUNK_BYTES, rows * vocabulary * 4)
     # the head's input as it was normalized, the rows of it that are trained on, their gradient, and that of all rows
     head = chosen.waiting_bytes(sizes) + 4 * hidden
     host = chosen.places.count(Place.OFFLOAD) * sizes.least
