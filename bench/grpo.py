@@ -10,14 +10,15 @@ case        a step
 8b-nf4      Llama-3.1-8B's shape in NF4: one prompt x 8 completions, 512 + 2,048
 8b-20k      the same: 512 + 20,000 tokens, all but the last 64 of each completion given, so that the cache is filled by
             prefill; the last 64 are sampled with all eight alive at once
-8b-47k      the same with 512 + 47,000 tokens
-14b-32k     Qwen2.5-14B's shape in bfloat16, LoRA of rank 32: 512 + 31,500 tokens, given likewise
+8b-47k      the same with 512 + 47,000 tokens; of the eight completions two make the update that is measured
+14b-32k     Qwen2.5-14B's shape in bfloat16, LoRA of rank 32: 512 + 31,500 tokens, given and updated likewise
 loss        log-probabilities, entropy and gradient of 8 x 20,480 hidden states and a vocabulary of 128,256
 ==========  ==============================================================================================
 
 Weights are random, so that completions never end before their limit and every trainer has the same work. Every case has
 a process of its own. The reward is a random number. "Rollout" is the memory while completions are sampled, the cache of
-keys and values included, "training" that of the rest of a step, both as allocated by tensors. TRL's trainer runs one
+keys and values included, "training" that of the rest of a step, both as allocated by tensors, "reserved" the most
+that torch took from the device in either. TRL's trainer runs one
 step, and only cases whose completions are sampled. A line a case is appended to bench/results/grpo.csv.
 
 ``--dry-run`` takes tiny models and lengths, also on the CPU, and writes nothing.
@@ -50,13 +51,19 @@ from transformers import TrainerCallback
 RESULTS = Path(os.environ.get("OUTDIR", Path(__file__).parent / "results")) / "grpo.csv"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 COLUMNS = ["date", "gpu", "torch", "transformers", "trl", "trainer", "case", "completions", "prompt", "completion"]
-COLUMNS += ["first_step_s", "step_s", "rollout_s", "rollout_gib", "training_gib", "cache_gib", "mismatch", "correct"]
+COLUMNS += ["first_step_s", "step_s", "rollout_s", "rollout_gib", "training_gib", "cache_gib", "reserved_gib", "passes"]
+COLUMNS += ["mismatch", "correct"]
 _SAMPLED = 64  # tokens that are sampled where the others are given
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table; ``batch`` completions go through the model at once."""
+    """One line of the table.
+
+    Attributes:
+        batch: Completions of a batch; the trainer may put several of them together.
+        update: Completions of an update; None for all that are sampled.
+    """
 
     shape: Shape
     quantized: bool
@@ -67,6 +74,7 @@ class Case:
     given: bool = False
     qwen3: bool = False
     tied: bool = False
+    update: int | None = None
 
 
 CASES = {
@@ -74,8 +82,8 @@ CASES = {
     "1.5b-nf4": Case(Shape(28, 1536, 8960, 12, 2, 151936), True, 1, 256, 512, 8, tied=True),
     "8b-nf4": Case(SHAPES["8b"], True, 1, 512, 2048, 8),
     "8b-20k": Case(SHAPES["8b"], True, 1, 512, 20000, 1, given=True),
-    "8b-47k": Case(SHAPES["8b"], True, 1, 512, 47000, 1, given=True),
-    "14b-32k": Case(Shape(48, 5120, 13824, 40, 8, 152064), False, 1, 512, 31500, 1, given=True),
+    "8b-47k": Case(SHAPES["8b"], True, 1, 512, 47000, 1, given=True, update=2),
+    "14b-32k": Case(Shape(48, 5120, 13824, 40, 8, 152064), False, 1, 512, 31500, 1, given=True, update=2),
 }
 GROUP = 8
 
@@ -88,6 +96,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="completions that go through the model at once")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--budget", type=float, default=1.0, help="GiB that ours keeps between forward and backward")
+    parser.add_argument("--tokens", type=int, help="tokens_per_pass of ours")
     parser.add_argument("--profile", action="store_true", help="show where the time of a step goes")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--child", dest="trainer", choices=["unsloth", "trl"], help=argparse.SUPPRESS)
@@ -175,7 +184,7 @@ class Meter(TrainerCallback):
 
     def __init__(self) -> None:
         self.times: list[float] = []
-        self.rollout = self.training = self.cache = 0
+        self.rollout = self.training = self.cache = self.reserved = self.passes = 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
@@ -188,14 +197,23 @@ class Meter(TrainerCallback):
         """The completions are there; ``cache`` bytes are held outside torch's own pool."""
         if DEVICE.type == "cuda":
             self.rollout = max(self.rollout, torch.cuda.max_memory_allocated() + cache)
+            self.reserved = max(self.reserved, torch.cuda.max_memory_reserved() + cache)
+            print(f"  sampled: {self.rollout / 2**30:.2f} GiB, {cache / 2**30:.2f} of it cache", flush=True)
             torch.cuda.reset_peak_memory_stats()
         self.cache = max(self.cache, cache)
+
+    def passed(self) -> None:
+        """A pass of completions through the model begins; says what those before it took."""
+        self.passes += 1
+        if DEVICE.type == "cuda":
+            print(f"  pass {self.passes}: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB so far", flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop it."""
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
             self.training = max(self.training, torch.cuda.max_memory_allocated())
+            self.reserved = max(self.reserved, torch.cuda.max_memory_reserved())
         self.times.append(time.perf_counter() - self.start)
         print(f"  step {state.global_step}: {self.times[-1]:.2f} s", flush=True)
 
@@ -222,7 +240,7 @@ def trainer_of(given: argparse.Namespace, case: Case, folder: str, meter: Meter)
     args = GRPOConfig(
         output_dir=folder,
         per_device_train_batch_size=case.batch,
-        gradient_accumulation_steps=total // case.batch,
+        gradient_accumulation_steps=(case.update or total) // case.batch,
         generation_batch_size=total,
         num_generations=GROUP,
         max_completion_length=case.completion,
@@ -237,6 +255,7 @@ def trainer_of(given: argparse.Namespace, case: Case, folder: str, meter: Meter)
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        **({"tokens_per_pass": given.tokens} if ours else {}),
     )
 
     def reward(completions: list[str], **columns: Any) -> list[float]:
@@ -273,6 +292,13 @@ def trainer_of(given: argparse.Namespace, case: Case, folder: str, meter: Meter)
         trainer.sampling_seconds = time.perf_counter() - start
         return found
 
+    scores = trainer._get_per_token_logps_and_entropies
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        meter.passed()
+        return scores(*args, **kwargs)
+
+    trainer._get_per_token_logps_and_entropies = counted
     setattr(trainer, "sample" if ours else "_generate_single_turn", measured)
     return trainer
 
@@ -289,14 +315,15 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     print(f"{given.trainer}, {name}: losses {[entry['loss'] for entry in logs]}")
     print(f"  lengths {[entry['completions/mean_length'] for entry in logs]}", flush=True)
-    gib = [round(value / 2**30, 3) for value in (meter.rollout, meter.training, meter.cache)]
+    gib = [round(value / 2**30, 3) for value in (meter.rollout, meter.training, meter.cache, meter.reserved)]
     mismatch = logs[-1].get("sampling/sampling_logp_difference/mean", float("nan"))
     gpu = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     versions = [torch.__version__, transformers.__version__, trl.__version__]
     times = [round(meter.times[0], 2), round(min(meter.times[1:] or meter.times), 2), trainer.sampling_seconds]
     head = [date.today().isoformat(), gpu, *versions, given.trainer, name, case.prompts * GROUP]
     corrects = getattr(trainer, "_corrects", False)
-    figures = [*head, case.prompt, case.completion, *times, *gib, mismatch, corrects]
+    passes = meter.passes / len(meter.times)
+    figures = [*head, case.prompt, case.completion, *times, *gib, passes, mismatch, corrects]
     return dict(zip(COLUMNS, figures, strict=True))
 
 
@@ -378,6 +405,7 @@ def main() -> None:
             command = [sys.executable, __file__, "--cases", name, "--child", trainer]
             command += ["--steps", str(given.steps if trainer == "unsloth" else 1), "--budget", str(given.budget)]
             command += ["--batch", str(given.batch)] if given.batch else []
+            command += [] if given.tokens is None else ["--tokens", str(given.tokens)]
             command += ["--dry-run"] * given.dry_run + ["--profile"] * (given.profile and trainer == "unsloth")
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
                 assert process.stdout is not None

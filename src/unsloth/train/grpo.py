@@ -42,6 +42,7 @@ from unsloth.train.environments import (
     tools_accepted,
 )
 from unsloth.train.grpo_config import GRPOConfig
+from unsloth.train.larger_passes import LargerPasses
 from unsloth.train.loop import ModelLoop
 from unsloth.train.packed_rows import pack
 from unsloth.train.phases import Phases
@@ -55,12 +56,10 @@ from unsloth.train.token_logprobs import TokenLogprobs
 
 # Legend: B completions of a batch, P tokens of the longest prompt, C of the longest completion.
 
-_OF_PROMPTS = ("prompt_ids", "prompt_mask")
-
 logger = get_logger(__name__)
 
 
-class GRPOTrainer(Phases, Environments, ModelLoop, TRLTrainer):
+class GRPOTrainer(Phases, LargerPasses, Environments, ModelLoop, TRLTrainer):
     """Trains a model on its own completions, rated by reward functions.
 
     A subclass of ``trl.GRPOTrainer``. Adapters are trained in float32, and the reference of ``beta`` is the model
@@ -356,16 +355,15 @@ class GRPOTrainer(Phases, Environments, ModelLoop, TRLTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """As in TRL, in the order of the data set: the completions of a group stay neighbours.
 
-        Each batch is as wide as its longest prompt and completion.
+        Each batch is as wide as its longest prompt and completion, and may stand for several.
         """
         rows = generation_batch if isinstance(generation_batch, list) else [{}]
         if not self.model.training or {"image", "images"} & set(rows[0]):
             return super()._prepare_inputs(generation_batch)
         if self._step % self._cycle == 0 or self._buffered_inputs is None:
             whole = self._generate_and_score_completions(generation_batch)
-            parts = split_tensor_dict(whole, self.args.steps_per_generation)
-            self._buffered_inputs = [_trimmed(part) for part in parts]
-        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+            self._buffered_inputs = split_tensor_dict(whole, self.args.steps_per_generation)
+        return self._next_pass()
 
     @property
     def _cycle(self) -> int:
@@ -406,13 +404,10 @@ class GRPOTrainer(Phases, Environments, ModelLoop, TRLTrainer):
                 compute_aux_loss,
                 **images,
             )
+        rows = self._rows_at_once(input_ids, batch_size)
         parts = [
             self._scores(model, ids, attended, logits_to_keep, compute_entropy)
-            for ids, attended in zip(
-                input_ids.split(batch_size or len(input_ids)),
-                attention_mask.split(batch_size or len(input_ids)),
-                strict=True,
-            )
+            for ids, attended in zip(input_ids.split(rows), attention_mask.split(rows), strict=True)
         ]
         logprobs = torch.cat([part.logprobs[:, -logits_to_keep:] for part in parts])
         entropy = None
@@ -443,6 +438,8 @@ class GRPOTrainer(Phases, Environments, ModelLoop, TRLTrainer):
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """The loss of a batch, by :mod:`unsloth.losses.policy`; TRL's own where it has what only TRL computes."""
+        if not inputs:  # computed with an earlier batch
+            return torch.zeros((), device=self.accelerator.device, requires_grad=True)
         if not self.args.uses_our_loss or self.aux_loss_enabled or "pixel_values" in inputs:
             return super()._compute_loss(model, inputs)
         mask = inputs["completion_mask"]
@@ -468,7 +465,10 @@ class GRPOTrainer(Phases, Environments, ModelLoop, TRLTrainer):
             num_items=num_items,
         )
         self._note(found, entropy, mask)
-        return found.loss if self.args.loss_type == "dapo" else found.loss / accumulated
+        if self.args.loss_type == "dapo":
+            return found.loss
+        batches = len(mask) // self.args.per_device_train_batch_size if self.model.training else 1
+        return found.loss * batches / accumulated
 
     def _correction(self, logprobs: torch.Tensor, inputs: Mapping[str, Any], mask: torch.Tensor) -> torch.Tensor | None:
         """Compare log-probabilities (B, C) with those of sampling; weights of the tokens, if they are to have any."""
@@ -534,6 +534,7 @@ class GRPOTrainer(Phases, Environments, ModelLoop, TRLTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         self._step, self._buffered_inputs = 0, None  # of this run, until the checkpoint says otherwise
+        self._forget_passes()
         super()._load_optimizer_and_scheduler(checkpoint)
 
 
@@ -559,19 +560,3 @@ def _choose_engine(args: GRPOConfig) -> str | None:
     if wanted is None and args.use_vllm:
         logger.info('use_vllm: completions are sampled by the engine here; rollout_engine="vllm" asks for vLLM')
     return wanted
-
-
-def _trimmed(batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch without the columns in which it has only padding, in front of prompts and after completions."""
-    prompt, completion = batch["prompt_mask"], batch["completion_mask"]
-    longest_prompt, longest = torch.stack([prompt.sum(1).max(), completion.sum(1).max()]).tolist()
-    width = completion.shape[1]
-
-    def cut(name: str, value: Any) -> Any:
-        if not torch.is_tensor(value) or value.dim() < 2:
-            return value
-        if name in _OF_PROMPTS:
-            return value[:, -max(longest_prompt, 1) :]
-        return value[:, : max(longest, 1)] if value.shape[1] == width else value
-
-    return {name: cut(name, value) for name, value in batch.items()}
