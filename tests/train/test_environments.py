@@ -53,7 +53,7 @@ def script(trainer, *turns):
         texts = waiting.pop(0)
         assert len(texts) == len(prompts)
         ids = [trainer._tokenizer(f"{text}<|im_end|>", add_special_tokens=False)["input_ids"] for text in texts]
-        return Completions(ids, [[-1.0] * len(turn) for turn in ids])
+        return Completions(ids, [[-1.0] * len(turn) for turn in ids], [True] * len(ids))
 
     trainer.sample = sample
 

@@ -30,7 +30,7 @@ from unsloth.data.formats import template_variables
 from unsloth.data.masking import IGNORED
 from unsloth.data.prepare import Rows
 from unsloth.generate.sampling import SamplingParams
-from unsloth.losses.policy import PolicyLoss, policy_loss, sampling_correction
+from unsloth.losses.policy import PolicyLoss, policy_loss, sampling_correction, without_truncated
 from unsloth.models import record
 from unsloth.train import masters, reward_names, setup
 from unsloth.train.checked_reward import CheckedReward, mask_whole_rows
@@ -144,6 +144,7 @@ class GRPOTrainer(Phases, LargerPasses, Environments, ModelLoop, TRLTrainer):
         self._set_up_environments(talk)
         self._check_own_rewards(args)
         self.beta = args.beta = beta
+        self.mask_truncated_completions = False  # done here, where it is known what ended a completion
         args.sync_ref_model = synchronized
         chunked = args.fused_head is not False
         self._policy = TokenLogprobs(given.model, chunked)
@@ -246,8 +247,11 @@ class GRPOTrainer(Phases, LargerPasses, Environments, ModelLoop, TRLTrainer):
         return self.rollouts.sample(prompts, key, self._listener.check, params)
 
     def _generate(self, prompts: list[Any]) -> Any:
-        """As in TRL; the engine's cache gives its memory back when all turns are over."""
-        self._turn = 0
+        """As in TRL; the engine's cache gives its memory back when all turns are over.
+
+        A completion that a stop text ended was not cut off, which TRL reads off its last token.
+        """
+        self._turn, self._finished = 0, None
         mode = "train" if self.model.training else "eval"
         try:
             found = super()._generate(prompts)
@@ -256,11 +260,29 @@ class GRPOTrainer(Phases, LargerPasses, Environments, ModelLoop, TRLTrainer):
                 self.rollouts.sleep()
         if mode == "eval":
             self._evaluated += 1
+        if self._played is not None:
+            self._finished = [episode.finished for episode in self._played]
+        elif self.rollout_func is not None:  # whatever it sampled last
+            self._finished = None
+        if self._finished is not None:
+            _, ids, written, *_ = found
+            lengths = [len(turn) for turn in ids] if written is None else [sum(mask) for mask in written]
+            self._note_ends(mode, lengths, self._finished)
         if self.rollouts is not None:
             seconds, tokens = self.rollouts.take_counts()
             self._metrics[mode]["rollout/seconds"].append(seconds)
             self._metrics[mode]["rollout/tokens_per_second"].append(tokens / max(seconds, 1e-9))
         return found
+
+    def _note_ends(self, mode: str, lengths: Sequence[int], finished: Sequence[bool]) -> None:
+        """Correct what TRL has noted of how completions ended."""
+        pairs = torch.tensor([lengths, finished], device=self.accelerator.device).T
+        every, ended = self.accelerator.gather(pairs).double().unbind(1)
+        whole = every[ended > 0] if ended.any() else every.new_zeros(1)
+        values = {"clipped_ratio": 1 - ended.mean(), "mean_terminated_length": whole.mean()}
+        values |= {"min_terminated_length": whole.min(), "max_terminated_length": whole.max()}
+        for name, value in values.items():
+            self._metrics[mode][f"completions/{name}"][-1] = value.item()
 
     def _generate_single_turn(
         self,
@@ -276,6 +298,7 @@ class GRPOTrainer(Phases, LargerPasses, Environments, ModelLoop, TRLTrainer):
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
         found = self.sample(prompt_ids)
+        self._finished = found.finished
         return found.ids, found.logprobs
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], Any, dict[str, Any]]:
@@ -316,6 +339,8 @@ class GRPOTrainer(Phases, LargerPasses, Environments, ModelLoop, TRLTrainer):
         """As in TRL; warns where no group has anything to learn from."""
         self._batch_rows = inputs
         found = super()._generate_and_score_completions(inputs)
+        if self.args.mask_truncated_completions:
+            self._leave_out_truncated(found)
         if self.model.training and not found["advantages"].any():
             logger.warning(
                 "all completions of each prompt got the same reward, so there is nothing to learn from this batch: "
@@ -323,6 +348,18 @@ class GRPOTrainer(Phases, LargerPasses, Environments, ModelLoop, TRLTrainer):
                 extra={"once": True},
             )
         return found
+
+    def _leave_out_truncated(self, batch: dict[str, Any]) -> None:
+        """Take completions that were cut off out of the loss."""
+        mask, ends = batch["completion_mask"], [*self.eos_token_ids, self._tokenizer.pad_token_id]
+        if self._finished is None:
+            last = batch["completion_ids"].gather(1, (mask.sum(1, keepdim=True) - 1).clamp(min=0))
+            finished = torch.isin(last[:, 0], torch.tensor(ends, device=mask.device))
+        else:
+            finished = torch.tensor(self._finished, device=mask.device)
+        batch["completion_mask"] = without_truncated(mask, finished)
+        counted = batch["completion_mask"] * batch.get("tool_mask", 1)
+        batch["num_items_in_batch"] = self.accelerator.gather(counted.sum()).sum()
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
         """As in TRL: (B, functions). A completion that one function could not rate is rated by none."""

@@ -33,10 +33,12 @@ class Completions:
         ids: Token ids of each completion, the one that ended it included.
         logprobs: Log-probability of each token under the policy at its sampling temperature, as the engine computed
             it; NaN where cuts or penalties hide it.
+        finished: Whether each ended by a token or text that ends completions, and was not cut off.
     """
 
     ids: list[list[int]]
     logprobs: list[list[float]]
+    finished: list[bool]
 
 
 class Rollouts:
@@ -134,6 +136,7 @@ class Rollouts:
         found = Completions(
             [output.token_ids for output in completions],
             [self._logprobs(output, params) for output in completions],
+            [output.finish_reason == "stop" for output in completions],
         )
         self._tokens += sum(map(len, found.ids))
         self._seconds += time.perf_counter() - start
