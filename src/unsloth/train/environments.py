@@ -283,11 +283,11 @@ class Environments(TRLTrainer):
             self.max_completion_length, longest, None if turns is None else turns + 1, frozenset(self.eos_token_ids)
         )
 
-    def _sample_turns(self, prompts: list[list[int]], most: int) -> Turns:
+    def _sample_turns(self, prompts: list[list[int]], most: list[int]) -> Turns:
         if self.rollouts is None:
             ids, logprobs = self._generate_single_turn(prompts, None, {}, 1)
             return Turns(ids, logprobs, self._ends(ids))
-        found = self.sample(prompts, dataclasses.replace(self.rollouts.params, max_tokens=most))
+        found = self.sample(prompts, most=most)
         return Turns(found.ids, found.logprobs, found.finished)
 
     def _between(self, number: int, messages: Sequence[Message], ended: bool) -> list[int]:

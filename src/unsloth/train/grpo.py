@@ -228,8 +228,15 @@ class GRPOTrainer(Phases, LargerPasses, Environments, ModelLoop, TRLTrainer):
             )
         return corrects and self.args.uses_our_loss
 
-    def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams | None = None) -> Completions:
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | None = None,
+        most: Sequence[int] | None = None,
+    ) -> Completions:
         """One completion by the policy as it is for each of ``prompts``, token ids; for environments of several turns.
+
+        ``most`` is how many tokens each may have, in the place of ``params.max_tokens``.
 
         The random numbers follow from the seed, the step, how many times this was called in it, and the place in the
         list. A signal that arrives meanwhile ends the run as it does elsewhere.
@@ -244,7 +251,7 @@ class GRPOTrainer(Phases, LargerPasses, Environments, ModelLoop, TRLTrainer):
         place = (0, self._step) if self.model.training else (1, self.state.global_step, self._evaluated)
         key = (self.args.seed, self.accelerator.process_index, *place, self._turn)
         self._turn += 1
-        return self.rollouts.sample(prompts, key, self._listener.check, params)
+        return self.rollouts.sample(prompts, key, self._listener.check, params, most)
 
     def _generate(self, prompts: list[Any]) -> Any:
         """As in TRL; the engine's cache gives its memory back when all turns are over.

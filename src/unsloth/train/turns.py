@@ -94,7 +94,7 @@ def play(
     limits: Limits,
     reply: Callable[[list[int]], list[Sequence[Message] | End]],
     between: Callable[[int, Sequence[Message], bool], list[int]],
-    sample: Callable[[list[list[int]], int], Turns],
+    sample: Callable[[list[list[int]], list[int]], Turns],
     read: Callable[[int, list[int]], Message],
 ) -> None:
     """Go on with completions, all that are not over in one batch for each turn, until every one has an ``end``.
@@ -106,7 +106,7 @@ def play(
         limits: When they are cut.
         reply: Numbers of episodes → for each, the messages that answer its last turn, or why it ends there.
         between: ``(number, messages, turn was ended)`` → token ids from the model's turn to the start of the next.
-        sample: ``(prompts, most tokens)`` → the next turns.
+        sample: ``(prompts, most tokens of each turn)`` → the next turns.
         read: ``(number, token ids of a turn)`` → the message.
     """
     active = list(range(len(episodes)))
@@ -135,7 +135,7 @@ def play(
 
 def _next_turns(episodes: Sequence[Episode], active: list[int], limits: Limits, sample: Any, read: Any) -> None:
     """Let the model write a turn of every active episode."""
-    most = max(limits.room(episodes[number]) for number in active)
+    most = [limits.room(episodes[number]) for number in active]
     prompts = [episodes[number].prompt_ids + episodes[number].ids for number in active]
     turns = sample(prompts, most)
     for place, number in enumerate(active):
