@@ -10,16 +10,16 @@ case        a step
 8b-nf4      Llama-3.1-8B's shape in NF4: one prompt x 8 completions, 512 + 2,048
 8b-20k      the same: 512 + 20,000 tokens, all but the last 64 of each completion given, so that the cache is filled by
             prefill; the last 64 are sampled with all eight alive at once
-8b-47k      the same with 512 + 47,000 tokens; of the eight completions two make the update that is measured
-14b-32k     Qwen2.5-14B's shape in bfloat16, LoRA of rank 32: 512 + 31,500 tokens, given and updated likewise
+8b-47k      the same with 512 + 47,000 tokens
+14b-32k     Qwen2.5-14B's shape in bfloat16, LoRA of rank 32: 512 + 31,500 tokens, given likewise
 loss        log-probabilities, entropy and gradient of 8 x 20,480 hidden states and a vocabulary of 128,256
 ==========  ==============================================================================================
 
 Weights are random, so that completions never end before their limit and every trainer has the same work. Every case has
 a process of its own. The reward is a random number. "Rollout" is the memory while completions are sampled, the cache of
 keys and values included, "training" that of the rest of a step, both as allocated by tensors, "reserved" the most
-that torch took from the device in either. TRL's trainer runs one
-step, and only cases whose completions are sampled. A line a case is appended to bench/results/grpo.csv.
+that torch took from the device in either, with the cache. TRL's trainer runs one step, and only cases whose completions
+are sampled. A line a case is appended to bench/results/grpo.csv.
 
 ``--dry-run`` takes tiny models and lengths, also on the CPU, and writes nothing.
 """
@@ -27,6 +27,7 @@ step, and only cases whose completions are sampled. A line a case is appended to
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -58,12 +59,7 @@ _SAMPLED = 64  # tokens that are sampled where the others are given
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table.
-
-    Attributes:
-        batch: Completions of a batch; the trainer may put several of them together.
-        update: Completions of an update; None for all that are sampled.
-    """
+    """One line of the table; ``batch`` completions are a batch, of which the trainer may put several together."""
 
     shape: Shape
     quantized: bool
@@ -74,7 +70,6 @@ class Case:
     given: bool = False
     qwen3: bool = False
     tied: bool = False
-    update: int | None = None
 
 
 CASES = {
@@ -82,8 +77,8 @@ CASES = {
     "1.5b-nf4": Case(Shape(28, 1536, 8960, 12, 2, 151936), True, 1, 256, 512, 8, tied=True),
     "8b-nf4": Case(SHAPES["8b"], True, 1, 512, 2048, 8),
     "8b-20k": Case(SHAPES["8b"], True, 1, 512, 20000, 1, given=True),
-    "8b-47k": Case(SHAPES["8b"], True, 1, 512, 47000, 1, given=True, update=2),
-    "14b-32k": Case(Shape(48, 5120, 13824, 40, 8, 152064), False, 1, 512, 31500, 1, given=True, update=2),
+    "8b-47k": Case(SHAPES["8b"], True, 1, 512, 47000, 1, given=True),
+    "14b-32k": Case(Shape(48, 5120, 13824, 40, 8, 152064), False, 1, 512, 31500, 1, given=True),
 }
 GROUP = 8
 
@@ -97,6 +92,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--budget", type=float, default=1.0, help="GiB that ours keeps between forward and backward")
     parser.add_argument("--tokens", type=int, help="tokens_per_pass of ours")
+    parser.add_argument("--passes", type=int, help="stop before the pass after so many, for their memory alone")
     parser.add_argument("--profile", action="store_true", help="show where the time of a step goes")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--child", dest="trainer", choices=["unsloth", "trl"], help=argparse.SUPPRESS)
@@ -179,6 +175,10 @@ def make_tokenizer(vocabulary: int) -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
 
 
+class Enough(Exception):
+    """The passes that were asked for are over."""
+
+
 class Meter(TrainerCallback):
     """Wall-clock time of every step, and memory of its two phases."""
 
@@ -202,11 +202,15 @@ class Meter(TrainerCallback):
             torch.cuda.reset_peak_memory_stats()
         self.cache = max(self.cache, cache)
 
-    def passed(self) -> None:
-        """A pass of completions through the model begins; says what those before it took."""
-        self.passes += 1
+    def passed(self, most: int | None) -> None:
+        """A pass of completions through the model begins, the last of ``most``; says what those before it took."""
         if DEVICE.type == "cuda":
-            print(f"  pass {self.passes}: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB so far", flush=True)
+            self.training = max(self.training, torch.cuda.max_memory_allocated())
+            self.reserved = max(self.reserved, torch.cuda.max_memory_reserved())
+            print(f"  {self.passes} passes: {self.training / 2**30:.2f} GiB in training so far", flush=True)
+        if self.passes == most:
+            raise Enough
+        self.passes += 1
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop it."""
@@ -240,7 +244,7 @@ def trainer_of(given: argparse.Namespace, case: Case, folder: str, meter: Meter)
     args = GRPOConfig(
         output_dir=folder,
         per_device_train_batch_size=case.batch,
-        gradient_accumulation_steps=(case.update or total) // case.batch,
+        gradient_accumulation_steps=total // case.batch,
         generation_batch_size=total,
         num_generations=GROUP,
         max_completion_length=case.completion,
@@ -287,15 +291,14 @@ def trainer_of(given: argparse.Namespace, case: Case, folder: str, meter: Meter)
     def measured(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
         found = generate(*args, **kwargs)
-        engine = trainer.rollouts._engine if ours else None
-        meter.sampled(engine.stats().cache_bytes if engine is not None else 0)
+        meter.sampled(trainer.rollouts.cache_bytes if ours else 0)
         trainer.sampling_seconds = time.perf_counter() - start
         return found
 
     scores = trainer._get_per_token_logps_and_entropies
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        meter.passed()
+        meter.passed(given.passes)
         return scores(*args, **kwargs)
 
     trainer._get_per_token_logps_and_entropies = counted
@@ -309,20 +312,23 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     case, meter = case_of(name, given.dry_run, given.batch), Meter()
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(given, case, folder, meter)
-        trainer.train()
+        with contextlib.suppress(Enough):
+            trainer.train()
         if given.profile:
             profile(trainer)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     print(f"{given.trainer}, {name}: losses {[entry['loss'] for entry in logs]}")
     print(f"  lengths {[entry['completions/mean_length'] for entry in logs]}", flush=True)
     gib = [round(value / 2**30, 3) for value in (meter.rollout, meter.training, meter.cache, meter.reserved)]
-    mismatch = logs[-1].get("sampling/sampling_logp_difference/mean", float("nan"))
+    unknown = [float("nan")]  # of a run that was stopped within its first step
+    mismatch = logs[-1].get("sampling/sampling_logp_difference/mean", unknown[0]) if logs else unknown[0]
     gpu = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     versions = [torch.__version__, transformers.__version__, trl.__version__]
-    times = [round(meter.times[0], 2), round(min(meter.times[1:] or meter.times), 2), trainer.sampling_seconds]
+    steps = meter.times or unknown
+    times = [round(steps[0], 2), round(min(steps[1:] or steps), 2), round(trainer.sampling_seconds, 2)]
     head = [date.today().isoformat(), gpu, *versions, given.trainer, name, case.prompts * GROUP]
     corrects = getattr(trainer, "_corrects", False)
-    passes = meter.passes / len(meter.times)
+    passes = meter.passes / len(steps)
     figures = [*head, case.prompt, case.completion, *times, *gib, passes, mismatch, corrects]
     return dict(zip(COLUMNS, figures, strict=True))
 
@@ -406,6 +412,7 @@ def main() -> None:
             command += ["--steps", str(given.steps if trainer == "unsloth" else 1), "--budget", str(given.budget)]
             command += ["--batch", str(given.batch)] if given.batch else []
             command += [] if given.tokens is None else ["--tokens", str(given.tokens)]
+            command += [] if given.passes is None else ["--passes", str(given.passes)]
             command += ["--dry-run"] * given.dry_run + ["--profile"] * (given.profile and trainer == "unsloth")
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
                 assert process.stdout is not None

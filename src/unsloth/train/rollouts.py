@@ -94,6 +94,11 @@ class Rollouts:
         """Whether keys and values are kept in eight bits, which changes probabilities."""
         return self._options.float8_kv_cache
 
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the keys and values right now, which on a GPU is not in torch's own count."""
+        return 0 if self._engine is None else self._engine.stats().cache_bytes
+
     def take_counts(self) -> tuple[float, int]:
         """Seconds spent sampling and tokens sampled since the last call."""
         found = self._seconds, self._tokens
