@@ -17,8 +17,9 @@ loss        log-probabilities, entropy and gradient of 8 x 20,480 hidden states 
 
 Weights are random, so that completions never end before their limit and every trainer has the same work. Every case has
 a process of its own. The reward is a random number. "Rollout" is the memory while completions are sampled, the cache of
-keys and values included, "training" that of the rest of a step, both as allocated by tensors. TRL's trainer runs one
-step, and only cases whose completions are sampled. A line a case is appended to bench/results/grpo.csv.
+keys and values included, "training" that of the rest of a step, both as allocated by tensors, "reserved" the most
+that torch took from the device in either, with the cache. TRL's trainer runs one step, and only cases whose completions
+are sampled. A line a case is appended to bench/results/grpo.csv.
 
 ``--dry-run`` takes tiny models and lengths, also on the CPU, and writes nothing.
 """
@@ -26,6 +27,7 @@ step, and only cases whose completions are sampled. A line a case is appended to
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -50,13 +52,14 @@ from transformers import TrainerCallback
 RESULTS = Path(os.environ.get("OUTDIR", Path(__file__).parent / "results")) / "grpo.csv"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 COLUMNS = ["date", "gpu", "torch", "transformers", "trl", "trainer", "case", "completions", "prompt", "completion"]
-COLUMNS += ["first_step_s", "step_s", "rollout_s", "rollout_gib", "training_gib", "cache_gib", "mismatch", "correct"]
+COLUMNS += ["first_step_s", "step_s", "rollout_s", "rollout_gib", "training_gib", "cache_gib", "reserved_gib", "passes"]
+COLUMNS += ["mismatch", "correct"]
 _SAMPLED = 64  # tokens that are sampled where the others are given
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table; ``batch`` completions go through the model at once."""
+    """One line of the table; ``batch`` completions are a batch, of which the trainer may put several together."""
 
     shape: Shape
     quantized: bool
@@ -88,6 +91,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="completions that go through the model at once")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--budget", type=float, default=1.0, help="GiB that ours keeps between forward and backward")
+    parser.add_argument("--tokens", type=int, help="tokens_per_pass of ours")
+    parser.add_argument("--passes", type=int, help="stop before the pass after so many, for their memory alone")
     parser.add_argument("--profile", action="store_true", help="show where the time of a step goes")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--child", dest="trainer", choices=["unsloth", "trl"], help=argparse.SUPPRESS)
@@ -170,12 +175,16 @@ def make_tokenizer(vocabulary: int) -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
 
 
+class Enough(Exception):
+    """The passes that were asked for are over."""
+
+
 class Meter(TrainerCallback):
     """Wall-clock time of every step, and memory of its two phases."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
-        self.rollout = self.training = self.cache = 0
+        self.rollout = self.training = self.cache = self.reserved = self.passes = 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
@@ -188,14 +197,27 @@ class Meter(TrainerCallback):
         """The completions are there; ``cache`` bytes are held outside torch's own pool."""
         if DEVICE.type == "cuda":
             self.rollout = max(self.rollout, torch.cuda.max_memory_allocated() + cache)
+            self.reserved = max(self.reserved, torch.cuda.max_memory_reserved() + cache)
+            print(f"  sampled: {self.rollout / 2**30:.2f} GiB, {cache / 2**30:.2f} of it cache", flush=True)
             torch.cuda.reset_peak_memory_stats()
         self.cache = max(self.cache, cache)
+
+    def passed(self, most: int | None) -> None:
+        """A pass of completions through the model begins, the last of ``most``; says what those before it took."""
+        if DEVICE.type == "cuda":
+            self.training = max(self.training, torch.cuda.max_memory_allocated())
+            self.reserved = max(self.reserved, torch.cuda.max_memory_reserved())
+            print(f"  {self.passes} passes: {self.training / 2**30:.2f} GiB in training so far", flush=True)
+        if self.passes == most:
+            raise Enough
+        self.passes += 1
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop it."""
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
             self.training = max(self.training, torch.cuda.max_memory_allocated())
+            self.reserved = max(self.reserved, torch.cuda.max_memory_reserved())
         self.times.append(time.perf_counter() - self.start)
         print(f"  step {state.global_step}: {self.times[-1]:.2f} s", flush=True)
 
@@ -237,6 +259,7 @@ def trainer_of(given: argparse.Namespace, case: Case, folder: str, meter: Meter)
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        **({"tokens_per_pass": given.tokens} if ours else {}),
     )
 
     def reward(completions: list[str], **columns: Any) -> list[float]:
@@ -268,11 +291,17 @@ def trainer_of(given: argparse.Namespace, case: Case, folder: str, meter: Meter)
     def measured(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
         found = generate(*args, **kwargs)
-        engine = trainer.rollouts._engine if ours else None
-        meter.sampled(engine.stats().cache_bytes if engine is not None else 0)
+        meter.sampled(trainer.rollouts.cache_bytes if ours else 0)
         trainer.sampling_seconds = time.perf_counter() - start
         return found
 
+    scores = trainer._get_per_token_logps_and_entropies
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        meter.passed(given.passes)
+        return scores(*args, **kwargs)
+
+    trainer._get_per_token_logps_and_entropies = counted
     setattr(trainer, "sample" if ours else "_generate_single_turn", measured)
     return trainer
 
@@ -283,20 +312,24 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     case, meter = case_of(name, given.dry_run, given.batch), Meter()
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(given, case, folder, meter)
-        trainer.train()
+        with contextlib.suppress(Enough):
+            trainer.train()
         if given.profile:
             profile(trainer)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     print(f"{given.trainer}, {name}: losses {[entry['loss'] for entry in logs]}")
     print(f"  lengths {[entry['completions/mean_length'] for entry in logs]}", flush=True)
-    gib = [round(value / 2**30, 3) for value in (meter.rollout, meter.training, meter.cache)]
-    mismatch = logs[-1].get("sampling/sampling_logp_difference/mean", float("nan"))
+    gib = [round(value / 2**30, 3) for value in (meter.rollout, meter.training, meter.cache, meter.reserved)]
+    unknown = [float("nan")]  # of a run that was stopped within its first step
+    mismatch = logs[-1].get("sampling/sampling_logp_difference/mean", unknown[0]) if logs else unknown[0]
     gpu = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     versions = [torch.__version__, transformers.__version__, trl.__version__]
-    times = [round(meter.times[0], 2), round(min(meter.times[1:] or meter.times), 2), trainer.sampling_seconds]
+    steps = meter.times or unknown
+    times = [round(steps[0], 2), round(min(steps[1:] or steps), 2), round(trainer.sampling_seconds, 2)]
     head = [date.today().isoformat(), gpu, *versions, given.trainer, name, case.prompts * GROUP]
     corrects = getattr(trainer, "_corrects", False)
-    figures = [*head, case.prompt, case.completion, *times, *gib, mismatch, corrects]
+    passes = meter.passes / len(steps)
+    figures = [*head, case.prompt, case.completion, *times, *gib, passes, mismatch, corrects]
     return dict(zip(COLUMNS, figures, strict=True))
 
 
@@ -378,6 +411,8 @@ def main() -> None:
             command = [sys.executable, __file__, "--cases", name, "--child", trainer]
             command += ["--steps", str(given.steps if trainer == "unsloth" else 1), "--budget", str(given.budget)]
             command += ["--batch", str(given.batch)] if given.batch else []
+            command += [] if given.tokens is None else ["--tokens", str(given.tokens)]
+            command += [] if given.passes is None else ["--passes", str(given.passes)]
             command += ["--dry-run"] * given.dry_run + ["--profile"] * (given.profile and trainer == "unsloth")
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
                 assert process.stdout is not None

@@ -80,3 +80,12 @@ def test_policies_take_less_and_less(llama_8b):
 def test_models_whose_blocks_are_not_one_function_are_not_counted_so():
     assert blocks() is not None
     assert blocks(mlp_bias=True) is None
+
+
+def test_larger_passes_fit_until_memory_or_budget_is_short(llama_8b):
+    def fits(policy, rows, free):
+        return block_memory.fits(llama_8b, policy, rows, 2, CONFIG["vocab_size"], int(free * GIB))
+
+    assert fits("unsloth", 32768, 20) and not fits("unsloth", 32768, 2)
+    assert fits(True, 16384, 12) and not fits(False, 16384, 12)
+    assert fits(Budget(device=3 * GIB), 16384, 20) and not fits(Budget(device=GIB), 16384, 20)

@@ -12,6 +12,8 @@ from trl.trainer.grpo_trainer import GRPOTrainer as TRLTrainer
 from unsloth import FastLanguageModel, GRPOConfig, GRPOTrainer
 from unsloth.core.errors import ConfigError, TrainingError
 from unsloth.environments import Game2048, GuessTheNumber, calculate
+from unsloth.generate.engine import Engine
+from unsloth.train import rollouts
 from unsloth.train.rollouts import Completions
 
 TOOLS = (
@@ -49,11 +51,11 @@ def script(trainer, *turns):
     """Let the model say ``turns``, a list of texts for each turn of the batch's completions that go on."""
     waiting = list(turns)
 
-    def sample(prompts, params=None):
+    def sample(prompts, params=None, most=None):
         texts = waiting.pop(0)
         assert len(texts) == len(prompts)
         ids = [trainer._tokenizer(f"{text}<|im_end|>", add_special_tokens=False)["input_ids"] for text in texts]
-        return Completions(ids, [[-1.0] * len(turn) for turn in ids])
+        return Completions(ids, [[-1.0] * len(turn) for turn in ids], [True] * len(ids))
 
     trainer.sample = sample
 
@@ -202,7 +204,9 @@ def test_a_conversation_needs_no_tools(loaded, tmp_path):
     assert metrics["environment/cut_ratio"] == [0.5]
 
 
-def test_a_whole_run_on_a_random_model(loaded, tmp_path):
+def test_a_whole_run_on_a_random_model(loaded, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(rollouts, "Engine", lambda *given: made.append(Engine(*given)) or made[-1])
     trainer = trainer_of(loaded, tmp_path, rows=None, more={"environment_factory": GuessTheNumber}, max_steps=2)
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "reward" in entry]
@@ -210,6 +214,7 @@ def test_a_whole_run_on_a_random_model(loaded, tmp_path):
     # over several turns, training finds each of the model's tokens as probable as sampling did
     assert all(entry["sampling/sampling_logp_difference/max"] < 1e-4 for entry in logged)
     assert all(entry["environment/turns"] >= 1 for entry in logged)
+    assert len(made) == 1  # turns grow, and the cache has had room for them from the start
 
 
 def test_tokens_and_masks_are_those_of_trl(loaded, tmp_path):

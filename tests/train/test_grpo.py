@@ -475,6 +475,33 @@ def test_every_completion_cut_off_and_masked_gives_no_nan(tiny, tmp_path):
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
+def test_a_stop_text_ends_a_completion_and_does_not_cut_it_off(tiny, tmp_path):
+    trainer = trainer_of(
+        tiny, tmp_path, length, mask_truncated_completions=True, max_steps=1, max_completion_length=6,
+        vllm_sampling_params={"stop": ["a", "e", "o", "s", "t", " "]},
+    )  # fmt: skip
+    ends, batches = [], []
+    sample, compute = trainer.sample, trainer._compute_loss
+
+    def sampled(*args):
+        ends.append(sample(*args))
+        return ends[-1]
+
+    trainer.sample = sampled
+    trainer._compute_loss = lambda model, batch: batches.append(batch) or compute(model, batch)
+    trainer.train()
+    (found,), (batch,) = ends, batches
+    stopped = [ids[-1] not in trainer.eos_token_ids for ids in found.ids]
+    assert any(over and stop for over, stop in zip(found.finished, stopped, strict=True))
+    lengths = [len(ids) for ids, over in zip(found.ids, found.finished, strict=True) if over]
+    assert logged(trainer, "completions/clipped_ratio") == pytest.approx([1 - len(lengths) / 8])
+    assert logged(trainer, "completions/mean_terminated_length") == pytest.approx([sum(lengths) / len(lengths)])
+    assert batch["completion_mask"].sum(1).tolist() == [
+        len(ids) * over for ids, over in zip(found.ids, found.finished, strict=True)
+    ]
+    assert batch["num_items_in_batch"] == sum(lengths)
+
+
 def test_evaluation_is_repeatable_and_disturbs_nothing(tiny, tmp_path):
     trainer = trainer_of(tiny, tmp_path, length, per_device_eval_batch_size=8)
     held_out = Dataset.from_list([{"prompt": f"Held {i}"} for i in range(4)])

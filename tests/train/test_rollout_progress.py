@@ -4,6 +4,7 @@ import csv
 import io
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
@@ -105,6 +106,20 @@ def test_figures_that_are_missing(tmp_path):
     rollout_metrics.plot(history, tmp_path / "a.png")
     with pytest.raises(TrainingError, match="logged none"):
         rollout_metrics.plot(history[2:], tmp_path / "b.png")
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_the_memory_of_both_phases_is_drawn_where_it_is_known(tmp_path, monkeypatch, on_gpu):
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k))
+    peaks = {"rollout/memory_gib": 7.5, "training/memory_gib": 5.0} if on_gpu else {}
+    rollout_metrics.plot([entry(step, **peaks) for step in range(1, 20)], tmp_path / "a.png")
+    titles = {axes.get_title(loc="left"): axes for axes in drawn[0].axes}
+    assert ("peak memory of the GPU (GiB)" in titles) == on_gpu and len(titles) == 6 + on_gpu
+    if on_gpu:
+        lines = titles["peak memory of the GPU (GiB)"].get_lines()
+        assert {line.get_label(): line.get_ydata()[0] for line in lines} == {"sampling": 7.5, "training": 5.0}
 
 
 def test_the_course_of_a_figure():

@@ -5,14 +5,21 @@ import random
 import pytest
 
 from unsloth.core.errors import ConfigError
-from unsloth.train.turns import Episode, Limits, play, text_between
+from unsloth.train.turns import Episode, Limits, Turns, play, text_between
 
 END = 9
 
 
 def episodes(*turns, logprobs=True):
     return [
-        Episode([1, 2], list(ids), [1] * len(ids), [-0.5] * len(ids) if logprobs else None, [{"content": ids}])
+        Episode(
+            [1, 2],
+            list(ids),
+            [1] * len(ids),
+            [-0.5] * len(ids) if logprobs else None,
+            [{"content": ids}],
+            ids[-1:] == [END],
+        )
         for ids in turns
     ]
 
@@ -28,7 +35,8 @@ def run(found, limits, replies, turns, between=(7, 7, 7)):
     def sample(prompts, most):
         seen.append(prompts)
         ids = [turns[number].pop(0) for number in range(len(found)) if found[number].end is None]
-        return ids, None if found[0].logprobs is None else [[-1.0] * len(turn) for turn in ids]
+        logprobs = None if found[0].logprobs is None else [[-1.0] * len(turn) for turn in ids]
+        return Turns(ids, logprobs, [turn[-1] == END for turn in ids])
 
     play(found, limits, reply, lambda *_: list(between), sample, lambda _, ids: {"content": ids})
     return asked, seen
@@ -48,6 +56,17 @@ def test_each_token_belongs_to_whoever_wrote_it():
     assert found[2].ids == [4, END, 7, 7, 7, 2, END] and not any(episode.cut for episode in found)
     assert asked == [[0, 1, 2], [0, 2], [0]]  # one batch a turn
     assert seen[0] == [[1, 2, 5, END, 7, 7, 7], [1, 2, 4, END, 7, 7, 7]]
+
+
+def test_a_turn_that_a_stop_text_ended_is_answered():
+    found = episodes([5, 6])
+    found[0].finished = True
+    run(found, Limits(6, 200, None, frozenset({END})), [[[{"content": "go on"}], "over"]], [[[3, END]]])
+    assert found[0].end == "too long"  # an answer and a turn do not fit
+    found = episodes([5, 6])
+    found[0].finished = True
+    run(found, Limits(2, 200, None, frozenset({END})), [["over"]], [[]])
+    assert found[0].end == "over" and not found[0].cut
 
 
 def test_an_endless_game_is_cut_by_turns():

@@ -62,6 +62,12 @@ def policy_of(layer: torch.nn.Module) -> Policy:
     return layer.__dict__.get(_ATTRIBUTE, True)
 
 
+def policy_in(model: PreTrainedModel) -> Policy:
+    """The policy of the layers of ``model``, as it is now; False where none is checkpointed."""
+    layers = (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+    return next((policy for policy in map(policy_of, layers) if policy is not False), False)
+
+
 def is_on(model: PreTrainedModel) -> bool:
     """Whether any layer of ``model`` is checkpointed."""
     # Read off the instances: the model class has a property of that name that warns in some versions.

@@ -124,6 +124,16 @@ def measure(
     return BlockMemory(first, second, host, min(late, layers))
 
 
+def fits(blocks: Blocks, policy: Policy, rows: int, itemsize: int, vocabulary: int, free: int) -> bool:
+    """Whether forward and backward of ``rows`` tokens take at most ``free`` bytes, and no more than a budget allows."""
+    sizes = blocks.sizes(rows, itemsize)
+    if isinstance(policy, Budget) and policy.device is not None:
+        if _assignment(blocks.layers, sizes, policy).device_bytes(sizes) > policy.device:
+            return False
+    found = measure(blocks, policy, rows, itemsize, vocabulary)
+    return found.activations + found.logits <= free
+
+
 def _assignment(layers: int, sizes: LayerSizes, policy: Policy) -> Assignment:
     if policy is False:
         return fixed_assignment(layers, Place.KEEP)

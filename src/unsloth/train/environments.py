@@ -23,7 +23,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer as TRLTrainer
 from unsloth.core.errors import ConfigError
 from unsloth.data import tool_calls
 from unsloth.train.tool_turns import Talk, ToolCalls
-from unsloth.train.turns import Episode, Limits, Message, play, text_between
+from unsloth.train.turns import Episode, Limits, Message, Turns, play, text_between
 
 NEXT_TURN = "next_turn"
 """The method that makes an environment a conversation."""
@@ -160,6 +160,8 @@ class Environments(TRLTrainer):
     _conversations: Conversations | None = None
     _played: Sequence[Episode] | None = None
     """The newest completions of several turns."""
+    _finished: Sequence[bool] | None = None
+    """Whether each of the completions sampled last ended by itself; None where that is for their last tokens to say."""
     rollouts: Any
     sample: Any
     _tools_of: Any
@@ -261,9 +263,16 @@ class Environments(TRLTrainer):
                 [1] * len(turn),
                 None if logprobs is None else list(logprobs[number]),
                 messages[number],
+                finished,
             )
-            for number, turn in enumerate(ids)
+            for number, (turn, finished) in enumerate(zip(ids, self._ends(ids), strict=True))
         ]
+
+    def _ends(self, ids: Sequence[Sequence[int]]) -> list[bool]:
+        """Whether the model ended each of the turns sampled last itself."""
+        if self._finished is not None:
+            return list(self._finished)
+        return [bool(turn) and turn[-1] in self.eos_token_ids for turn in ids]
 
     @property
     def _limits(self) -> Limits:
@@ -274,11 +283,12 @@ class Environments(TRLTrainer):
             self.max_completion_length, longest, None if turns is None else turns + 1, frozenset(self.eos_token_ids)
         )
 
-    def _sample_turns(self, prompts: list[list[int]], most: int) -> Any:
+    def _sample_turns(self, prompts: list[list[int]], most: list[int]) -> Turns:
         if self.rollouts is None:
-            return self._generate_single_turn(prompts, None, {}, 1)
-        found = self.sample(prompts, dataclasses.replace(self.rollouts.params, max_tokens=most))
-        return found.ids, found.logprobs
+            ids, logprobs = self._generate_single_turn(prompts, None, {}, 1)
+            return Turns(ids, logprobs, self._ends(ids))
+        found = self.sample(prompts, most=most)
+        return Turns(found.ids, found.logprobs, found.finished)
 
     def _between(self, number: int, messages: Sequence[Message], ended: bool) -> list[int]:
         """Token ids from a turn of the model, whose end token it wrote itself or not, up to the next one."""

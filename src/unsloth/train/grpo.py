@@ -30,7 +30,7 @@ from unsloth.data.formats import template_variables
 from unsloth.data.masking import IGNORED
 from unsloth.data.prepare import Rows
 from unsloth.generate.sampling import SamplingParams
-from unsloth.losses.policy import PolicyLoss, policy_loss, sampling_correction
+from unsloth.losses.policy import PolicyLoss, policy_loss, sampling_correction, without_truncated
 from unsloth.models import record
 from unsloth.train import masters, reward_names, setup
 from unsloth.train.checked_reward import CheckedReward, mask_whole_rows
@@ -42,6 +42,7 @@ from unsloth.train.environments import (
     tools_accepted,
 )
 from unsloth.train.grpo_config import GRPOConfig
+from unsloth.train.larger_passes import LargerPasses
 from unsloth.train.loop import ModelLoop
 from unsloth.train.packed_rows import pack
 from unsloth.train.phases import Phases
@@ -55,12 +56,10 @@ from unsloth.train.token_logprobs import TokenLogprobs
 
 # Legend: B completions of a batch, P tokens of the longest prompt, C of the longest completion.
 
-_OF_PROMPTS = ("prompt_ids", "prompt_mask")
-
 logger = get_logger(__name__)
 
 
-class GRPOTrainer(Phases, Environments, ModelLoop, TRLTrainer):
+class GRPOTrainer(Phases, LargerPasses, Environments, ModelLoop, TRLTrainer):
     """Trains a model on its own completions, rated by reward functions.
 
     A subclass of ``trl.GRPOTrainer``. Adapters are trained in float32, and the reference of ``beta`` is the model
@@ -145,6 +144,7 @@ class GRPOTrainer(Phases, Environments, ModelLoop, TRLTrainer):
         self._set_up_environments(talk)
         self._check_own_rewards(args)
         self.beta = args.beta = beta
+        self.mask_truncated_completions = False  # done here, where it is known what ended a completion
         args.sync_ref_model = synchronized
         chunked = args.fused_head is not False
         self._policy = TokenLogprobs(given.model, chunked)
@@ -228,8 +228,15 @@ class GRPOTrainer(Phases, Environments, ModelLoop, TRLTrainer):
             )
         return corrects and self.args.uses_our_loss
 
-    def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams | None = None) -> Completions:
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | None = None,
+        most: Sequence[int] | None = None,
+    ) -> Completions:
         """One completion by the policy as it is for each of ``prompts``, token ids; for environments of several turns.
+
+        ``most`` is how many tokens each may have, in the place of ``params.max_tokens``.
 
         The random numbers follow from the seed, the step, how many times this was called in it, and the place in the
         list. A signal that arrives meanwhile ends the run as it does elsewhere.
@@ -244,11 +251,14 @@ class GRPOTrainer(Phases, Environments, ModelLoop, TRLTrainer):
         place = (0, self._step) if self.model.training else (1, self.state.global_step, self._evaluated)
         key = (self.args.seed, self.accelerator.process_index, *place, self._turn)
         self._turn += 1
-        return self.rollouts.sample(prompts, key, self._listener.check, params)
+        return self.rollouts.sample(prompts, key, self._listener.check, params, most)
 
     def _generate(self, prompts: list[Any]) -> Any:
-        """As in TRL; the engine's cache gives its memory back when all turns are over."""
-        self._turn = 0
+        """As in TRL; the engine's cache gives its memory back when all turns are over.
+
+        A completion that a stop text ended was not cut off, which TRL reads off its last token.
+        """
+        self._turn, self._finished = 0, None
         mode = "train" if self.model.training else "eval"
         try:
             found = super()._generate(prompts)
@@ -257,11 +267,29 @@ class GRPOTrainer(Phases, Environments, ModelLoop, TRLTrainer):
                 self.rollouts.sleep()
         if mode == "eval":
             self._evaluated += 1
+        if self._played is not None:
+            self._finished = [episode.finished for episode in self._played]
+        elif self.rollout_func is not None:  # whatever it sampled last
+            self._finished = None
+        if self._finished is not None:
+            _, ids, written, *_ = found
+            lengths = [len(turn) for turn in ids] if written is None else [sum(mask) for mask in written]
+            self._note_ends(mode, lengths, self._finished)
         if self.rollouts is not None:
             seconds, tokens = self.rollouts.take_counts()
             self._metrics[mode]["rollout/seconds"].append(seconds)
             self._metrics[mode]["rollout/tokens_per_second"].append(tokens / max(seconds, 1e-9))
         return found
+
+    def _note_ends(self, mode: str, lengths: Sequence[int], finished: Sequence[bool]) -> None:
+        """Correct what TRL has noted of how completions ended."""
+        pairs = torch.tensor([lengths, finished], device=self.accelerator.device).T
+        every, ended = self.accelerator.gather(pairs).double().unbind(1)
+        whole = every[ended > 0] if ended.any() else every.new_zeros(1)
+        values = {"clipped_ratio": 1 - ended.mean(), "mean_terminated_length": whole.mean()}
+        values |= {"min_terminated_length": whole.min(), "max_terminated_length": whole.max()}
+        for name, value in values.items():
+            self._metrics[mode][f"completions/{name}"][-1] = value.item()
 
     def _generate_single_turn(
         self,
@@ -277,6 +305,7 @@ class GRPOTrainer(Phases, Environments, ModelLoop, TRLTrainer):
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
         found = self.sample(prompt_ids)
+        self._finished = found.finished
         return found.ids, found.logprobs
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], Any, dict[str, Any]]:
@@ -317,6 +346,8 @@ class GRPOTrainer(Phases, Environments, ModelLoop, TRLTrainer):
         """As in TRL; warns where no group has anything to learn from."""
         self._batch_rows = inputs
         found = super()._generate_and_score_completions(inputs)
+        if self.args.mask_truncated_completions:
+            self._leave_out_truncated(found)
         if self.model.training and not found["advantages"].any():
             logger.warning(
                 "all completions of each prompt got the same reward, so there is nothing to learn from this batch: "
@@ -324,6 +355,18 @@ class GRPOTrainer(Phases, Environments, ModelLoop, TRLTrainer):
                 extra={"once": True},
             )
         return found
+
+    def _leave_out_truncated(self, batch: dict[str, Any]) -> None:
+        """Take completions that were cut off out of the loss."""
+        mask, ends = batch["completion_mask"], [*self.eos_token_ids, self._tokenizer.pad_token_id]
+        if self._finished is None:
+            last = batch["completion_ids"].gather(1, (mask.sum(1, keepdim=True) - 1).clamp(min=0))
+            finished = torch.isin(last[:, 0], torch.tensor(ends, device=mask.device))
+        else:
+            finished = torch.tensor(self._finished, device=mask.device)
+        batch["completion_mask"] = without_truncated(mask, finished)
+        counted = batch["completion_mask"] * batch.get("tool_mask", 1)
+        batch["num_items_in_batch"] = self.accelerator.gather(counted.sum()).sum()
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
         """As in TRL: (B, functions). A completion that one function could not rate is rated by none."""
@@ -356,16 +399,15 @@ class GRPOTrainer(Phases, Environments, ModelLoop, TRLTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """As in TRL, in the order of the data set: the completions of a group stay neighbours.
 
-        Each batch is as wide as its longest prompt and completion.
+        Each batch is as wide as its longest prompt and completion, and may stand for several.
         """
         rows = generation_batch if isinstance(generation_batch, list) else [{}]
         if not self.model.training or {"image", "images"} & set(rows[0]):
             return super()._prepare_inputs(generation_batch)
         if self._step % self._cycle == 0 or self._buffered_inputs is None:
             whole = self._generate_and_score_completions(generation_batch)
-            parts = split_tensor_dict(whole, self.args.steps_per_generation)
-            self._buffered_inputs = [_trimmed(part) for part in parts]
-        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+            self._buffered_inputs = split_tensor_dict(whole, self.args.steps_per_generation)
+        return self._next_pass()
 
     @property
     def _cycle(self) -> int:
@@ -406,13 +448,10 @@ class GRPOTrainer(Phases, Environments, ModelLoop, TRLTrainer):
                 compute_aux_loss,
                 **images,
             )
+        rows = self._rows_at_once(input_ids, batch_size)
         parts = [
             self._scores(model, ids, attended, logits_to_keep, compute_entropy)
-            for ids, attended in zip(
-                input_ids.split(batch_size or len(input_ids)),
-                attention_mask.split(batch_size or len(input_ids)),
-                strict=True,
-            )
+            for ids, attended in zip(input_ids.split(rows), attention_mask.split(rows), strict=True)
         ]
         logprobs = torch.cat([part.logprobs[:, -logits_to_keep:] for part in parts])
         entropy = None
@@ -443,6 +482,8 @@ class GRPOTrainer(Phases, Environments, ModelLoop, TRLTrainer):
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         """The loss of a batch, by :mod:`unsloth.losses.policy`; TRL's own where it has what only TRL computes."""
+        if not inputs:  # computed with an earlier batch
+            return torch.zeros((), device=self.accelerator.device, requires_grad=True)
         if not self.args.uses_our_loss or self.aux_loss_enabled or "pixel_values" in inputs:
             return super()._compute_loss(model, inputs)
         mask = inputs["completion_mask"]
@@ -468,7 +509,10 @@ class GRPOTrainer(Phases, Environments, ModelLoop, TRLTrainer):
             num_items=num_items,
         )
         self._note(found, entropy, mask)
-        return found.loss if self.args.loss_type == "dapo" else found.loss / accumulated
+        if self.args.loss_type == "dapo":
+            return found.loss
+        batches = len(mask) // self.args.per_device_train_batch_size if self.model.training else 1
+        return found.loss * batches / accumulated
 
     def _correction(self, logprobs: torch.Tensor, inputs: Mapping[str, Any], mask: torch.Tensor) -> torch.Tensor | None:
         """Compare log-probabilities (B, C) with those of sampling; weights of the tokens, if they are to have any."""
@@ -534,6 +578,7 @@ class GRPOTrainer(Phases, Environments, ModelLoop, TRLTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         self._step, self._buffered_inputs = 0, None  # of this run, until the checkpoint says otherwise
+        self._forget_passes()
         super()._load_optimizer_and_scheduler(checkpoint)
 
 
@@ -559,19 +604,3 @@ def _choose_engine(args: GRPOConfig) -> str | None:
     if wanted is None and args.use_vllm:
         logger.info('use_vllm: completions are sampled by the engine here; rollout_engine="vllm" asks for vLLM')
     return wanted
-
-
-def _trimmed(batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch without the columns in which it has only padding, in front of prompts and after completions."""
-    prompt, completion = batch["prompt_mask"], batch["completion_mask"]
-    longest_prompt, longest = torch.stack([prompt.sum(1).max(), completion.sum(1).max()]).tolist()
-    width = completion.shape[1]
-
-    def cut(name: str, value: Any) -> Any:
-        if not torch.is_tensor(value) or value.dim() < 2:
-            return value
-        if name in _OF_PROMPTS:
-            return value[:, -max(longest_prompt, 1) :]
-        return value[:, : max(longest, 1)] if value.shape[1] == width else value
-
-    return {name: cut(name, value) for name, value in batch.items()}

@@ -45,6 +45,9 @@ class RolloutArguments(SurvivalArguments, FollowsModel):
         fused_head: Compute the output head in chunks, so that the logits never exist as a whole. None means yes.
         packing: Lay the completions of a batch end to end instead of padding them, and compute a prompt that several
             share once. None means wherever the model's attention tells them apart, which is on a GPU.
+        tokens_per_pass: Consecutive batches of one update are computed together, up to so many tokens; 0 keeps them
+            apart. None means 32,768 on a GPU, or fewer where memory, or the budget of ``use_gradient_checkpointing``,
+            is short. Updates do not depend on it.
     """
 
     reward_functions: list[Any] | None = field(default=None, metadata={"help": "Reward functions by name."})
@@ -61,6 +64,7 @@ class RolloutArguments(SurvivalArguments, FollowsModel):
     tool_time_limit: float | None = field(default=60.0, metadata={"help": "Seconds a call of a tool may take."})
     fused_head: bool | None = field(default=None, metadata={"help": "Compute no whole logits."})
     packing: bool | None = field(default=None, metadata={"help": "No padding, and shared prompts once."})
+    tokens_per_pass: int | None = field(default=None, metadata={"help": "Batches computed together, in tokens."})
 
 
 @accepts_earlier_names
@@ -162,6 +166,8 @@ def _check(args: Any) -> None:
             got=args.vllm_importance_sampling_mode,
             do=f"Use one of {', '.join(_CORRECTIONS)}.",
         )
+    if args.tokens_per_pass is not None and args.tokens_per_pass < 0:
+        raise ConfigError("tokens_per_pass must be 0 or more", got=args.tokens_per_pass)
     for name in ("max_prompt_length", "max_completion_length", "reward_time_limit", "tool_time_limit"):
         value = getattr(args, name)
         if value is not None and not value > 0:

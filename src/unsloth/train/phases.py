@@ -15,10 +15,12 @@ class Phases(TRLTrainer):
     """Measures them, before TRL's class.
 
     Adds to the metrics ``rewards/seconds``, ``training/tokens_per_second`` (prompts and completions, over the time that
-    was neither sampling nor rewards) and, on a GPU, the peaks ``rollout/memory_gib`` and ``training/memory_gib``.
+    was neither sampling nor rewards) and, on a GPU, the peaks ``rollout/memory_gib``, with the engine's cache, and
+    ``training/memory_gib``.
     """
 
     _tokens_logged: int | None = None
+    rollouts: Any
 
     def _generate(self, prompts: list[Any]) -> Any:
         mode = "train" if self.model.training else "eval"
@@ -26,7 +28,7 @@ class Phases(TRLTrainer):
             self._tokens_logged = self.state.num_input_tokens_seen
         self._note_peak("training/memory_gib")
         found = super()._generate(prompts)
-        self._note_peak("rollout/memory_gib", mode)
+        self._note_peak("rollout/memory_gib", mode, 0 if self.rollouts is None else self.rollouts.cache_bytes)
         return found
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -49,11 +51,11 @@ class Phases(TRLTrainer):
             self._note_peak("training/memory_gib")
         super().log(logs, start_time)
 
-    def _note_peak(self, name: str, mode: str = "train") -> None:
-        """Take down the peak since the last call, and start a new one."""
+    def _note_peak(self, name: str, mode: str = "train", beside: int = 0) -> None:
+        """Take down the peak since the last call, with bytes ``beside`` what torch counts, and start a new one."""
         if self.accelerator.device.type != "cuda":
             return
-        peak = torch.cuda.max_memory_allocated(self.accelerator.device) / GIB
+        peak = (torch.cuda.max_memory_allocated(self.accelerator.device) + beside) / GIB
         before = self._metrics[mode][name]
         self._metrics[mode][name] = [max([peak, *before])]
         torch.cuda.reset_peak_memory_stats(self.accelerator.device)

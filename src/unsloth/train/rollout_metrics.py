@@ -126,6 +126,7 @@ _PANELS = (
     ("share of tokens clipped, groups all alike", ("clip_ratio/region_mean", "frac_reward_zero_std")),
     ("mismatch of log-probabilities (nats)", ("sampling/sampling_logp_difference/mean",)),
     ("tokens/s", ("rollout/tokens_per_second", "training/tokens_per_second")),
+    ("peak memory of the GPU (GiB)", ("rollout/memory_gib", "training/memory_gib")),
 )
 _NAMES = {
     "completions/mean_length": "mean",
@@ -134,6 +135,8 @@ _NAMES = {
     "sampling/sampling_logp_difference/mean": "mean",
     "rollout/tokens_per_second": "sampling",
     "training/tokens_per_second": "training",
+    "rollout/memory_gib": "sampling",
+    "training/memory_gib": "training",
     "kl": "KL",
 }
 _COLOURS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#ca8a04", "#64748b")
@@ -149,10 +152,12 @@ def plot(history: Sequence[Entry], path: str | os.PathLike[str]) -> Path:
     from matplotlib.figure import Figure as Picture
 
     found = _some(history)
-    picture = Picture(figsize=(12, 7.5), dpi=110, layout="constrained")
+    panels = [(title, keys) for title, keys in _PANELS if any(_points(found, key)[0] for key in keys)]
+    columns = max(3, len(panels) - 2)  # two beside the rewards, the others below
+    picture = Picture(figsize=(4 * columns, 7.5), dpi=110, layout="constrained")
     FigureCanvasAgg(picture)
-    grid = picture.add_gridspec(3, 3)
-    axes = picture.add_subplot(grid[:2, :2])
+    grid = picture.add_gridspec(3, columns)
+    axes = picture.add_subplot(grid[:2, :-1])
     steps, rewards = _points(found, "reward")
     spread = dict(zip(*_points(found, "reward_std"), strict=True))
     band = [spread.get(step, 0.0) for step in steps]
@@ -165,9 +170,9 @@ def plot(history: Sequence[Entry], path: str | os.PathLike[str]) -> Path:
         places, values = _points(found, figure.key)
         axes.plot(places, _smooth(values), color=colour, linewidth=1.5, label=figure.name)
     _dress(axes, "reward (unweighted for each function; running means)")
-    corners = [(0, 2), (1, 2), (2, 0), (2, 1), (2, 2)]
-    for (row, column), (title, keys) in zip(corners, _PANELS, strict=True):
-        axes = picture.add_subplot(grid[row, column])
+    spots = [(0, columns - 1), (1, columns - 1), *((2, column) for column in range(columns))]
+    for spot, (title, keys) in zip(spots, panels, strict=False):
+        axes = picture.add_subplot(grid[spot])
         for key, colour in zip(keys, _COLOURS, strict=False):
             at, values = _points(found, key)
             if at:

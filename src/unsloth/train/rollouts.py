@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from unsloth.core.errors import ConfigError, DataError
 from unsloth.core.log import get_logger
@@ -33,10 +34,12 @@ class Completions:
         ids: Token ids of each completion, the one that ended it included.
         logprobs: Log-probability of each token under the policy at its sampling temperature, as the engine computed
             it; NaN where cuts or penalties hide it.
+        finished: Whether each ended by a token or text that ends completions, and was not cut off.
     """
 
     ids: list[list[int]]
     logprobs: list[list[float]]
+    finished: list[bool]
 
 
 class Rollouts:
@@ -74,7 +77,7 @@ class Rollouts:
         self._options = EngineOptions() if methods is None else methods.options
         self._options = dataclasses.replace(self._options, max_num_seqs=min(self._options.max_num_seqs, rows))
         self._engine: Engine | None = None
-        self._room = 0  # tokens of prompt that the cache was made for
+        self._room = (0, 0)  # tokens of the longest prompt and of the longest sequence that the cache was made for
         loaded, config = record.find(model), record.transformers_model(model).config.get_text_config()
         self.longest = min(loaded.max_seq_length if loaded else math.inf, config.max_position_embeddings)
         """Tokens of the longest sequence, prompt and completion together."""
@@ -91,6 +94,11 @@ class Rollouts:
         """Whether keys and values are kept in eight bits, which changes probabilities."""
         return self._options.float8_kv_cache
 
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the keys and values right now, which on a GPU is not in torch's own count."""
+        return 0 if self._engine is None else self._engine.stats().cache_bytes
+
     def take_counts(self) -> tuple[float, int]:
         """Seconds spent sampling and tokens sampled since the last call."""
         found = self._seconds, self._tokens
@@ -103,6 +111,7 @@ class Rollouts:
         key: Sequence[int],
         check: Callable[[], None] = lambda: None,
         params: SamplingParams | None = None,
+        most: Sequence[int] | None = None,
     ) -> Completions:
         """One completion for every prompt; equal neighbours are sampled as completions of one prompt.
 
@@ -111,6 +120,7 @@ class Rollouts:
             key: What decides the random numbers, together with the place of a prompt in the list.
             check: Called after every step of the engine; what it raises ends the generation.
             params: In the place of the trainer's.
+            most: Tokens that each completion may have, in the place of ``params.max_tokens``.
 
         Raises:
             DataError: A prompt leaves no room for a completion.
@@ -127,13 +137,19 @@ class Rollouts:
                     got=f"{text}...",
                     do="Leave such rows out, set max_prompt_length, or load the model with a larger max_seq_length.",
                 )
-        engine = self._engine_for(max(map(len, prompts)), params)
-        requests = [dataclasses.replace(params, n=stop - first, seed=seed_of(*key, first)) for first, stop in groups]
+        limits = [self._limit(len(ids), params) for ids in prompts] if most is None else most
+        length = max(len(ids) + limit for ids, limit in zip(prompts, limits, strict=True))
+        engine = self._engine_for(max(map(len, prompts)), length)
+        requests = [
+            dataclasses.replace(params, n=stop - first, seed=seed_of(*key, first), max_tokens=limits[first])
+            for first, stop in groups
+        ]
         outputs = engine.generate([list(prompts[first]) for first, _ in groups], requests, progress=lambda _: check())
         completions = [output for request in outputs for output in request.outputs]
         found = Completions(
             [output.token_ids for output in completions],
             [self._logprobs(output, params) for output in completions],
+            [output.finish_reason == "stop" for output in completions],
         )
         self._tokens += sum(map(len, found.ids))
         self._seconds += time.perf_counter() - start
@@ -155,40 +171,61 @@ class Rollouts:
             return output.model_logprobs
         return [math.nan] * len(output.token_ids) if _cuts(params) else output.sampled_logprobs
 
-    def _engine_for(self, longest: int, params: SamplingParams) -> Engine:
-        """The engine, whose cache is made anew if prompts have become longer than it was made for."""
-        longest = min(longest + (params.max_tokens or 0) if self.turns else longest, self.longest)
-        if self._engine is not None and longest > self._room:
-            longest = min(longest * 5 // 4, self.longest)  # so that it does not grow by a little every time
+    def _limit(self, prompt: int, params: SamplingParams) -> int:
+        """Tokens that a completion of a prompt of so many may have."""
+        room = self.longest - prompt
+        return room if params.max_tokens is None else min(params.max_tokens, room)
+
+    def _engine_for(self, prompt: int, length: int) -> Engine:
+        """The engine, whose cache is made anew if prompts or sequences have become longer than it was made for.
+
+        Turns of one completion never have that: the first has room for the longest that it may become.
+        """
+        prompt = 0 if self.turns else prompt  # what turns share is not known
+        if self._engine is not None and (prompt > self._room[0] or length > self._room[1]):
+            prompt, length = prompt * 5 // 4, length * 5 // 4  # so that it does not grow by a little every time
             self.close()
         if self._engine is None:
-            self._room = longest
-            self._engine = Engine(self._model, self._tokenizer, self._sized(longest, params))
+            self._room = prompt, min(length, self.longest)
+            self._engine = Engine(self._model, self._tokenizer, self._sized(*self._room))
         return self._engine
 
-    def _sized(self, longest: int, params: SamplingParams) -> EngineOptions:
+    def _sized(self, prompt: int, length: int) -> EngineOptions:
         """Options with a cache for all rows at once, if that fits into memory."""
         options = self._options
-        if options.num_pages is not None or params.max_tokens is None:
+        if options.num_pages is not None:
             return options
-        page = options.page_size
-        length = min(longest + (0 if self.turns else params.max_tokens), self.longest)
-        of_row, shared = math.ceil(length / page) + 1, 0
-        if not self.turns:  # full pages of a prompt are shared by its completions
-            shared = math.ceil(self.rows / self.group) * (longest // page)
-            of_row -= longest // page
-        pages = shared + self.rows * of_row
+        pages = cache_pages(self.rows, self.group, prompt, length, options.page_size)
         if pages * self._page_bytes() > 0.8 * _free_memory():
             logger.info("a cache for all completions at once would take too much memory, so they take turns")
             return dataclasses.replace(options, max_model_len=length)
         return dataclasses.replace(options, max_model_len=length, num_pages=pages)
 
     def _page_bytes(self) -> int:
-        config = record.transformers_model(self._model).config.get_text_config()
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = 1 if self.float8 else self.dtype.itemsize
-        return 2 * self._options.page_size * config.num_hidden_layers * heads * head_dim * width
+        config = record.transformers_model(self._model).config
+        return page_bytes(config, self._options.page_size, 1 if self.float8 else self.dtype.itemsize)
+
+
+def cache_pages(rows: int, group: int, prompt: int, length: int, page: int) -> int:
+    """Pages of keys and values that all completions of a generation take at once.
+
+    Args:
+        rows: Completions.
+        group: Completions of one prompt, which share its full pages.
+        prompt: Tokens of the longest prompt; 0 if nothing is shared.
+        length: Tokens of the longest sequence, prompt included.
+        page: Tokens of a page.
+    """
+    shared = prompt // page
+    return math.ceil(rows / group) * shared + rows * (math.ceil(length / page) + 1 - shared)
+
+
+def page_bytes(config: PretrainedConfig, page: int, itemsize: int) -> int:
+    """Bytes of a page of ``page`` tokens, of all layers of a model."""
+    text = config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return 2 * page * text.num_hidden_layers * heads * head_dim * itemsize
 
 
 def _free_memory() -> float:

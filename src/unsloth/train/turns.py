@@ -25,6 +25,7 @@ class Episode:
         logprobs: Log-probability of each of ``ids`` at its sampling, 0.0 for those of the environment; None if the
             sampler gives none.
         messages: The turns as messages.
+        finished: Whether the model ended its last turn itself, by an end token or a stop text.
         turns: How many of them are the model's.
         end: Why it ended: the model ``"answered"``, the environment was ``"over"``, or it was cut: by the length of
             completions (``"too long"``), or by their number of turns (``"too many turns"``).
@@ -35,6 +36,7 @@ class Episode:
     mask: list[int]
     logprobs: list[float] | None
     messages: list[Message]
+    finished: bool = True
     turns: int = 1
     end: End | None = None
 
@@ -49,6 +51,21 @@ class Episode:
         self.mask += [int(by_model)] * len(ids)
         if self.logprobs is not None:
             self.logprobs += [0.0] * len(ids) if logprobs is None else logprobs
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Turns that the model wrote, one for each of some prompts.
+
+    Attributes:
+        ids: Token ids.
+        logprobs: Log-probability of each at its sampling; None if the sampler gives none.
+        finished: Whether the model ended each itself.
+    """
+
+    ids: list[list[int]]
+    logprobs: list[list[float]] | None
+    finished: list[bool]
 
 
 @dataclass(frozen=True)
@@ -77,25 +94,25 @@ def play(
     limits: Limits,
     reply: Callable[[list[int]], list[Sequence[Message] | End]],
     between: Callable[[int, Sequence[Message], bool], list[int]],
-    sample: Callable[[list[list[int]], int], tuple[list[list[int]], list[list[float]] | None]],
+    sample: Callable[[list[list[int]], list[int]], Turns],
     read: Callable[[int, list[int]], Message],
 ) -> None:
     """Go on with completions, all that are not over in one batch for each turn, until every one has an ``end``.
 
-    A turn that used up all room without an end token is not answered.
+    A turn that was cut off for want of room is not answered.
 
     Args:
         episodes: With the model's first turn; changed in place.
         limits: When they are cut.
         reply: Numbers of episodes → for each, the messages that answer its last turn, or why it ends there.
         between: ``(number, messages, turn was ended)`` → token ids from the model's turn to the start of the next.
-        sample: ``(prompts, most tokens)`` → token ids of the next turns, and their log-probabilities.
+        sample: ``(prompts, most tokens of each turn)`` → the next turns.
         read: ``(number, token ids of a turn)`` → the message.
     """
     active = list(range(len(episodes)))
     while active:
         for number in active:
-            if not _ended(episodes[number], limits) and limits.room(episodes[number]) <= 0:
+            if not episodes[number].finished and limits.room(episodes[number]) <= 0:
                 episodes[number].end = "too long"
         active = [number for number in active if episodes[number].end is None]
         for number, replies in zip(active, reply(active), strict=True):
@@ -105,7 +122,7 @@ def play(
             elif limits.turns is not None and episode.turns >= limits.turns:
                 episode.end = "too many turns"
             else:
-                ids = between(number, replies, _ended(episode, limits))
+                ids = between(number, replies, bool(episode.ids) and episode.ids[-1] in limits.ends)
                 if len(ids) >= limits.room(episode):
                     episode.end = "too long"
                     continue
@@ -116,21 +133,17 @@ def play(
             _next_turns(episodes, active, limits, sample, read)
 
 
-def _ended(episode: Episode, limits: Limits) -> bool:
-    """Whether the model ended its turn itself."""
-    return bool(episode.ids) and episode.ids[-1] in limits.ends
-
-
 def _next_turns(episodes: Sequence[Episode], active: list[int], limits: Limits, sample: Any, read: Any) -> None:
     """Let the model write a turn of every active episode."""
-    most = max(limits.room(episodes[number]) for number in active)
+    most = [limits.room(episodes[number]) for number in active]
     prompts = [episodes[number].prompt_ids + episodes[number].ids for number in active]
-    turns, logprobs = sample(prompts, most)
+    turns = sample(prompts, most)
     for place, number in enumerate(active):
         episode = episodes[number]
         room = limits.room(episode)
-        ids = turns[place][:room]
-        episode.add(ids, None if logprobs is None else logprobs[place][:room], by_model=True)
+        ids = turns.ids[place][:room]
+        episode.add(ids, None if turns.logprobs is None else turns.logprobs[place][:room], by_model=True)
+        episode.finished = turns.finished[place] and len(turns.ids[place]) <= room
         episode.turns += 1
         episode.messages.append(read(number, ids))
 
