@@ -208,3 +208,20 @@ def test_the_knobs_save_memory_and_leave_out_what_is_set_already(plan):
     settings = " ".join(knob.setting for knob in found)
     assert "batch_size: 1" in settings and "checkpointing" in settings and "load_in_4bit" in settings
     assert "checkpointing" not in " ".join(k.setting for k in fit.knobs(plan.with_checkpointing(), now))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_on_the_host_is_counted_there(tiny, tied):
+    loading = LoadOptions(str(tiny("llama", tied)), precision="4bit", dtype=torch.bfloat16)
+    adapter, training = AdapterOptions(r=4), SFTConfig(per_device_train_batch_size=1, report_to="none", use_cpu=True)
+    training._checkpointing_follows_model = True
+
+    def of(offload, on_gpu=True):
+        options = replace(loading, offload_embedding=offload)
+        return estimate(options, adapter, training, sequence_length=64, on_gpu=on_gpu)
+
+    embedding = 0 if tied else 260 * 64 * 2
+    stays, moved = of(False), of(True)
+    assert stays.weights - moved.weights == moved.host - stays.host == embedding
+    assert stays.total - moved.total == embedding
+    assert of(True, on_gpu=False) == of(False, on_gpu=False)

@@ -32,6 +32,8 @@ def estimate(config: RunConfig, limit: int | None, *, trust_remote_code: bool = 
     shape = f"{memory.batch_size} x {memory.sequence_length:,} tokens"
     parts = {name: format_bytes(size) for name, size in memory.parts().items()}
     console.print(screen.facts(f"A step of {shape}", {**parts, "together": format_bytes(memory.total)}))
+    if memory.host:
+        console.print(f"Beside it at most {format_bytes(memory.host)} of host memory, where the GPU's is shortest.")
     target = device.default_device()
     where = "given" if limit is not None else f"free on {target}"
     limit = limit if limit is not None else device.free_memory(target)

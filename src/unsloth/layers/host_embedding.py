@@ -51,11 +51,8 @@ class HostEmbedding(torch.nn.Embedding):
         return host_gather(self.weight, input)
 
 
-def move(model: Any) -> str | None:
-    """Put the input embedding of ``model``, a transformers model, on the host; or say why it stays.
-
-    It is made the last of its parent's modules, since a model's first parameter is what says where the model is.
-    """
+def obstacle(model: Any) -> str | None:
+    """Why the input embedding of ``model``, a transformers model, cannot be on the host; None if it can."""
     embedding = model.get_input_embeddings()
     if type(embedding) is not torch.nn.Embedding:
         return f"it is a {type(embedding).__name__}"
@@ -64,8 +61,18 @@ def move(model: Any) -> str | None:
     head = model.get_output_embeddings()
     if head is not None and head.weight is embedding.weight:
         return "it is the output head as well, which the GPU needs"
-    if embedding.weight.requires_grad:
-        return "it is trained"
+    return "it is trained" if embedding.weight.requires_grad else None
+
+
+def move(model: Any) -> str | None:
+    """Put the input embedding of ``model``, a transformers model, on the host; or say why it stays.
+
+    It is made the last of its parent's modules, since a model's first parameter is what says where the model is.
+    """
+    reason = obstacle(model)
+    if reason is not None:
+        return reason
+    embedding = model.get_input_embeddings()
     path = next(name for name, module in model.named_modules() if module is embedding)
     parent = model.get_submodule(path.rpartition(".")[0])
     del parent._modules[path.rpartition(".")[2]]

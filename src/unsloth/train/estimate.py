@@ -10,7 +10,7 @@ import contextlib
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 
 from unsloth.core.errors import ConfigError
 from unsloth.kernels.logprobs import logprobs
+from unsloth.layers import host_embedding
 from unsloth.memory import checkpointing
 from unsloth.models import adapters, load, modes, record
 from unsloth.train import block_memory, memory_error, skeleton
@@ -57,6 +58,7 @@ class MemoryEstimate:
         sequence_length: Tokens of each of its sequences; a prompt with one of its answers is a sequence.
         trainable_parameters: How many numbers are trained.
         total_parameters: How many numbers the model and its adapter have.
+        host: Bytes of host memory: layers that wait there, where memory on the GPU is shortest, and an embedding.
     """
 
     weights: int
@@ -69,6 +71,7 @@ class MemoryEstimate:
     sequence_length: int
     trainable_parameters: int
     total_parameters: int
+    host: int = 0
 
     @property
     def static(self) -> int:
@@ -129,7 +132,7 @@ def estimate(
     it does not do where batches are packed: both are the most that it can take.
 
     The model is taken as transformers and PEFT define it. Checked against a count of the allocations of real steps
-    on the CPU (see docs/performance-log.md), not yet on GPUs.
+    on the CPU, and against updates on a GPU (see docs/performance-log.md).
 
     Args:
         options: How the model would be loaded.
@@ -172,9 +175,12 @@ def estimate(
     )
     optimizer = _Optimizer.of(training, on_gpu)
     if on_gpu and whole_blocks and built.blocks is not None and not step.padded and step.fused_head:
-        return _from_rules(built, built.blocks, step, policy, optimizer)
-    with _quietly():
-        return _measure(built, step, optimizer)
+        found = _from_rules(built, built.blocks, step, policy, optimizer)
+    else:
+        with _quietly():
+            found = _measure(built, step, optimizer)
+    moved = _host_embedding(built.model) if on_gpu and options.offload_embedding else 0
+    return replace(found, weights=found.weights - moved, host=found.host + moved)
 
 
 @dataclass(frozen=True)
@@ -334,7 +340,13 @@ def _from_rules(
     all_gradients = sum(parameter.nbytes for parameter in parameters.trained)
     gradients, activations, logits = found.peak(all_gradients, accumulated=step.accumulates)
     peak = Counter({_GRADIENTS: gradients, _LOGITS: logits, _ACTIVATIONS: activations})
-    return _estimate(built, step, optimizer, parameters, peak)
+    return replace(_estimate(built, step, optimizer, parameters, peak), host=found.host)
+
+
+def _host_embedding(model: torch.nn.Module) -> int:
+    """Bytes of an input embedding that can be in host memory."""
+    inner = record.transformers_model(model)
+    return 0 if host_embedding.obstacle(inner) else inner.get_input_embeddings().weight.nbytes
 
 
 def _estimate(

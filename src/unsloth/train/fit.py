@@ -115,6 +115,10 @@ def _changes(plan: Plan) -> list[tuple[str, Plan]]:
         changes.append((f"training.max_length: {half}", plan.with_training(max_length=half)))
     if "8bit" not in str(getattr(training.optim, "value", training.optim)):
         changes.append(("training.optim: adamw_8bit", plan.with_training(optim="adamw_8bit")))
+    if not plan.load.offload_embedding:
+        changes.append(
+            ("model.offload_embedding: true", replace(plan, load=replace(plan.load, offload_embedding=True)))
+        )
     if plan.load.precision in ("16bit", "8bit"):
         changes.append(("model.load_in_4bit: true", replace(plan, load=replace(plan.load, precision="4bit"))))
     if plan.load.precision == "full":
