@@ -27,6 +27,7 @@ from unsloth.kernels.rounding import must_round, nearest
 ROWS = 128
 MOST_OUTPUTS = 3
 MOST_TILE = 32
+SPLITS = 4
 
 
 def lora_rows(
@@ -93,7 +94,7 @@ def lora_rows(
 def project_rows(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """Shares of ``x @ a.T`` that add up to it, float32 (shares, T, ranks), for what :func:`fits` accepts."""
     (rows, k), ranks = x.shape, a.shape[0]
-    tile, splits = _row_tile(rows), 8 if k <= 8192 else 16
+    tile, splits = _row_tile(rows), SPLITS
     block_r = 16 if tile == 16 else 32
     low = torch.empty(splits, rows, ranks, dtype=torch.float32, device=x.device)
     with dispatch.launch_on(x):
@@ -225,10 +226,10 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     names = [name for name in lora_expand_kernel.arg_names if not name.isupper()]
     expand = dict.fromkeys(names, "i32") | {"low": "*fp32", "mask": f"*{float_dtype}"}
     expand |= {name: f"*{float_dtype}" for name in ("b0", "b1", "b2", "y0", "y1", "y2")}
-    for tile, block_n, splits in ((16, 64, 8), (32, 128, 16)):
+    for tile, block_n in ((16, 64), (32, 128)):
         shape = {"UPCAST": False, "BLOCK_T": tile, "BLOCK_R": tile, "BLOCK_K": 256 if tile == 16 else 128}
         examples.append((lora_shrink_kernel, shrink, shape, {"num_warps": 4, "num_stages": 3}))
-        shape = {"SPLITS": splits, "MASKED": tile == 16, "UPCAST": False, "ROUND": False, "BLOCK_T": tile}
+        shape = {"SPLITS": SPLITS, "MASKED": tile == 16, "UPCAST": False, "ROUND": False, "BLOCK_T": tile}
         shape |= {"BLOCK_N": block_n, "BLOCK_W": 32}
         examples.append((lora_expand_kernel, expand, shape, {"num_warps": 4, "num_stages": 1}))
     return examples
