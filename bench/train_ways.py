@@ -30,7 +30,7 @@ class Way:
             then ``-keep`` to keep all activations instead of recomputing them. Of ours also ``-parts`` (recomputing,
             no block as one function), ``-calls`` (recomputing, blocks not recorded as graphs), ``-auto`` (as memory
             allows, the default of the library), or a number: GiB of the device for activations, and after a slash
-            GiB of the host. Of the trainers also ``-packed`` (theirs) and ``-free`` (ours, without padding). Then
+            GiB of the host. Of the trainers also ``-packed`` (theirs) and ``-padded`` (ours, with padding). Then
             ``+host``: with the input embedding in host memory.
     """
 
@@ -70,7 +70,7 @@ class Way:
         """The memory policy of the name."""
         if self.policy == "keep":
             return False
-        if self.policy == "auto" or (self.kind == "trainer" and self.policy in ("", "free")):
+        if self.policy == "auto" or (self.kind == "trainer" and self.policy in ("", "padded")):
             return "unsloth"
         if self.policy in _RECOMPUTED or self.kind not in ("ours", "trainer"):
             return True
@@ -151,7 +151,7 @@ def train(model: torch.nn.Module, way: Way, case: Case, vocabulary: int, updates
         inner = record.transformers_model(model)
         form = record.LoadRecord("random", None, "4bit", inner.dtype, 2**17, way.memory(), 0)
         record.attach(inner, form)
-        more = {"padding_free": way.policy == "free"}
+        more = {"padding_free": False} if way.policy == "padded" else {}
     meter = Meter()
     longest = max(len(row["input_ids"]) for row in given)
     with tempfile.TemporaryDirectory() as folder:

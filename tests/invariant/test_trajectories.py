@@ -160,6 +160,16 @@ SAME = {
         RESPONSES,
         {**RESPONSES, "training.per_device_train_batch_size": 1, "training.gradient_accumulation_steps": 4},
     ),
+    "micro-batches computed together": (
+        RESPONSES,
+        {
+            **RESPONSES,
+            "training.padding_free": True,
+            "training.join_batches": True,
+            "training.per_device_train_batch_size": 1,
+            "training.gradient_accumulation_steps": 4,
+        },
+    ),
     "fused head": ({}, FUSED),
     "fused head, responses only": (RESPONSES, {**RESPONSES, **FUSED}),
     "fused head of TRL": ({}, {**FUSED, "model.fused_head": False}),

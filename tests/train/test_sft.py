@@ -250,3 +250,36 @@ def test_the_fused_heads_of_trl_and_of_the_model_do_not_meet(tiny, conversations
         labels = torch.tensor([[5, 6, 7]])
         assert type(model(input_ids=labels).logits) is torch.Tensor
     assert losses[0] == losses[1]
+
+
+def test_rows_are_laid_end_to_end_by_default_where_that_costs_nothing(tiny, conversations, tmp_path, monkeypatch):
+    rows, batches = conversations[:12], {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    expected, other = train(tiny(), rows, tmp_path, **batches)
+    monkeypatch.setattr("unsloth.train.sft._keeps_rows_apart", lambda model: True)
+    calls = []
+
+    class Counting(SFTTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            calls.append(inputs["input_ids"].shape)
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def again(joins=None, **more):
+        calls.clear()
+        model, tokenizer = FastLanguageModel.from_pretrained(
+            str(tiny()), max_seq_length=256, dtype=torch.float32, load_in_16bit=True
+        )
+        model = FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing="unsloth")
+        args = config(tmp_path, **batches, join_batches=joins)
+        trainer = Counting(model=model, tokenizer=tokenizer, train_dataset=rows, args=args, **more)
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert torch.allclose(torch.tensor(losses), torch.tensor(expected), rtol=2e-6)
+        for a, b in zip(model.parameters(), other.parameters(), strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+    again()
+    assert len(calls) == 4 and all(shape[0] == 1 for shape in calls)  # an update is one pass
+    again(joins=False)
+    assert len(calls) == 12 and all(shape[0] == 1 for shape in calls)
+    again(compute_metrics=lambda found: {})
+    assert len(calls) == 12 and all(shape[0] == 2 for shape in calls)

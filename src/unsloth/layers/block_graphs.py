@@ -300,16 +300,7 @@ def _capture(
 ) -> Captured:
     pairs, scales = flatten_adapters([linear.adapter for linear in parts.linears()])
     keep = parts.decision.place is Place.KEEP
-    if known.shared is None:
-        numbers = sum(pair.numel() for pair in pairs if pair is not None)
-        others = (other.shared for other in parts.keeper.shapes.values() if other.captured and other.shared)
-        pool = next(((shared.pool, shared.stream) for shared in others), None) or new_pool(x.device)
-        known.shared = Shared.like(x, parts, numbers, pool)
-    shared = known.shared
-    if shared.values is None and not keep:
-        _, attended, t_d, _ = forward_pass(parts, x, shape, keep=False)
-        shared.values = Values.like(x, attended, t_d)
-        del attended, t_d
+    shared = _prepare(known, parts, x, shape)
     fixed = replace(parts, tables=shared.tables, decision=replace(parts.decision, place=Place.RECOMPUTE))
     left: list[Values] = []
     shapes: list[torch.Size | None] = []
@@ -334,11 +325,6 @@ def _capture(
         shapes[:] = _collect(finish_gradients(raw, pairs, scales, needs[1:]), shared.flat)
         return []
 
-    for site in (parts.qkv, parts.output, parts.mlp.gate_up, parts.mlp.down):
-        if site.held is not None:
-            site.group(x.dtype)  # so that what is held is there already
-    if keep and not any(other.values.rest is not None for other in known.captured.values()):
-        make_room(x)
     first = record(shared, forward)
     values = left[0]
     if keep:
@@ -346,6 +332,26 @@ def _capture(
     second = record(shared, backward)
     weights = Identity.of(parts.linears())
     return Captured(signature, shared, values, first, second, shapes, needs[0], fixed, weights)
+
+
+def _prepare(known: Shape, parts: Parts, x: torch.Tensor, shape: torch.Size) -> Shared:
+    """Buffers, and whatever else recording must find in place."""
+    keep = parts.decision.place is Place.KEEP
+    if known.shared is None:
+        adapters = [linear.adapter for linear in parts.linears()]
+        numbers = sum(a.a.numel() + a.b.numel() for a in adapters if a is not None)
+        others = (other.shared for other in parts.keeper.shapes.values() if other.captured and other.shared)
+        pool = next(((shared.pool, shared.stream) for shared in others), None) or new_pool(x.device)
+        known.shared = Shared.like(x, parts, numbers, pool)
+    if known.shared.values is None and not keep:
+        _, attended, t_d, _ = forward_pass(parts, x, shape, keep=False)
+        known.shared.values = Values.like(x, attended, t_d)
+    for site in (parts.qkv, parts.output, parts.mlp.gate_up, parts.mlp.down):
+        if site.held is not None:
+            site.group(x.dtype)  # holds the weights from here on, if it did not before
+    if keep and not any(other.values.rest is not None for other in known.captured.values()):
+        make_room(x)
+    return known.shared
 
 
 def _tensors(rest: Rest | None) -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ from unsloth.train.row_arguments import RowArguments
 from unsloth.train.spellings import accepts_earlier_names
 from unsloth.train.survival import SurvivalArguments
 
-_OTHER_DEFAULT = ("logging_nan_inf_filter",)
+_OTHER_DEFAULT = ("logging_nan_inf_filter", "padding_free")
 
 _Config = TypeVar("_Config", bound=FollowsModel)
 
@@ -44,8 +44,16 @@ class SFTConfig(RowArguments, SurvivalArguments, FollowsModel, TRLConfig):
         gradient_checkpointing: None means: as the model was told in ``get_peft_model``.
         fused_head: Compute output head and loss together, in chunks, so that the logits never exist as a whole.
             True means with the fused head of the model (:mod:`unsloth.layers.fused_head`), or with TRL's where the
-            model has none. None means TRL's on a GPU, where it saves memory; on the CPU the model's own loss, so
-            that a run equals one of plain transformers bit for bit.
+            model has none. None means so on a GPU; on the CPU the model's own loss, so that a run equals one of plain
+            transformers bit for bit.
+        padding_free: Lay the rows of a batch end to end instead of padding them; they do not see each other, and loss
+            and gradients are those of the padded batch. None means: on a GPU, where the model's attention keeps rows
+            apart at no cost (its plan says so), unless something reads padded batches: a collator, metrics computed
+            from logits, or ``pad_to_multiple_of``.
+        join_batches: Compute micro-batches of one update together, up to 8,192 tokens and never more than
+            ``per_device_train_batch_size`` rows of ``max_length`` have, where they are laid end to end: the same sums
+            in fewer passes. None means: on a GPU, where the memory policy adapts to the size of a pass
+            (``use_gradient_checkpointing="unsloth"``).
         return_logits: Compute the logits beside the loss, for callbacks and subclasses that read ``outputs.logits``.
             None means: only where something asks for them, such as ``compute_metrics``, or with
             ``UNSLOTH_RETURN_LOGITS=1``.
@@ -55,6 +63,8 @@ class SFTConfig(RowArguments, SurvivalArguments, FollowsModel, TRLConfig):
         assistant_only_loss: Train on the assistant's turns only, found by the chat template's own markers.
     """
 
+    padding_free: bool | None = field(default=None, metadata={"help": "Lay rows end to end; None follows the model."})
+    join_batches: bool | None = field(default=None, metadata={"help": "Compute short micro-batches together."})
     fused_head: bool | None = field(default=None, metadata={"help": "Compute the loss without the whole logits."})
     return_logits: bool | None = field(default=None, metadata={"help": "Compute the logits beside the loss."})
     embedding_learning_rate: float | None = field(default=None, metadata={"help": "Of embeddings and output head."})

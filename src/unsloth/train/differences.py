@@ -62,6 +62,7 @@ _HARMLESS = frozenset(
         "gradient_accumulation_steps",  # these two are compared as a product
         "per_device_train_batch_size",
         "greater_is_better",
+        "join_batches",
         "label_names",
         "length_column_name",
         "load_best_model_at_end",

@@ -263,7 +263,8 @@ def _copies_model(training: Training) -> bool:
 def _is_padded(training: Training, on_gpu: bool) -> bool:
     if isinstance(training, PreferenceArguments):
         return not on_gpu or training.packing is False or training.fused_head is False
-    return training.per_device_train_batch_size > 1 and not (training.packing or training.padding_free)
+    padding_free = on_gpu if training.padding_free is None else training.padding_free
+    return training.per_device_train_batch_size > 1 and not (training.packing or padding_free)
 
 
 def _autocast(training: Training, dtype: torch.dtype) -> torch.dtype | None:

@@ -20,9 +20,10 @@ from unsloth.data.collate import Collator
 from unsloth.data.encode import PrepareOptions, TrainOn
 from unsloth.data.prepare import Rows, prepare
 from unsloth.data.render import FormattingFunction
-from unsloth.layers import fused_head
+from unsloth.layers import fused_head, packed_attention
+from unsloth.memory.budget import Budget
 from unsloth.models import record
-from unsloth.train import config, masters, optim, setup, spellings
+from unsloth.train import config, joining, masters, optim, setup, spellings
 from unsloth.train.loop import ModelLoop
 
 logger = get_logger(__name__)
@@ -97,6 +98,9 @@ class SFTTrainer(ModelLoop, TRLTrainer):
         args.check_tokens_per_batch(args.max_length)
         if args.tokens_per_batch is not None:
             args.packing = True
+        if args.padding_free is None:
+            reads_padded = data_collator or args.pad_to_multiple_of or more.get("compute_metrics")
+            args.padding_free = not args.packing and not reads_padded and _keeps_rows_apart(model)
         if data_collator is not None and (args.packing or args.padding_free):
             logger.warning("a data_collator was passed: packing and padding-free batches are switched off")
             args.packing = args.padding_free = False
@@ -131,11 +135,12 @@ class SFTTrainer(ModelLoop, TRLTrainer):
                 **more,
             )
         self._fused_head = args.fused_head if args.fused_head is not None else self.model.device.type != "cpu"
+        self._joins = args.join_batches if args.join_batches is not None else _adapts(model)
+        self._joined: joining.Joined | None = None
         self._lazy_head = _has_lazy_head(self.model)
         # The other losses of TRL exist on its fused head only.
         self._trl_head = args.loss_type != "nll" or self.label_smoother is not None or self.aux_loss_enabled
-        own_head = self._lazy_head and (args.fused_head or args.return_logits)
-        self._trl_head |= self.compute_loss_func is not None or (self._fused_head and not own_head)
+        self._trl_head |= self.compute_loss_func is not None or (self._fused_head and not self._lazy_head)
         setup.show_progress(self)
 
     def compute_loss(
@@ -152,6 +157,30 @@ class SFTTrainer(ModelLoop, TRLTrainer):
         )
         self._count(inputs, outputs.logits)
         return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; decides which batches of the update are computed together."""
+        samples, items = super().get_batch_samples(*args, **kwargs)
+        # a loss that is not divided by the tokens of the whole update would weigh them by their batches
+        one = self.args.world_size == 1 and self.args.n_gpu <= 1 and not self.aux_loss_enabled
+        joins = self._joins and one and items is not None and len(samples) > 1 and joining.can_join(samples)
+        most = min(joining.MOST_TOKENS, self.args.train_batch_size * (self.args.max_length or joining.MOST_TOKENS))
+        self._joined = joining.Joined(samples, most) if joins else None
+        return samples, items
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As in transformers; a batch that a later one brings along has no loss of its own."""
+        if self._joined is not None:
+            inputs = self._joined.take(inputs)
+            if inputs is None:
+                return torch.zeros((), device=self.args.device)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # read here and not in the pass, which the GPU would have to end first
+        kept = self._metrics["train"].get("mean_token_accuracy", [])
+        kept[:] = [float(value) for value in kept]
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer that the arguments name; see ``SFTConfig.embedding_learning_rate``."""
@@ -193,7 +222,8 @@ class SFTTrainer(ModelLoop, TRLTrainer):
         correct = fused_head.correct_predictions(logits)
         if correct is None:
             correct = ((logits[:, :-1].argmax(-1) == targets) & trained).sum()
-        self._metrics[mode]["mean_token_accuracy"].append((correct / trained.sum().clamp(min=1)).item())
+        accuracy = correct / trained.sum().clamp(min=1)
+        self._metrics[mode]["mean_token_accuracy"].append(accuracy if mode == "train" else accuracy.item())
         if mode == "train":
             seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
             self._total_train_tokens += int(seen)
@@ -214,6 +244,19 @@ class SFTTrainer(ModelLoop, TRLTrainer):
         if isinstance(rows, Mapping):
             return {name: self._prepared(part, name, self._eval_packing) for name, part in rows.items()}
         return self._prepared(rows, "evaluation", self._eval_packing)
+
+
+def _keeps_rows_apart(model: torch.nn.Module) -> bool:
+    """Whether the model computes rows laid end to end as fast as rows on their own."""
+    inner = record.transformers_model(model)
+    return inner.device.type == "cuda" and inner.config._attn_implementation == packed_attention.NAME
+
+
+def _adapts(model: torch.nn.Module) -> bool:
+    """Whether the memory that a pass takes follows from what there is."""
+    loaded = record.find(model)
+    policy = None if loaded is None else loaded.gradient_checkpointing
+    return _keeps_rows_apart(model) and (policy == "unsloth" or isinstance(policy, Budget))
 
 
 def _has_lazy_head(model: torch.nn.Module) -> bool:
