@@ -148,6 +148,18 @@ def test_known_tokens_come_first_where_nobody_reads_along(make_engine, monkeypat
     assert ids(outputs[str(i)] for i in range(4)) == ids(together)
 
 
+def test_who_waits_comes_in_several_at_a_time_where_nobody_reads_along(make_engine, monkeypatch):
+    engine = make_engine(max_num_seqs=32)
+    steps, launch = [], engine._runner.launch
+    monkeypatch.setattr(engine._runner, "launch", lambda plan: steps.append(len(plan.chunks)) or launch(plan))
+    prompts = [[5 + i, 6, 7] for i in range(39)]
+    lengths = [drawn(seed=i, max_tokens=3 + i % 32) for i in range(39)]  # one ends after the other
+    outputs = engine.generate(prompts, lengths)
+    assert [len(own[0]) for own in ids(outputs)] == [params.max_tokens for params in lengths]
+    first, *others = [count for count in steps if count]
+    assert first == 32 and sum(others) == 7 and min(others[:-1]) >= 2
+
+
 def test_abort(make_engine):
     engine = make_engine(max_num_seqs=2)
     names = [engine.add_request(prompt, drawn()) for prompt in PROMPTS]

@@ -44,7 +44,7 @@ def encode(prompt: Prompt, tokenizer: Any, vocabulary: int, hidden: int) -> Enco
     found = _encode(prompt, tokenizer, hidden)
     if not found.ids:
         raise ConfigError("the prompt is empty", got=prompt, do="It must have one token at least.")
-    if found.embeddings is None and not all(0 <= i < vocabulary for i in found.ids):
+    if found.embeddings is None and not 0 <= min(found.ids) <= max(found.ids) < vocabulary:
         bad = next(i for i in found.ids if not 0 <= i < vocabulary)
         raise ConfigError(f"token ids must be from 0 to {vocabulary - 1}", got=bad)
     return found

@@ -2,7 +2,8 @@
 
 A sequence waits, then its known tokens are computed (in pieces, if they are many), then one token a step. Known tokens
 of all that fit come first where nobody reads along: a step of decoding takes nearly as long for a part of the batch as
-for all of it. Where somebody does, every step decodes too.
+for all of it. As sequences end, those that wait are let in several at a time, since their known tokens too cost less
+together. Where somebody reads, every step decodes, and who waits comes in at once.
 
 Sequences that start with the same tokens form a group: the first is computed, the others take its pages over as they
 are, and a copy of the last one if that is not full. When no page is left, the sequence that started last gives its
@@ -86,6 +87,7 @@ class Scheduler:
     def __init__(self, pool: PagePool, rows: int, budget: int, max_len: int) -> None:
         self.pool, self.budget, self.max_len = pool, budget, max_len
         self.preemptions = 0
+        self._together = max(1, rows // 16)
         self._rows = list(range(rows))
         self._waiting: OrderedDict[bytes, _Group] = OrderedDict()
         self._prefill: list[tuple[_Group, Sequence]] = []
@@ -138,8 +140,8 @@ class Scheduler:
     def schedule(self, may_preempt: bool = True) -> Plan | None:
         """The next step; None if a sequence must give its pages up first, and may not yet."""
         plan = Plan()
-        budget = self._share_of_budget()
-        if not any(sequence.request.pieces for sequence in self._running):
+        budget, read = self._share_of_budget(), self._someone_reads()
+        if not read and self._enough_rows():
             self._admit(plan, self._continue(plan, budget))
             if plan.chunks:
                 return plan
@@ -153,7 +155,8 @@ class Scheduler:
             plan.decodes.append(sequence)
         plan.decodes = [sequence for sequence in plan.decodes if sequence.state == "running"]
         self._compact(plan)
-        self._admit(plan, self._continue(plan, budget))
+        if read:
+            self._admit(plan, self._continue(plan, budget))
         for sequence in plan.decodes:
             sequence.computed = sequence.length
             sequence.length += 1
@@ -163,6 +166,15 @@ class Scheduler:
         """Let everything that runs wait again; nothing of it may be on the device still."""
         while self._running or self._prefill:
             self._preempt_last()
+
+    def _someone_reads(self) -> bool:
+        """Whether tokens of what runs, or of what comes next, are read one by one."""
+        coming = [group.members[0] for group in itertools.islice(self._waiting.values(), 1)]
+        return any(sequence.request.pieces for sequence in (*self._running, *coming))
+
+    def _enough_rows(self) -> bool:
+        """Whether it is time to let those that wait in: there are rows for several, or for all."""
+        return bool(self._prefill) or not self._running or len(self._rows) >= min(self.waiting, self._together)
 
     def _share_of_budget(self) -> int:
         """Known tokens of this step: all that can be computed soon in as few steps as they need, each as large."""
