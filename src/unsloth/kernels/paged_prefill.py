@@ -88,8 +88,9 @@ def gather_pages(cache: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
 @triton.jit(do_not_specialize=["table_stride", "table_columns", "window", "tokens"])
 def paged_prefill_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, tiles_ptr, out_ptr, q_stride_t, q_stride_h, page_stride, token_stride, head_stride,
-    v_page_stride, v_token_stride, v_head_stride, out_stride_t, out_stride_h, table_stride, table_columns, scale, softcap,
-    window, tokens, G, D, page_size, CAP: tl.constexpr, WINDOW: tl.constexpr, UPCAST: tl.constexpr, ROUND: tl.constexpr,
+    v_page_stride, v_token_stride, v_head_stride, out_stride_t, out_stride_h, table_stride, table_columns, scale,
+    softcap, window, tokens, G, D, page_size,
+    CAP: tl.constexpr, WINDOW: tl.constexpr, UPCAST: tl.constexpr, ROUND: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program a (tile, key head); rows of its matrices are the pairs of token and query head."""
