@@ -20,6 +20,7 @@ import triton.language as tl
 from unsloth.core.errors import ConfigError
 from unsloth.kernels import dispatch
 from unsloth.kernels.append_projection import append_projection, matmul_wide
+from unsloth.kernels.approximate import exponential, reciprocal
 from unsloth.kernels.column_sum import column_sum
 from unsloth.kernels.rounding import must_round, nearest
 
@@ -36,18 +37,9 @@ def gated_activation_reference(gate: torch.Tensor, up: torch.Tensor, activation:
 
 
 @triton.jit
-def _sigmoid(x, UPCAST: tl.constexpr):
-    """1 / (1 + exp(-x)) in four instructions; :func:`tl.sigmoid` takes 14, most of them for what is zero here.
-
-    The interpreter runs no assembly.
-    """
-    if UPCAST:
-        return tl.sigmoid(x)
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .f32 t; ex2.approx.ftz.f32 t, $1; add.ftz.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }",
-            "=f,f", [x * -1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
+def _sigmoid(x, INTERPRET: tl.constexpr):
+    """Four instructions; :func:`tl.sigmoid` takes 14."""
+    return reciprocal(1.0 + exponential(-x, INTERPRET), INTERPRET)
 
 
 @triton.jit
@@ -64,7 +56,7 @@ def _activate(e, ACTIVATION: tl.constexpr, UPCAST: tl.constexpr):
     elif ACTIVATION == 1:
         cdf = 0.5 * (1.0 + tl.erf(e * 0.7071067811865476))
         value = e * cdf
-        slope = cdf + e * 0.3989422804014327 * tl.exp(-0.5 * e * e)
+        slope = cdf + e * 0.3989422804014327 * exponential(-0.5 * e * e, UPCAST)
     else:
         square = e * e
         t = 2.0 * _sigmoid(1.5957691216057308 * e * (1.0 + 0.044715 * square), UPCAST) - 1.0
@@ -377,7 +369,8 @@ def _forward_tile(h: torch.Tensor, rank: int) -> dict[str, int]:
     block_r = max(16, triton.next_power_of_2(rank))
     if h.dtype.itemsize > 2:
         return {"BLOCK_M": 32, "BLOCK_I": 32, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": 64, "BLOCK_I": 64, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 2}
+    shape = {"BLOCK_M": 64, "BLOCK_I": 64, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 2}
+    return shape | ({"maxnreg": 128} if block_r <= 32 else {})  # four programs a multiprocessor
 
 
 def _backward_tile(dh: torch.Tensor, ranks: tuple[int, int, int]) -> tuple[dict[str, int], int]:
@@ -386,6 +379,8 @@ def _backward_tile(dh: torch.Tensor, ranks: tuple[int, int, int]) -> tuple[dict[
     shape = {"BLOCK_M": 64, "BLOCK_I": 64, "BLOCK_D": block_d, "BLOCK_G": block_g, "num_warps": 8, "num_stages": 3}
     if dh.dtype.itemsize > 2:
         shape |= {"BLOCK_M": 32, "BLOCK_I": 32, "num_warps": 4, "num_stages": 2}
+    elif max(block_d, block_g) <= 32:
+        shape["maxnreg"] = 128  # two programs a multiprocessor
     programs = triton.cdiv(dh.shape[1], shape["BLOCK_I"])
     wanted = 4 * dispatch.processor_count(dh.device)
     return shape, max(1, min(8, wanted // programs))
