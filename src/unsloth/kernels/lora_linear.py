@@ -189,7 +189,12 @@ def check_input(x: torch.Tensor, in_features: int) -> None:
 
 
 def check_linears(
-    op: str, x: torch.Tensor, weights: Sequence[Weight], adapters: Sequence[Adapter | None], features: int
+    op: str,
+    x: torch.Tensor,
+    weights: Sequence[Weight],
+    adapters: Sequence[Adapter | None],
+    features: int,
+    biases: Sequence[torch.Tensor | None] = (),
 ) -> None:
     """Raise unless what is known of the weights (functions are not called) and adapters fits inputs like ``x``.
 
@@ -199,6 +204,7 @@ def check_linears(
         weights: Of one input.
         adapters: One a linear, or None.
         features: Columns that each weight has.
+        biases: One a linear, or None; or none at all.
     """
     check_tensors(op, x=x)
     plain = [w for w in weights if isinstance(w, torch.Tensor)]
@@ -208,6 +214,11 @@ def check_linears(
             do = f"Pass matrices (out, {features})."
             raise ConfigError(f"{op}: weight {i} does not fit the input", got=tuple(weight.shape), do=do)
     outs = [w.shape[0] for w in plain] if len(plain) == len(adapters) else [None] * len(adapters)
+    for i, bias in enumerate(biases):
+        check_tensors(op, **{"x": x, f"bias {i}": bias})
+        if bias is not None and (bias.dim() != 1 or (outs[i] is not None and outs[i] != len(bias))):
+            do = f"Pass a bias ({outs[i] or 'out'},)."
+            raise ConfigError(f"{op}: bias {i} does not fit its linear", got=tuple(bias.shape), do=do)
     for i, (adapter, out) in enumerate(zip(adapters, outs, strict=True)):
         if adapter is None:
             continue
@@ -277,7 +288,7 @@ def lora_linears(
     weights = [weights] if isinstance(weights, PaddedWeight) or callable(weights) else list(weights)
     biases = list(biases) if biases is not None else [None] * len(adapters)
     if x.dim():
-        check_linears("lora_linears", x, weights, adapters, x.shape[-1])
+        check_linears("lora_linears", x, weights, adapters, x.shape[-1], biases)
     if not fast or must_use_reference(weights, biases):
         return lora_linears_reference(x, weights, adapters, biases)
     pairs, scales = flatten_adapters(adapters)

@@ -322,8 +322,9 @@ def _check(
             got=(tuple(page_table.shape), tuple(lengths.shape)),
             do=f"The batch has {q.shape[0]} sequences.",
         )
-    if sinks is not None and sinks.shape != q.shape[1:2]:
-        raise ConfigError("One sink a query head is needed", got=tuple(sinks.shape), do=f"Pass ({q.shape[1]},).")
+    if sinks is not None and (sinks.shape != q.shape[1:2] or not sinks.is_floating_point()):
+        do = f"Pass floats ({q.shape[1]},)."
+        raise ConfigError("One sink a query head is needed", got=(sinks.dtype, tuple(sinks.shape)), do=do)
     if window < 0 or softcap < 0:
         raise ConfigError("Window and softcap must not be negative", got=(window, softcap), do="Use 0 for none.")
 
