@@ -2,9 +2,20 @@ import copy
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from unsloth.core.errors import ConfigError
-from unsloth.kernels.adamw_8bit import AdamWStep, Moments, adamw_8bit, adamw_8bit_reference, dequantize
+from unsloth.kernels.adamw_8bit import (
+    KEYS,
+    AdamWStep,
+    Launch,
+    Moments,
+    adamw_8bit,
+    adamw_8bit_reference,
+    dequantize,
+    nearest,
+)
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
@@ -105,3 +116,30 @@ def test_torch_knows_that_the_parameters_have_changed(device, fast):
     gradients = [torch.randn_like(parameter) for parameter in parameters]
     adamw_8bit(parameters, gradients, moments, codes(device), steps(1)[0], fast=fast)
     assert all(parameter._version > version for parameter, version in zip(parameters, before, strict=True))
+
+
+@triton.jit
+def nearest_kernel(share, mids, starts, out, STEPS: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr):
+    """The indices of BLOCK shares."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + at, nearest(tl.load(share + at), mids, starts, STEPS, KEYS))
+
+
+@pytest.mark.parametrize("table", [0, 1])
+def test_every_share_finds_the_nearest_number_of_the_table(device, table):
+    launch = Launch([torch.zeros(4, device=device)], codes(device))
+    mids = launch.mids[table]
+    edges = torch.cat([mids[:255], 2.0 ** -torch.arange(40.0, device=device)]).clamp(-1, 1)
+    below, above = (torch.nextafter(edges, torch.full_like(edges, x)).clamp(-1, 1) for x in (-2.0, 2.0))
+    random = torch.rand(4096 - 4 * len(edges), device=device) * 2 - 1
+    share = torch.cat([edges, -edges, below, above, random])
+    share = share.abs() if table else share
+    out = torch.empty(4096, dtype=torch.int32, device=device)
+    nearest_kernel[(4,)](share, mids, launch.starts[table], out, STEPS=launch.steps, KEYS=KEYS, BLOCK=1024)
+    assert torch.equal(out.long(), torch.bucketize(share, mids[:255]))
+
+
+def test_not_a_number_stays_inside_the_table(device):
+    parameters, moments = problem(device, torch.float32, [(300,)])
+    adamw_8bit(parameters, [torch.full((300,), float("nan"), device=device)], moments, codes(device), steps(1)[0])
+    assert parameters[0].isnan().all()

@@ -40,3 +40,15 @@ def test_forbidden_tokens_and_rows_apart(device):
     assert torch.equal(kept(inputs, cut_rows(*inputs)), kept(inputs, cut_rows_reference(*inputs)))
     apart = (torch.cat([inputs[0], inputs[0]], 1)[:, :300], *inputs[1:])
     assert torch.equal(cut_rows(*apart), cut_rows(*inputs))
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 30.0])
+def test_heavy_and_light_tails(device, spread):
+    torch.manual_seed(3)
+    logits = (torch.randn(6, 9000, device=device) * spread).bfloat16()  # many equal ones
+    ones = torch.ones(6, device=device)
+    top_k = torch.tensor([0, 6000, 1, 0, 50, 8999], dtype=torch.int32, device=device)
+    top_p = torch.tensor([0.5, 1.0, 0.9, 0.99995, 0.95, 0.999], device=device)
+    inputs = logits, ones, top_k, top_p, 0 * ones
+    ours, plain = kept(inputs, cut_rows(*inputs)), kept(inputs, cut_rows_reference(*inputs))
+    assert (ours != plain).sum() == 0

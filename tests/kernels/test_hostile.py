@@ -164,3 +164,20 @@ def test_other_devices_and_bounds_are_refused(device):
         host_gather(torch.randn(4, 6).T, torch.tensor([0]))
     with pytest.raises(ConfigError, match="must hold integers"):
         host_gather(torch.randn(4, 6), torch.tensor([0.0]))
+
+
+def test_sequences_longer_than_their_row_of_the_page_table(device):
+    q, k, v, table, lengths = make_paged(device)
+    plain, short = paged_attention(q, k, v, table, lengths), table[:, :3]  # 48 tokens, and the second sequence has 70
+    found = paged_attention(q, k, v, short, lengths)
+    assert found[1].isnan().all() and torch.equal(found[[0, 2, 3]], plain[[0, 2, 3]])
+    with pytest.raises(ConfigError, match="longer than its row"):
+        paged_attention(q, k, v, short, lengths, fast=False)
+    q, k, v, table, tiles = make_prefill(device)
+    plain, short = paged_prefill(q, k, v, table, tiles, scale=0.2), table[:, :2]  # 32 tokens of 1, 40, 35 and 40
+    late = torch.tensor([i for first, last in ((33, 41), (43, 46), (71, 79)) for i in range(first, last)])
+    early = torch.tensor([i for i in range(len(q)) if i not in late.tolist()])
+    found = paged_prefill(q, k, v, short, tiles, scale=0.2)
+    assert found[late].isnan().all() and torch.equal(found[early], plain[early])
+    with pytest.raises(ConfigError, match="beyond its row"):
+        paged_prefill(q, k, v, short, tiles, scale=0.2, fast=False)

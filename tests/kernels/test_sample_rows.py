@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from unsloth.core.errors import ConfigError
-from unsloth.kernels.sample_rows import exponential, sample_rows, sample_rows_reference
+from unsloth.kernels.sample_rows import sample_rows, sample_rows_reference, waiting_times
 
 
 def make(device, rows=5, size=300, dtype=torch.float32):
@@ -59,7 +59,7 @@ def test_frequencies_are_the_probabilities(device):
 
 
 def test_numbers_are_uniform(device):
-    u = 1 - torch.exp(-exponential(torch.tensor([[5], [9]], dtype=torch.int32, device=device), 100_000)[0].double())
+    u = 1 - torch.exp(-waiting_times(torch.tensor([[5], [9]], dtype=torch.int32, device=device), 100_000)[0].double())
     assert abs(u.mean() - 0.5) < 0.005 and abs(u.var() - 1 / 12) < 0.002
     assert abs((u[1:] * u[:-1]).mean() - 0.25) < 0.005
 

@@ -31,6 +31,9 @@ BLOCK = 256
 """Values that share one scale."""
 
 _ROWS = 8  # blocks of one program
+_SHIFT = 16  # a share's key is its exponent and the first seven bits of its mantissa
+_SMALLEST = 103 << 23  # bits of 2^-24: all smaller shares have the first key
+KEYS = ((127 << 23) - _SMALLEST >> _SHIFT) + 1
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -81,7 +84,10 @@ class Launch:
         tensor: int32 [programs], the tensor that a program works on.
         first_block: int32 [programs], its first block of that tensor.
         sizes: int64 [tensors], values of each tensor.
-        mids: float32 [2, 255], what lies halfway between neighbours of the tables.
+        mids: float32 [2, 256], what lies halfway between neighbours of the tables, then infinity.
+        starts: uint8 [2, 2 * KEYS], for the key of every positive, then of every negative share: how many mids are
+            below all shares that have it.
+        steps: Most mids that lie between two keys.
     """
 
     def __init__(self, parameters: Sequence[torch.Tensor], codes: torch.Tensor) -> None:
@@ -91,7 +97,10 @@ class Launch:
         starts = torch.cat([torch.arange(count) for count in counts]) * _ROWS
         self.tensor, self.first_block = owners.to(device, torch.int32), starts.to(device, torch.int32)
         self.sizes = torch.tensor([parameter.numel() for parameter in parameters]).to(device)
-        self.mids = (codes[:, 1:] + codes[:, :-1]) / 2
+        mids = (codes[:, 1:] + codes[:, :-1]) / 2
+        self.mids = torch.nn.functional.pad(mids, (0, 1), value=float("inf"))
+        self.starts, self.steps = _starts(mids.cpu())
+        self.starts = self.starts.to(device)
         self._addresses: list[int] = []
         self._table = self.sizes
 
@@ -144,8 +153,9 @@ def adamw_8bit(
     with launch_on(parameters[0]):
         adamw_8bit_kernel[(len(launch.tensor),)](
             launch.table(parameters, moments), torch.tensor(places).to(parameters[0].device), launch.tensor,
-            launch.first_block, launch.sizes, codes, launch.mids, *step.scalars, P=_TRITON_DTYPES[parameters[0].dtype],
-            G=_TRITON_DTYPES[gradients[0].dtype], ROWS=_ROWS, BLOCK=BLOCK, num_warps=8,
+            launch.first_block, launch.sizes, codes, launch.mids, launch.starts, *step.scalars,
+            P=_TRITON_DTYPES[parameters[0].dtype], G=_TRITON_DTYPES[gradients[0].dtype], STEPS=launch.steps, KEYS=KEYS,
+            ROWS=_ROWS, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
     # torch did not see the writes, and copies of the parameters elsewhere are renewed by their version
     torch.autograd.graph.increment_version(parameters)
@@ -187,6 +197,20 @@ def quantize(values: torch.Tensor, index: torch.Tensor, scale: torch.Tensor, cod
     scale.copy_(largest)
 
 
+def _starts(mids: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """``Launch.starts`` and ``Launch.steps`` of mids [2, 255] on the CPU."""
+    edges = (torch.arange(KEYS, dtype=torch.int32) * 2**_SHIFT + _SMALLEST).view(torch.float32)
+    low = torch.cat([torch.zeros(1), edges[1:]])
+    high = torch.cat([edges[1:], torch.ones(1)])
+    starts, steps = [], 1
+    for row in mids:
+        for first, last in ((low, high), (-high, -low)):
+            start = torch.bucketize(first, row, right=first is not low)
+            steps = max(steps, int((torch.bucketize(last, row) - start).max()))
+            starts.append(start)
+    return torch.stack(starts).view(2, -1).to(torch.uint8), steps
+
+
 def _check(parameters: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> None:
     first = parameters[0]
     dtype, grad_dtype, device = first.dtype, gradients[0].dtype, first.device
@@ -203,28 +227,35 @@ def _check(parameters: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
 
 
 @triton.jit
-def nearest(share, mids):
-    """Index of the table's number that is nearest to each ``share``: how many of the 255 ``mids`` are below it."""
-    index = tl.zeros(share.shape, tl.int32)
-    for shift in tl.static_range(8):
-        further = index + (128 >> shift)
-        index = tl.where(share > tl.load(mids + further - 1), further, index)
+def nearest(share, mids, starts, STEPS: tl.constexpr, KEYS: tl.constexpr):
+    """Index of the table's number that is nearest to each ``share``: how many of the 255 ``mids`` are below it.
+
+    The first bits of a float tell that but for the STEPS mids that may share them.
+    """
+    bits = tl.abs(share).to(tl.int32, bitcast=True)
+    key = (tl.minimum(tl.maximum(bits, 0x33800000), 0x3F800000) - 0x33800000) >> 16  # NaN stays inside the table
+    index = tl.load(starts + key + tl.where(share < 0.0, KEYS, 0)).to(tl.int32)
+    for _ in tl.static_range(STEPS):
+        index += (share > tl.load(mids + index)).to(tl.int32)
     return index
 
 
 @triton.jit
-def store_moment(value, index_pointer, scale_pointer, mids, at, mask, block, blocks):
+def store_moment(
+    value, index_pointer, scale_pointer, mids, starts, at, mask, block, blocks, STEPS: tl.constexpr, KEYS: tl.constexpr
+):
     """Quantize a tile [ROWS, BLOCK], one block to a row, and store it with its scales."""
     largest = tl.max(tl.abs(value), 1)
     divisor = tl.where(largest > 0, largest, 1.0)
-    tl.store(index_pointer + at, nearest(tl.div_rn(value, divisor[:, None]), mids).to(tl.uint8), mask)
+    index = nearest(tl.div_rn(value, divisor[:, None]), mids, starts, STEPS, KEYS)
+    tl.store(index_pointer + at, index.to(tl.uint8), mask)
     tl.store(scale_pointer + block, largest, block < blocks)
 
 
 @triton.jit
 def adamw_8bit_kernel(
-    addresses, gradients, tensor, first_block, sizes, codes, mids, beta1, beta2, rate, correction, eps, keep,
-    P: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    addresses, gradients, tensor, first_block, sizes, codes, mids, starts, beta1, beta2, rate, correction, eps, keep,
+    P: tl.constexpr, G: tl.constexpr, STEPS: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program updates ROWS blocks of one tensor."""
     program = tl.program_id(0)
@@ -250,17 +281,18 @@ def adamw_8bit_kernel(
     p = tl.load(parameter + at, mask, other=0.0).to(tl.float32)
     p = keep * p - rate * tl.div_rn(m, tl.sqrt(v) * correction + eps)
     tl.store(parameter + at, p.to(P), mask)
-    store_moment(m, first, first_scale, mids, at, mask, block, blocks)
-    store_moment(v, second, second_scale, mids + 255, at, mask, block, blocks)
+    store_moment(m, first, first_scale, mids, starts, at, mask, block, blocks, STEPS, KEYS)
+    store_moment(v, second, second_scale, mids + 256, starts + 2 * KEYS, at, mask, block, blocks, STEPS, KEYS)
 
 
 def compile_examples(float_dtype: str) -> list[tuple]:
     """Kernels with the argument types and options they are launched with, for compilation without a GPU."""
     signature = {"addresses": "*i64", "gradients": "*i64", "tensor": "*i32", "first_block": "*i32", "sizes": "*i64"}
-    signature |= dict.fromkeys(("codes", "mids"), "*fp32")
+    signature |= dict.fromkeys(("codes", "mids"), "*fp32") | {"starts": "*u8"}
     signature |= dict.fromkeys(("beta1", "beta2", "rate", "correction", "eps", "keep"), "fp32")
+    shape = {"STEPS": 1, "KEYS": KEYS, "ROWS": _ROWS, "BLOCK": BLOCK}
     dtype = {"fp16": tl.float16, "bf16": tl.bfloat16}.get(float_dtype, tl.float32)
     return [
-        (adamw_8bit_kernel, signature, {"P": kind, "G": kind, "ROWS": _ROWS, "BLOCK": BLOCK}, {"num_warps": 8})
+        (adamw_8bit_kernel, signature, {"P": kind, "G": kind, **shape}, {"num_warps": 8})
         for kind in (tl.float32, dtype)
     ]

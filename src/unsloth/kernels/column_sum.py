@@ -2,9 +2,9 @@
 
     y[n] = sum over r of x[r, n]
 
-The norms' backward kernels leave one row of partial sums a program; this adds them in a fixed order, so that results
-do not change from run to run, in one launch instead of the two of ``x.sum(0).to(dtype)``. On Hopper and later it is
-launched while the kernel before it is still at work, and waits on the device for its end.
+Kernels whose programs share a sum leave one row of partial sums a program or share; this adds them in a fixed order, so
+that results do not change from run to run, in one launch instead of the two of ``x.sum(0).to(dtype)``. On Hopper and
+later it is launched while the kernel before it is still at work, and waits on the device for its end.
 """
 
 from __future__ import annotations
@@ -33,13 +33,20 @@ def column_sum(x: torch.Tensor, dtype: torch.dtype, split: int | None = None) ->
         return column_sum_reference(x, dtype, split)
     y = torch.empty((n,) if split is None else (2, n), dtype=dtype, device=x.device)
     early = overlaps_launches(x.device)
+    tile, block, warps = launch_shape(rows)
     with launch_on(x):
-        column_sum_kernel[(triton.cdiv(n, 16), 1 if split is None else 2)](
-            x, y, rows, rows if split is None else split, n, x.stride(0), EARLY=early,
-            ROWS=256 if rows <= 256 else 512, BLOCK=16, num_warps=8,
-            **({"launch_pdl": True} if early else {}),
+        column_sum_kernel[(triton.cdiv(n, block), 1 if split is None else 2)](
+            x, y, rows, rows if split is None else split, n, x.stride(0), EARLY=early, ROWS=tile, BLOCK=block,
+            num_warps=warps, **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
     return y
+
+
+def launch_shape(rows: int) -> tuple[int, int, int]:
+    """Rows and columns of a tile, warps: a few long rows, or many of which each program takes few columns."""
+    if rows <= 16:
+        return triton.next_power_of_2(max(rows, 1)), 512, 4
+    return 256 if rows <= 256 else 512, 16, 8
 
 
 def column_sum_reference(x: torch.Tensor, dtype: torch.dtype, split: int | None = None) -> torch.Tensor:
@@ -57,16 +64,20 @@ def column_sum_kernel(
     part = tl.program_id(1)
     first = tl.where(part == 0, 0, split)
     last = tl.where(part == 0, split, rows)
-    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    col = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(first, last, ROWS):
         row = start + tl.arange(0, ROWS)[:, None]
         total += tl.load(x + row.to(tl.int64) * stride_x + col, (row < last) & (col < n), other=0.0).to(tl.float32)
-    out = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    out = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y + part * n + out, tl.sum(total, 0).to(y.dtype.element_ty), out < n)
 
 
 def compile_examples(float_dtype: str) -> list[tuple]:
     """Kernels with the argument types and options they are launched with, for compilation without a GPU."""
     signature = {"x": "*fp32", "y": f"*{float_dtype}"} | dict.fromkeys(("rows", "split", "n", "stride_x"), "i32")
-    return [(column_sum_kernel, signature, {"EARLY": False, "ROWS": 256, "BLOCK": 16}, {"num_warps": 8})]
+    shapes = [launch_shape(rows) for rows in (4, 256)]
+    return [
+        (column_sum_kernel, signature, {"EARLY": False, "ROWS": rows, "BLOCK": block}, {"num_warps": warps})
+        for rows, block, warps in shapes
+    ]

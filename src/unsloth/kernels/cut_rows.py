@@ -8,8 +8,9 @@ With z = a / T and p = softmax(z) of a row, T its temperature (taken as 1 where 
 
 which is what transformers' processors leave, in their order, but that of equal logits all are kept. Sorting a row of
 128,000 logits costs more than a model's layer; here each of the two values is found by bisection over the 32 bits of
-its float, one pass over the row (which stays in the cache of the card) a bit. Bytes: the logits once, and 64 times
-from the cache.
+its float. A first pass over the row counts, at a few distances below the largest logit, how many are above and what
+they weigh; where a few thousand suffice, a second one sets these apart, and the bisection reads them alone. Bytes: the
+logits once, and twice from the cache (64 times where the tail is so heavy that too many would be set apart).
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from unsloth.kernels.dispatch import (
     launch_on,
 )
 
-_BLOCK = 8192
+_BLOCK = 4096
+_MOST = 4096  # logits that are set apart
 
 
 def cut_rows(
@@ -67,9 +69,10 @@ def cut_rows(
     if not (fast and rows and logits.stride(1) == 1 and can_launch(logits, temperature, top_p, min_p)):
         return cut_rows_reference(logits, temperature, top_k, top_p, min_p)
     bound = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    apart = torch.empty(rows, _MOST, dtype=torch.float32, device=logits.device)
     with launch_on(logits):
         cut_rows_kernel[(rows,)](
-            logits, temperature, top_k, top_p, min_p, bound, size, logits.stride(0),
+            logits, temperature, top_k, top_p, min_p, bound, apart, size, logits.stride(0), MOST=_MOST,
             BLOCK=min(_BLOCK, triton.next_power_of_2(size)), num_warps=8,
         )  # fmt: skip
     return bound
@@ -86,7 +89,8 @@ def cut_rows_reference(
     ordered = ordered.masked_fill(ordered < ordered.gather(1, k - 1), float("-inf"))
     before = ordered.softmax(-1).cumsum(-1).roll(1, -1)
     before[:, 0] = 0
-    kept = ((before < top_p[:, None]) & (ordered > float("-inf"))).sum(-1, keepdim=True)
+    inside = (before < top_p[:, None]) | (top_p[:, None] >= 1)  # sums of float32 may reach 1 early
+    kept = (inside & (ordered > float("-inf"))).sum(-1, keepdim=True)
     bound = ordered.gather(1, (kept - 1).clamp(min=0))[:, 0]
     return torch.maximum(bound, ordered[:, 0] + torch.log(min_p))
 
@@ -100,23 +104,17 @@ def as_float(order):
 
 
 @triton.jit
-def cut_rows_kernel(logits, temperature, top_k, top_p, min_p, bound, size, stride, BLOCK: tl.constexpr):
-    """One program a row."""
-    row = tl.program_id(0).to(tl.int64)
-    heat = tl.load(temperature + row)
-    cold = 1.0 / tl.where(heat == 0.0, 1.0, heat)
-    k = tl.load(top_k + row)
-    share = tl.load(top_p + row)
-    lowest_share = tl.load(min_p + row)
-    at = logits + row * stride
+def scaled(at, column, size, cold):
+    """Logits over the temperature, minus infinity beyond the row."""
+    return tl.load(at + column, column < size, other=float("-inf")).to(tl.float32) * cold
+
+
+@triton.jit
+def search(at, size, cold, top, total, k, share, BLOCK: tl.constexpr):
+    """max(c_k, c_p) by bisection; ``total`` is the sum of exp(z - top) over the whole row, and k = 0 keeps all."""
     lane = tl.arange(0, BLOCK)
-    top = tl.full([], float("-inf"), tl.float32)
-    for start in range(0, size, BLOCK):
-        column = start + lane
-        z = tl.load(at + column, column < size, other=float("-inf")).to(tl.float32) * cold
-        top = tl.maximum(top, tl.max(z, 0))
     lowest = tl.full([], float("-inf"), tl.float32)
-    if (k > 0) & (k < size):
+    if k > 0:
         order = tl.full([], 0, tl.uint32)
         bit = tl.full([], 0x80000000, tl.uint32)
         for _ in range(0, 32):
@@ -126,16 +124,16 @@ def cut_rows_kernel(logits, temperature, top_k, top_p, min_p, bound, size, strid
             count = tl.full([], 0, tl.int32)
             for start in range(0, size, BLOCK):
                 column = start + lane
-                z = tl.load(at + column, column < size, other=float("-inf")).to(tl.float32) * cold
-                count += tl.sum(((z >= least) & (column < size)).to(tl.int32), 0)
+                count += tl.sum(((scaled(at, column, size, cold) >= least) & (column < size)).to(tl.int32), 0)
             order = tl.where(count >= k, tried, order)
         lowest = as_float(order)
     if share < 1.0:
-        wanted = tl.full([], 0.0, tl.float32)
-        for start in range(0, size, BLOCK):
-            column = start + lane
-            z = tl.load(at + column, column < size, other=float("-inf")).to(tl.float32) * cold
-            wanted += tl.sum(tl.where(z >= lowest, tl.exp(z - top), 0.0), 0)
+        wanted = total
+        if k > 0:
+            wanted = tl.full([], 0.0, tl.float32)
+            for start in range(0, size, BLOCK):
+                z = scaled(at, start + lane, size, cold)
+                wanted += tl.sum(tl.where(z >= lowest, tl.exp(z - top), 0.0), 0)
         wanted = wanted * share
         order = tl.full([], 0, tl.uint32)
         bit = tl.full([], 0x80000000, tl.uint32)
@@ -145,11 +143,74 @@ def cut_rows_kernel(logits, temperature, top_k, top_p, min_p, bound, size, strid
             least = tl.maximum(as_float(tried), lowest)
             mass = tl.full([], 0.0, tl.float32)
             for start in range(0, size, BLOCK):
-                column = start + lane
-                z = tl.load(at + column, column < size, other=float("-inf")).to(tl.float32) * cold
+                z = scaled(at, start + lane, size, cold)
                 mass += tl.sum(tl.where(z >= least, tl.exp(z - top), 0.0), 0)
             order = tl.where((mass >= wanted) & (as_float(tried) <= top), tried, order)
         lowest = tl.maximum(lowest, as_float(order))
+    return lowest
+
+
+@triton.jit
+def cut_rows_kernel(
+    logits, temperature, top_k, top_p, min_p, bound, apart, size, stride, MOST: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    heat = tl.load(temperature + row)
+    cold = 1.0 / tl.where(heat == 0.0, 1.0, heat)
+    k = tl.load(top_k + row)
+    k = tl.where(k < size, k, 0)
+    share = tl.load(top_p + row)
+    lowest_share = tl.load(min_p + row)
+    at = logits + row * stride
+    apart += row * MOST
+    lane = tl.arange(0, BLOCK)
+    most = tl.full([BLOCK], float("-inf"), tl.float32)
+    for start in tl.range(0, size, BLOCK, num_stages=3):
+        most = tl.maximum(most, scaled(at, start + lane, size, cold))
+    top = tl.max(most, 0)
+    lowest = tl.full([], float("-inf"), tl.float32)
+    if (k > 0) | (share < 1.0):
+        total = tl.zeros([BLOCK], tl.float32)
+        weight0, weight1, weight2 = total, total, total
+        count0 = tl.zeros([BLOCK], tl.int32)
+        count1, count2 = count0, count0
+        for start in tl.range(0, size, BLOCK, num_stages=3):
+            column = start + lane
+            z = scaled(at, column, size, cold)
+            e = tl.exp(z - top)
+            total += e
+            above0 = (z >= top - 4.0) & (column < size)
+            above1 = (z >= top - 8.0) & (column < size)
+            above2 = (z >= top - 14.0) & (column < size)
+            weight0 += tl.where(above0, e, 0.0)
+            weight1 += tl.where(above1, e, 0.0)
+            weight2 += tl.where(above2, e, 0.0)
+            count0 += above0.to(tl.int32)
+            count1 += above1.to(tl.int32)
+            count2 += above2.to(tl.int32)
+        everything = tl.sum(total, 0)
+        # by k alone where there is one; a little more than the share, since sums in another order round differently
+        enough = tl.where(k > 0, 0.0, everything * share * 1.0001)
+        n0, n1, n2 = tl.sum(count0, 0), tl.sum(count1, 0), tl.sum(count2, 0)
+        fits0 = (n0 >= k) & (tl.sum(weight0, 0) >= enough)
+        fits1 = (n1 >= k) & (tl.sum(weight1, 0) >= enough)
+        fits2 = (n2 >= k) & (tl.sum(weight2, 0) >= enough)
+        gap = tl.where(fits0, 4.0, tl.where(fits1, 8.0, 14.0))
+        count = tl.where(fits0, n0, tl.where(fits1, n1, n2))
+        if (fits0 | fits1 | fits2) & (count <= MOST):
+            place = tl.full([], 0, tl.int32)
+            for start in tl.range(0, size, BLOCK, num_stages=3):
+                column = start + lane
+                z = scaled(at, column, size, cold)
+                above = (z >= top - gap) & (column < size)
+                at_place = place + tl.cumsum(above.to(tl.int32), 0) - 1
+                tl.store(apart + at_place, z, above)
+                place += tl.sum(above.to(tl.int32), 0)
+            tl.debug_barrier()  # all of it is written before any of it is read
+            lowest = search(apart, count, 1.0, top, everything, k, share, BLOCK)
+        else:
+            lowest = search(at, size, cold, top, everything, k, share, BLOCK)
     if lowest_share > 0.0:
         lowest = tl.maximum(lowest, top + tl.log(lowest_share))
     tl.store(bound + row, lowest)
@@ -158,5 +219,5 @@ def cut_rows_kernel(logits, temperature, top_k, top_p, min_p, bound, size, strid
 def compile_examples(float_dtype: str) -> list[tuple]:
     """The kernel with the argument types and options it is launched with, for compilation without a GPU."""
     signature = {"logits": f"*{float_dtype}", "top_k": "*i32", "size": "i32", "stride": "i32"}
-    signature |= dict.fromkeys(("temperature", "top_p", "min_p", "bound"), "*fp32")
-    return [(cut_rows_kernel, signature, {"BLOCK": _BLOCK}, {"num_warps": 8})]
+    signature |= dict.fromkeys(("temperature", "top_p", "min_p", "bound", "apart"), "*fp32")
+    return [(cut_rows_kernel, signature, {"MOST": _MOST, "BLOCK": _BLOCK}, {"num_warps": 8})]

@@ -172,6 +172,9 @@ def _check(
         raise ConfigError(
             "One integer end an expert is needed", got=(ends.dtype, tuple(ends.shape)), do="Pass (E,) int32."
         )
+    if ends.device.type == "cpu" and [0, *ends.tolist()] != sorted([0, *ends.tolist()][:-1]) + [len(x)]:
+        do = f"Pass ends that rise from expert to expert, to {len(x)} in the end."
+        raise ConfigError("The experts' ends do not cover the rows", got=ends.tolist(), do=do)
     if (a is None) != (b is None):
         raise ConfigError("An adapter has an A and a B", got=("A" if b is None else "B"), do="Pass both or neither.")
     if a is not None and b is not None:

@@ -147,10 +147,9 @@ def flatten_head_inputs(
             got=(labels.dtype, tuple(labels.shape)),
             do=f"Pass labels of shape {tuple(hidden.shape[:-1])}, already shifted.",
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ConfigError(
-            "The head's bias does not fit", got=tuple(bias.shape), do="Pass one value a vocabulary entry."
-        )
+    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
+        do = "Pass one floating-point value a vocabulary entry."
+        raise ConfigError("The head's bias does not fit", got=(bias.dtype, tuple(bias.shape)), do=do)
     devices = {t.device for t in (hidden, weight, labels, bias) if t is not None}
     if len(devices) > 1:
         raise ConfigError("The head's inputs lie on several devices", got=devices, do="Move them to one device.")

@@ -8,7 +8,7 @@ arXiv:2106.09685)::
     dA_i = p_i^T x                   dB_i = s_i g_i^T t_i
 
 Products: with padded weights (:mod:`unsloth.kernels.lora_weights`) one for all outputs and one for the input gradient,
-one for all dA and one for all dB; the thin products t and p are made while x and g are copied next to them. Saved for
+one operation for all dA and dB; the thin products t and p are made while x and g are copied next to them. Saved for
 the backward: x and t. Adapters stay float32 masters: they are cast as they are placed, and their gradients leave the
 products' accumulators as float32.
 """
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import torch
 
 from unsloth.core.errors import ConfigError
+from unsloth.kernels.adapter_products import adapter_products
 from unsloth.kernels.append_projection import append_projection, append_projections, matmul_wide
 from unsloth.kernels.dispatch import check_tensors
 from unsloth.kernels.lora_weights import Adapter, LoraGroup, PaddedWeight, Weight
@@ -139,8 +140,14 @@ def adapter_gradients(
 ) -> list[torch.Tensor | None]:
     """dA_0, dB_0, dA_1, ... in float32 (None where not needed), the dA in one product; dB without s if not ``scaled``.
 
-    The dB are one product in the padded form, whose blocks off the diagonal are not used: reading g once counts more.
+    In the padded form all of them are one operation. Where not all are needed, the dB are one product whose blocks off
+    the diagonal are not used: reading g once counts more.
     """
+    if group.room and all(needs) and 0 not in group.ranks:
+        g = grads[0][:, : sum(group.outs)]
+        scales = [adapter.scale if scaled and adapter is not None else 1.0 for adapter in group.adapters]
+        da, db = adapter_products(x, g_projected, g, projected, group.outs, group.ranks, scales)
+        return [d for ranks, b in zip(group.rank_slices(), db, strict=True) for d in (da[ranks], b)]
     all_a = matmul_wide(g_projected.t(), x) if any(needs[::2]) else None
     all_b = matmul_wide(grads[0][:, : sum(group.outs)].t(), projected) if group.room and any(needs[1::2]) else None
     found: list[torch.Tensor | None] = []
@@ -182,7 +189,12 @@ def check_input(x: torch.Tensor, in_features: int) -> None:
 
 
 def check_linears(
-    op: str, x: torch.Tensor, weights: Sequence[Weight], adapters: Sequence[Adapter | None], features: int
+    op: str,
+    x: torch.Tensor,
+    weights: Sequence[Weight],
+    adapters: Sequence[Adapter | None],
+    features: int,
+    biases: Sequence[torch.Tensor | None] = (),
 ) -> None:
     """Raise unless what is known of the weights (functions are not called) and adapters fits inputs like ``x``.
 
@@ -192,6 +204,7 @@ def check_linears(
         weights: Of one input.
         adapters: One a linear, or None.
         features: Columns that each weight has.
+        biases: One a linear, or None; or none at all.
     """
     check_tensors(op, x=x)
     plain = [w for w in weights if isinstance(w, torch.Tensor)]
@@ -201,6 +214,11 @@ def check_linears(
             do = f"Pass matrices (out, {features})."
             raise ConfigError(f"{op}: weight {i} does not fit the input", got=tuple(weight.shape), do=do)
     outs = [w.shape[0] for w in plain] if len(plain) == len(adapters) else [None] * len(adapters)
+    for i, bias in enumerate(biases):
+        check_tensors(op, **{"x": x, f"bias {i}": bias})
+        if bias is not None and (bias.dim() != 1 or (outs[i] is not None and outs[i] != len(bias))):
+            do = f"Pass a bias ({outs[i] or 'out'},)."
+            raise ConfigError(f"{op}: bias {i} does not fit its linear", got=tuple(bias.shape), do=do)
     for i, (adapter, out) in enumerate(zip(adapters, outs, strict=True)):
         if adapter is None:
             continue
@@ -270,7 +288,7 @@ def lora_linears(
     weights = [weights] if isinstance(weights, PaddedWeight) or callable(weights) else list(weights)
     biases = list(biases) if biases is not None else [None] * len(adapters)
     if x.dim():
-        check_linears("lora_linears", x, weights, adapters, x.shape[-1])
+        check_linears("lora_linears", x, weights, adapters, x.shape[-1], biases)
     if not fast or must_use_reference(weights, biases):
         return lora_linears_reference(x, weights, adapters, biases)
     pairs, scales = flatten_adapters(adapters)

@@ -69,9 +69,9 @@ class _LoraMlp(torch.autograd.Function):
             wide = torch.empty(flat.shape[0], group.in_features + group.room, dtype=dtype, device=x.device)
             h = wide[:, : group.in_features]
             tail = wide[:, group.in_features :] if group.room else wide.new_empty(flat.shape[0], group.columns)
-            glu_forward(gated, activation, group.a, h, tail)
+            t_d = glu_forward(gated, activation, group.a, h, tail)
             y = group.forward(wide, tail, [None])
-        ctx.save_for_backward(unshared(flat, buffer), projected, gated, tail.clone() if group.room else tail, *pairs)
+        ctx.save_for_backward(unshared(flat, buffer), projected, gated, t_d, *pairs)
         ctx.gate_up, ctx.down, ctx.activation, ctx.scales = gate_up, down, activation, scales
         ctx.dtype, ctx.shape, ctx.x_dtype = dtype, x.shape, x.dtype
         return y.view(*x.shape[:-1], y.shape[1])
@@ -151,7 +151,7 @@ def gate_up_gradients(
     dx = group.input_gradient(grads, p_gu, out=out) if needs[0] else None
     da_gu = matmul_wide(p_gu.t(), kept.x) if needs[1] or needs[3] else None
     da_g, da_u = (None, None) if da_gu is None else (da_gu[ranks[0]], da_gu[ranks[1]])
-    return dx, [da_g, db_g.t(), da_u, db_u.t(), da_d]
+    return dx, [da_g, db_g, da_u, db_u, da_d]
 
 
 def _down_group(

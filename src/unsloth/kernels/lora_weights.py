@@ -82,6 +82,11 @@ class PaddedWeight:
     def from_dense(cls, weights: Sequence[torch.Tensor], rank: int) -> PaddedWeight:
         """A copy of (out_i, K) weights, stacked."""
         first = weights[0]
+        kinds = {(weight.dim(), weight.shape[1:], weight.dtype, weight.device) for weight in weights}
+        if first.dim() != 2 or len(kinds) > 1:
+            got = [(tuple(weight.shape), weight.dtype, str(weight.device)) for weight in weights]
+            do = "Pass matrices (out, K) of one dtype on one device."
+            raise ConfigError("Weights of one input do not fit together", got=got, do=do)
         outs = [weight.shape[0] for weight in weights]
         padded = cls.empty(outs, first.shape[1], rank, dtype=first.dtype, device=first.device)
         for part, weight in zip(padded.parts(), weights, strict=True):

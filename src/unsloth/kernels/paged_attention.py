@@ -57,7 +57,7 @@ def take_tokens(s, v, top, total, acc):
     return new_top, total, acc
 
 
-@triton.jit(do_not_specialize=["table_stride", "window"])
+@triton.jit(do_not_specialize=["table_stride", "table_columns", "window"])
 def paged_attention_kernel(
     q_ptr,
     k_ptr,
@@ -76,6 +76,7 @@ def paged_attention_kernel(
     v_token_stride,
     v_head_stride,
     table_stride,
+    table_columns,
     scale,
     softcap,
     window,
@@ -102,7 +103,8 @@ def paged_attention_kernel(
     splits = tl.num_programs(2)
     g = tl.arange(0, BLOCK_G)
     d = tl.arange(0, BLOCK_D)
-    length = tl.load(lengths_ptr + b)
+    wanted = tl.load(lengths_ptr + b)
+    length = tl.minimum(wanted, table_columns * page_size)  # nothing is read beyond the table's row
     first = length * 0
     if WINDOW:
         first = tl.maximum(length - window, 0) // BLOCK_N * BLOCK_N
@@ -133,6 +135,7 @@ def paged_attention_kernel(
             visible = visible & (n >= length - window)
         s = tl.where(visible[None, :], s, float("-inf"))
         m, total, acc = take_tokens(s, v, m, total, acc)
+    total = tl.where(wanted > length, float("nan"), total)
     at = (b * tl.num_programs(1) * G + head * G + g) * splits + split
     live = (g[:, None] < G) & (d[None, :] < D)
     if WHOLE:
@@ -206,7 +209,8 @@ def paged_attention(
         k_cache: (pages, P, K, D), unit stride along D; K divides H. Of q's dtype, or E4M3.
         v_cache: Like ``k_cache``.
         page_table: (B, most pages of a sequence) int32 or int64; entries beyond a sequence's length are not read.
-        lengths: (B,) int32 or int64 tokens in the cache, the new one included.
+        lengths: (B,) int32 or int64 tokens in the cache, the new one included. More than the table's row has room for
+            yields NaN where kernels run, and an error from the plain computation.
         scale: Of the scores; None for D ** -0.5.
         window: How many of the newest tokens are visible; 0 for all.
         softcap: Bound of the scores; 0 for none.
@@ -245,9 +249,9 @@ def paged_attention(
     with dispatch.launch_on(q):
         paged_attention_kernel[(batch, kv_heads, splits)](
             q, k_cache, v_cache, page_table, lengths, parts, tops, totals, q.stride(0), q.stride(1),
-            *k_cache.stride()[:3], *v_cache.stride()[:3], page_table.stride(0), scale, softcap, window,
-            heads // kv_heads, dim, k_cache.shape[1], WHOLE=whole, EARLY=early, ROUND=must_round(out.dtype),
-            CAP=softcap > 0, WINDOW=window > 0, UPCAST=dispatch.interpreting(),
+            *k_cache.stride()[:3], *v_cache.stride()[:3], page_table.stride(0), page_table.shape[1], scale,
+            softcap, window, heads // kv_heads, dim, k_cache.shape[1], WHOLE=whole, EARLY=early,
+            ROUND=must_round(out.dtype), CAP=softcap > 0, WINDOW=window > 0, UPCAST=dispatch.interpreting(),
             BLOCK_G=max(16, triton.next_power_of_2(heads // kv_heads)),
             BLOCK_N=_BLOCK_N if block_d <= 128 else _BLOCK_N // 2, BLOCK_D=block_d, num_warps=4, num_stages=2,
         )  # fmt: skip
@@ -271,6 +275,9 @@ def _one_by_one(q, k_cache, v_cache, page_table, lengths, scale, window, softcap
     for b, length in enumerate(lengths.tolist()):
         if length == 0:
             continue
+        if length > page_table.shape[1] * k_cache.shape[1]:
+            do = f"The table has room for {page_table.shape[1]} pages of {k_cache.shape[1]} a sequence."
+            raise ConfigError("A sequence is longer than its row of the page table", got=length, do=do)
         first = max(0, length - window) if window else 0
         pages = page_table[b, : -(-length // k_cache.shape[1])].long()
         k, v = (c[pages].flatten(0, 1)[first:length].to(dtype) for c in (k_cache, v_cache))
@@ -315,8 +322,9 @@ def _check(
             got=(tuple(page_table.shape), tuple(lengths.shape)),
             do=f"The batch has {q.shape[0]} sequences.",
         )
-    if sinks is not None and sinks.shape != q.shape[1:2]:
-        raise ConfigError("One sink a query head is needed", got=tuple(sinks.shape), do=f"Pass ({q.shape[1]},).")
+    if sinks is not None and (sinks.shape != q.shape[1:2] or not sinks.is_floating_point()):
+        do = f"Pass floats ({q.shape[1]},)."
+        raise ConfigError("One sink a query head is needed", got=(sinks.dtype, tuple(sinks.shape)), do=do)
     if window < 0 or softcap < 0:
         raise ConfigError("Window and softcap must not be negative", got=(window, softcap), do="Use 0 for none.")
 
@@ -329,6 +337,7 @@ def compile_examples(float_dtype: str) -> list[tuple]:
         "v_token_stride",
         "v_head_stride",
         "table_stride",
+        "table_columns",
         "window",
         "G",
         "D",

@@ -62,6 +62,9 @@ def paged_prefill_reference(
     out = torch.empty_like(q)
     for first, count, start, row in tiles.tolist():
         stop = start + count
+        if row >= len(table) or stop > table.shape[1] * size:
+            do = f"The table has {len(table)} rows, with room for {table.shape[1]} pages of {size} each."
+            raise ConfigError("A tile ends beyond its row of the page table", got=(row, stop), do=do)
         pages = table[row, : -(-stop // size)].long()
         k, v = (gather_pages(c, pages).flatten(0, 1)[:stop].to(dtype) for c in (k_cache, v_cache))
         k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
@@ -82,11 +85,12 @@ def gather_pages(cache: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
     return cache[pages]
 
 
-@triton.jit(do_not_specialize=["table_stride", "window", "tokens"])
+@triton.jit(do_not_specialize=["table_stride", "table_rows", "table_columns", "window", "tokens"])
 def paged_prefill_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, tiles_ptr, out_ptr, q_stride_t, q_stride_h, page_stride, token_stride, head_stride,
-    v_page_stride, v_token_stride, v_head_stride, out_stride_t, out_stride_h, table_stride, scale, softcap, window,
-    tokens, G, D, page_size, CAP: tl.constexpr, WINDOW: tl.constexpr, UPCAST: tl.constexpr, ROUND: tl.constexpr,
+    v_page_stride, v_token_stride, v_head_stride, out_stride_t, out_stride_h, table_stride, table_rows, table_columns,
+    scale, softcap, window, tokens, G, D, page_size,
+    CAP: tl.constexpr, WINDOW: tl.constexpr, UPCAST: tl.constexpr, ROUND: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program a (tile, key head); rows of its matrices are the pairs of token and query head."""
@@ -106,7 +110,8 @@ def paged_prefill_kernel(
     if UPCAST:
         q = q.to(tl.float32)
     position = start + t
-    stop = start + count
+    room = tl.where(row < table_rows, table_columns * page_size, 0)
+    stop = tl.minimum(start + count, room)  # nothing is read beyond the table's row
     begin = start * 0
     if WINDOW:
         begin = tl.maximum(start - window + 1, 0) // BLOCK_N * BLOCK_N
@@ -127,6 +132,7 @@ def paged_prefill_kernel(
             visible = visible & (n[None, :] > position[:, None] - window)
         s = tl.where(visible, s, float("-inf"))
         top, total, acc = take_tokens(s, v.to(q.dtype), top, total, acc)
+    total = tl.where(position < room, total, float("nan"))
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_at = out_ptr + (first + t)[:, None] * out_stride_t + (head * G + g)[:, None] * out_stride_h + d[None, :]
     tl.store(out_at, nearest(out, ROUND), mask=live)
@@ -151,6 +157,8 @@ def paged_prefill(
         k_cache: (pages, P, K, D), unit stride along D; K divides H. Of q's dtype, or E4M3.
         v_cache: Like ``k_cache``.
         table: (sequences, most pages of one) int32; entries beyond a sequence's last tile are not read.
+            Tokens whose own place is beyond the row come out as NaN where kernels run, and are an error of the plain
+            computation.
         tiles: As :func:`make_tiles` gives them, on q's device; together they hold every token once.
         scale: Of the scores.
         window: How many of the newest tokens are visible, itself included; 0 for all.
@@ -191,8 +199,8 @@ def paged_prefill(
         with dispatch.launch_on(q):
             paged_prefill_kernel[(len(tiles), kv_heads)](
                 q, k_cache, v_cache, table, tiles, out, q.stride(0), q.stride(1), *k_cache.stride()[:3],
-                *v_cache.stride()[:3], out.stride(0), out.stride(1), table.stride(0), scale, softcap, window,
-                len(q), heads // kv_heads, dim, k_cache.shape[1], CAP=softcap > 0, WINDOW=window > 0,
+                *v_cache.stride()[:3], out.stride(0), out.stride(1), table.stride(0), *table.shape, scale, softcap,
+                window, len(q), heads // kv_heads, dim, k_cache.shape[1], CAP=softcap > 0, WINDOW=window > 0,
                 UPCAST=dispatch.interpreting(), ROUND=must_round(q.dtype), BLOCK_T=TILE,
                 BLOCK_G=triton.next_power_of_2(heads // kv_heads), BLOCK_N=block_keys(dim, q.device),
                 BLOCK_D=max(16, triton.next_power_of_2(dim)), num_warps=4, num_stages=2,

@@ -101,6 +101,8 @@ class RopeTables:
         """Validate the arguments of :func:`rope`, and bring the tables to [B, T, W] or [P, W] with [B, T] positions."""
         check_tensors("rope", q=q, k=k, cos=cos, sin=sin)
         _check_heads(q, k)
+        if cos.dim() < 2:
+            raise ConfigError("rope: the table has no rows", got=tuple(cos.shape), do="Pass [tokens, W].")
         b, _, t, d = q.shape
         width = cos.shape[-1]
         rotary_dim = width if rotary_dim is None else rotary_dim

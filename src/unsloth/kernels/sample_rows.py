@@ -20,9 +20,11 @@ import triton
 import triton.language as tl
 
 from unsloth.core.errors import ConfigError
-from unsloth.kernels.dispatch import can_launch, check_device, check_shape, check_tensors, launch_on
+from unsloth.kernels.approximate import exponential, logarithm, reciprocal
+from unsloth.kernels.dispatch import can_launch, check_device, check_shape, check_tensors, interpreting, launch_on
+from unsloth.kernels.row_norm import add_two
 
-CHUNK, BLOCK = 4096, 1024
+CHUNK = 4096
 _MASK = 0xFFFFFFFF
 _SMALL = 2.0**-8  # below, -log(1 - u) would lose the digits of u, whose smallest values win
 
@@ -51,7 +53,7 @@ def sample_rows(
     """
     check_tensors("sample_rows", raw=raw, adjusted=adjusted, temperature=temperature, bound=bound)
     check_device("sample_rows", raw.device, keys=keys)
-    if raw.dim() != 2 or keys.dtype != torch.int32:
+    if raw.dim() != 2 or not raw.shape[1] or keys.dtype != torch.int32:
         got = (tuple(raw.shape), keys.dtype)
         raise ConfigError("sample_rows: wrong logits or keys", got=got, do="Pass logits (B, V) and int32 keys (2, B).")
     rows, size = raw.shape
@@ -72,7 +74,8 @@ def sample_rows(
     with launch_on(raw):
         sample_chunks_kernel[(rows, chunks)](
             raw, adjusted, temperature, bound, keys, parts, places, size, raw.stride(0), adjusted.stride(0),
-            keys.stride(0), BOUND=bound is not None, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=4,
+            keys.stride(0), BOUND=bound is not None, INTERPRET=interpreting(), CHUNK=CHUNK,
+            num_warps=4,
         )  # fmt: skip
         join_chunks_kernel[(rows,)](
             temperature, parts, places, token, sampled, model, chunks, BLOCK=triton.next_power_of_2(chunks), num_warps=1
@@ -92,13 +95,13 @@ def sample_rows_reference(
     z = adjusted.float() * (1 / torch.where(greedy, 1.0, temperature))[:, None]
     if bound is not None:
         z = z.masked_fill((z < bound[:, None]) & ~greedy[:, None], float("-inf"))
-    token = torch.where(greedy, z.argmax(-1), (z - exponential(keys, z.shape[1]).log()).argmax(-1))
+    token = torch.where(greedy, z.argmax(-1), (z - waiting_times(keys, z.shape[1]).log()).argmax(-1))
     sampled = (z.gather(1, token[:, None])[:, 0] - z.logsumexp(-1)).masked_fill(greedy, 0.0)
     values = raw.float()
     return token, sampled, values.gather(1, token[:, None])[:, 0] - values.logsumexp(-1)
 
 
-def exponential(keys: torch.Tensor, size: int) -> torch.Tensor:
+def waiting_times(keys: torch.Tensor, size: int) -> torch.Tensor:
     """(B, size) float32, -log(1 - u): exponentially distributed, a function of row keys (2, B) and column alone."""
     column = torch.arange(size, device=keys.device)
     first, second = (key.long()[:, None] & _MASK for key in keys)
@@ -123,74 +126,57 @@ def mix(bits):
 
 
 @triton.jit
-def merge_sums(m, total, other_m, other_total):
-    """Maxima and sums of exp(x - maximum) of two parts, as those of both together."""
-    top = tl.maximum(m, other_m)
-    safe = tl.where(top == float("-inf"), 0.0, top)
-    return top, total * tl.exp(m - safe) + other_total * tl.exp(other_m - safe)
+def two_tops(a0, b0, a1, b1):
+    """Largest of two pairs."""
+    return tl.maximum(a0, a1), tl.maximum(b0, b1)
 
 
 @triton.jit(do_not_specialize=["keys_stride"])  # which is the number of rows
 def sample_chunks_kernel(
     raw, adjusted, temperature, bound, keys, parts, places, size, raw_stride, adjusted_stride, keys_stride,
-    BOUND: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    BOUND: tl.constexpr, INTERPRET: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One program goes through CHUNK columns of a row."""
+    """One program takes CHUNK columns of a row; its threads exchange what they have three times.
+
+    The race is run as exp(z - largest z) / -log(1 - u), which is monotonic in that of the formula and spares a
+    logarithm.
+    """
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     rows, chunks = tl.num_programs(0), tl.num_programs(1)
     heat = tl.load(temperature + row)
     greedy = heat == 0.0
     cold = 1.0 / tl.where(greedy, 1.0, heat)
-    lowest = float("-inf")
-    if BOUND:
-        lowest = tl.where(greedy, lowest, tl.load(bound + row))
     first = tl.load(keys + row).to(tl.uint32)
     second = tl.load(keys + keys_stride + row).to(tl.uint32)
-    raw_top = tl.full([], float("-inf"), tl.float32)
-    raw_sum = tl.full([], 0.0, tl.float32)
-    top = tl.full([], float("-inf"), tl.float32)
-    total = tl.full([], 0.0, tl.float32)
-    best = tl.full([], float("-inf"), tl.float32)
-    best_z = tl.full([], float("-inf"), tl.float32)
-    best_raw = tl.full([], 0.0, tl.float32)
-    place = tl.full([], 0, tl.int32)
-    for start in range(0, CHUNK, BLOCK):
-        column = chunk * CHUNK + start + tl.arange(0, BLOCK)
-        inside = column < size
-        r = tl.load(raw + row * raw_stride + column, inside, other=float("-inf")).to(tl.float32)
-        z = tl.load(adjusted + row * adjusted_stride + column, inside, other=float("-inf")).to(tl.float32) * cold
-        if BOUND:
-            z = tl.where(z < lowest, float("-inf"), z)
-        block_top = tl.max(r, 0)
-        safe = tl.where(block_top == float("-inf"), 0.0, block_top)
-        raw_top, raw_sum = merge_sums(raw_top, raw_sum, block_top, tl.sum(tl.exp(r - safe), 0))
-        block_top = tl.max(z, 0)
-        safe = tl.where(block_top == float("-inf"), 0.0, block_top)
-        top, total = merge_sums(top, total, block_top, tl.sum(tl.exp(z - safe), 0))
-        bits = mix(mix(column.to(tl.uint32) * 0x9E3779B1 + first) ^ second)
-        u = (bits.to(tl.float32) + 1.0) * 2.3283064365386963e-10
-        late = -tl.log(1.0 - tl.minimum(u, 0.99999994))
-        wait = tl.where(u < 0.00390625, u * (1.0 + u * (0.5 + u * 0.3333333333333333)), late)
-        race = z - tl.where(greedy, 0.0, tl.log(wait))
-        race = tl.where(inside, race, float("-inf"))
-        winner = tl.max(race, 0)
-        at = tl.argmax(race, 0)
-        chosen = tl.arange(0, BLOCK) == at
-        better = winner > best
-        best_z = tl.where(better, tl.max(tl.where(chosen, z, float("-inf")), 0), best_z)
-        best_raw = tl.where(better, tl.max(tl.where(chosen, r, float("-inf")), 0), best_raw)
-        place = tl.where(better, chunk * CHUNK + start + at, place).to(tl.int32)
-        best = tl.where(better, winner, best)
+    column = chunk * CHUNK + tl.arange(0, CHUNK)
+    inside = column < size
+    r = tl.load(raw + row * raw_stride + column, inside, other=float("-inf")).to(tl.float32)
+    z = tl.load(adjusted + row * adjusted_stride + column, inside, other=float("-inf")).to(tl.float32) * cold
+    if BOUND:
+        lowest = tl.where(greedy, float("-inf"), tl.load(bound + row))
+        z = tl.where(z < lowest, float("-inf"), z)
+    raw_top, top = tl.reduce((r, z), 0, two_tops)
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    e = exponential(z - safe, INTERPRET)
+    raw_e = exponential(r - tl.where(raw_top == float("-inf"), 0.0, raw_top), INTERPRET)
+    raw_sum, total = tl.reduce((raw_e, e), 0, add_two)
+    bits = mix(mix(column.to(tl.uint32) * 0x9E3779B1 + first) ^ second)
+    u = (bits.to(tl.float32) + 1.0) * 2.3283064365386963e-10
+    early = u * (1.0 + u * (0.5 + u * (0.33333333 + u * (0.25 + u * (0.2 + u * 0.16666667)))))
+    wait = tl.where(u < 0.0625, early, -logarithm(1.0 - tl.minimum(u, 0.99999994), INTERPRET))
+    race = tl.where(greedy, z, e * reciprocal(wait, INTERPRET))
+    winner, at = tl.max(tl.where(inside, race, float("-inf")), 0, return_indices=True)
+    place = chunk * CHUNK + at
     out = parts + row * chunks + chunk
     plane = rows * chunks
     tl.store(out, raw_top)
     tl.store(out + plane, raw_sum)
     tl.store(out + 2 * plane, top)
     tl.store(out + 3 * plane, total)
-    tl.store(out + 4 * plane, best)
-    tl.store(out + 5 * plane, best_z)
-    tl.store(out + 6 * plane, best_raw)
+    tl.store(out + 4 * plane, tl.where(greedy, winner, tl.log(winner) + top))
+    tl.store(out + 5 * plane, tl.load(adjusted + row * adjusted_stride + place).to(tl.float32) * cold)
+    tl.store(out + 6 * plane, tl.load(raw + row * raw_stride + place).to(tl.float32))
     tl.store(places + row * chunks + chunk, place)
 
 
@@ -227,7 +213,7 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     first = {"raw": f"*{float_dtype}", "adjusted": f"*{float_dtype}", "keys": "*i32", "places": "*i32"}
     second = dict.fromkeys(("temperature", "parts", "sampled", "model"), "*fp32")
     second |= {"places": "*i32", "token": "*i64", "chunks": "i32"}
-    shape = {"BOUND": True, "CHUNK": CHUNK, "BLOCK": BLOCK}
+    shape = {"BOUND": True, "INTERPRET": False, "CHUNK": CHUNK}
     return [
         (sample_chunks_kernel, first | floats | numbers, shape, {"num_warps": 4}),
         (join_chunks_kernel, second, {"BLOCK": 32}, {"num_warps": 1}),

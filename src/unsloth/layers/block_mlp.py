@@ -74,24 +74,20 @@ def mlp_forward(
         inner.t_gu = apart(inner.t_gu, group)
         inner.gated = added.new_empty(rows, 2 * features + group.room)
     tiles = list(_tiles(rows, rows if keep else parts.tile))
-    y, t_d, down = torch.empty_like(h) if out is None else out, None, None
+    y, t_d, down = torch.empty_like(h) if out is None else out, [], None
     for i, part in enumerate(tiles):
         gated = _gated(group, wide[part], None if inner is None else inner.gated)
         if i + 1 == len(tiles):
             del group, wide  # a dequantized weight, before the next one is made
         if down is None:
             down = parts.down.group(dtype)
-            t_d = h.new_empty(rows, down.columns)
-        assert t_d is not None
         inside = h.new_empty(gated.shape[0], features + down.room)
         tail = tail_of(inside, down)
-        glu_forward(gated[:, : 2 * features], parts.activation, down.a, inside[:, :features], tail)
+        t_d.append(glu_forward(gated[:, : 2 * features], parts.activation, down.a, inside[:, :features], tail))
         del gated
-        t_d[part] = tail
         down.add_forward(h[part], inside, tail, out=y[part])
         del inside, tail
-    assert t_d is not None
-    return y, h, t_d, inner
+    return y, h, t_d[0] if len(t_d) == 1 else torch.cat(t_d), inner
 
 
 def mlp_gradients(
