@@ -3,8 +3,8 @@
 A few steps of supervised training show the form of an answer first, on sums that are not asked for later: where no
 attempt is ever right, there is nothing to learn from. Then GRPO: of 2.5 points a sum, 2 are for the exact answer.
 200 sums that neither phase sees count how many answers are exactly right.
-python examples/grpo_sums.py [--seed 1] [--working] [--smoke]; --working has the model write down the parts of a sum in
-tags of its own first; --smoke trains two steps.
+python examples/grpo_sums.py [--seed 1] [--working] [--smoke]; --working has the model add tens and ones apart in tags
+of your own first, for which it is shown more sums; --smoke trains two steps.
 """
 
 import random
@@ -18,6 +18,9 @@ smoke, working = "--smoke" in sys.argv, "--working" in sys.argv
 seed = int(sys.argv[sys.argv.index("--seed") + 1]) if "--seed" in sys.argv else 1
 output = tempfile.mkdtemp(prefix="grpo-") if smoke else f"outputs/grpo-sums-{seed}"
 WORKING, ANSWER = ("<working>", "</working>"), ("<answer>", "</answer>")
+shots, updates, completions, longest = (24, 36, 48, 48) if working else (8, 50, 64, 12)
+if smoke:
+    shots, updates, completions = 2, 2, 8
 FORM = re.compile((r"<working>[^<]*</working>" if working else "") + r"<answer>(\d+)</answer>")
 
 sums = [(a, b) for a in range(10, 100) for b in range(10, 100)]
@@ -31,8 +34,9 @@ def question(a: int, b: int) -> list[dict]:
 
 
 def answer(a: int, b: int) -> list[dict]:
-    tens, ones = a // 10 * 10 + b // 10 * 10, a % 10 + b % 10
-    steps = f"{tens} + {ones}".join(WORKING) if working else ""
+    parts = (a // 10 * 10, b // 10 * 10), (a % 10, b % 10)
+    written = ", ".join(f"{one} + {other} = {one + other}" for one, other in parts)
+    steps = written.join(WORKING) if working else ""
     return [{"role": "assistant", "content": steps + str(a + b).join(ANSWER)}]
 
 
@@ -58,7 +62,7 @@ model = FastLanguageModel.get_peft_model(
 def report(when: str) -> None:
     FastLanguageModel.for_inference(model)
     prompts = [tokenizer.apply_chat_template(question(*pair), add_generation_prompt=True) for pair in heldout]
-    found = model.fast_generate(prompts, SamplingParams(temperature=0, max_tokens=32))
+    found = model.fast_generate(prompts, SamplingParams(temperature=0, max_tokens=longest))
     texts = [[{"content": output.outputs[0].text}] for output in found]
     right = sum(given(text) == str(sum(pair)) for text, pair in zip(texts, heldout, strict=True))
     print(f"{when}: {right} of {len(heldout)} held-out sums exactly right, {sum(map(bool, form(texts)))} in form")
@@ -74,7 +78,7 @@ warm_start = SFTTrainer(
     model=model,
     tokenizer=tokenizer,
     train_dataset=[{"prompt": question(*pair), "completion": answer(*pair)} for pair in shown],
-    args=SFTConfig(max_steps=2 if smoke else 8, per_device_train_batch_size=16, learning_rate=1e-3, **common),
+    args=SFTConfig(max_steps=shots, per_device_train_batch_size=16, learning_rate=1e-3, **common),
 )
 warm_start.train()
 report("after supervised training")
@@ -84,10 +88,10 @@ trainer = GRPOTrainer(
     reward_funcs=[exact, form],
     train_dataset=[{"prompt": question(*pair), "total": sum(pair)} for pair in practice],
     args=GRPOConfig(
-        max_steps=2 if smoke else 50,
-        per_device_train_batch_size=8 if smoke else 64,
+        max_steps=updates,
+        per_device_train_batch_size=completions,
         num_generations=8,
-        max_completion_length=32 if working else 12,
+        max_completion_length=longest,
         learning_rate=2e-4,
         **common,
     ),

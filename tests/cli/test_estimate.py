@@ -48,3 +48,9 @@ def test_without_a_size_it_looks_at_this_machine(estimate):
 def test_methods_that_learn_from_preferences(estimate, method):
     code, shown = estimate("--memory", "200MB", "--set", f"training.method={method}")
     assert code == 0 and "A step of 8 x" in shown and "Largest batch with" in shown
+
+
+def test_a_method_that_samples_shows_both_phases(estimate):
+    code, shown = estimate("--memory", "200MB", "--set", "training.method=grpo")
+    assert code == 0 and "While completions are sampled" in shown and "keys and values" in shown
+    assert "A step of 8 x 256 tokens" in shown and "Largest batch with" in shown

@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, Qwen3Config
 
 from unsloth import (
     CPOConfig,
@@ -14,6 +15,8 @@ from unsloth import (
     DPOConfig,
     DPOTrainer,
     FastLanguageModel,
+    GRPOConfig,
+    GRPOTrainer,
     KTOConfig,
     KTOTrainer,
     ORPOConfig,
@@ -23,6 +26,7 @@ from unsloth import (
     SFTTrainer,
 )
 from unsloth.core.errors import ConfigError
+from unsloth.memory.budget import Budget
 from unsloth.models.adapters import AdapterOptions
 from unsloth.models.load import LoadOptions
 from unsloth.train import fit, skeleton
@@ -145,6 +149,76 @@ def test_the_estimate_of_preference_training_is_what_is_allocated(tiny, tmp_path
     assert found.total - found.static == pytest.approx(working, rel=0.1)
 
 
+@pytest.mark.parametrize(("precision", "accumulated"), [("4bit", 1), ("16bit", 2)])
+def test_the_estimate_of_grpo_is_what_is_allocated(tiny, tmp_path, precision, accumulated):
+    folder, prompt, completion = tiny(), 40, 120
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=256, dtype=torch.float32, fast_layers=False, **{SWITCHES[precision]: True}
+    )
+    model = FastLanguageModel.get_peft_model(model, r=8, use_gradient_checkpointing=False)
+    ends = {token: -100.0 for token in range(4)}  # so that every completion has its full length
+    args = GRPOConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=accumulated,
+        num_generations=4,
+        gradient_checkpointing=False,
+        max_prompt_length=prompt,
+        max_completion_length=completion,
+        vllm_sampling_params={"logit_bias": ends},
+        max_steps=2,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    rows = [{"prompt": " ".join(f"{i}{j}" for j in range(60 if i % 2 else 5))} for i in range(8)]
+
+    def reward(completions, **_):
+        return [float(place) for place, _ in enumerate(completions)]
+
+    made = GRPOTrainer(model, reward, args, rows, processing_class=tokenizer)
+    static, working = peak_of(model, made)
+    options = LoadOptions(str(folder), 256, torch.float32, precision=precision, use_gradient_checkpointing=False)
+    found = estimate(options, AdapterOptions(r=8, use_gradient_checkpointing=False), args)
+    assert found.sequence_length == prompt + completion
+    assert found.static == pytest.approx(static, rel=0.03)
+    assert found.total - found.static == pytest.approx(working, rel=0.1)
+
+
+# GiB on an H100 while sampling and while training (docs/performance-log.md): completions of so many tokens to prompts
+# of so many, a batch of so many, activations within 1 GiB
+ON_A_GPU = {
+    "1.5B, NF4": ((28, 1536, 8960, 12, 2, 151936), "4bit", (256, 512, 8, 1), (1.479, 2.686)),
+    "8B, NF4": ((32, 4096, 14336, 32, 8, 128256), "4bit", (512, 2048, 8, 1), (8.076, 8.343)),
+    "8B, NF4, 20K tokens": ((32, 4096, 14336, 32, 8, 128256), "4bit", (512, 20000, 1, 8), (27.164, 8.744)),
+    "1.7B": ((28, 2048, 6144, 16, 8, 151936), "16bit", (256, 512, 8, 8), (7.516, 5.040)),
+}
+
+
+@pytest.mark.parametrize("case", ON_A_GPU)
+def test_the_estimate_of_grpo_on_a_gpu(tmp_path, case):
+    (layers, hidden, inner, heads, key_heads, vocabulary), precision, lengths, measured = ON_A_GPU[case]
+    prompt, completion, batch, accumulated = lengths
+    kind = LlamaConfig if precision == "4bit" else Qwen3Config
+    config = kind(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=key_heads, max_position_embeddings=32768,
+        tie_word_embeddings=hidden < 4096,
+    )  # fmt: skip
+    policy = Budget(device=2**30)
+    options = LoadOptions("random", prompt + completion, torch.bfloat16, precision=precision)
+    adapter = AdapterOptions(r=32, use_gradient_checkpointing=policy)
+    training = GRPOConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated,
+        steps_per_generation=accumulated, num_generations=8, max_completion_length=completion, optim="adamw_8bit",
+    )  # fmt: skip
+    found = estimate(options, adapter, training, config=config, on_gpu=True)
+    sampling = found.static + found.optimizer + found.cache + found.sampling
+    assert sampling / 2**30 == pytest.approx(measured[0], rel=0.1)
+    assert sum(found.parts().values()) / 2**30 == pytest.approx(measured[1], rel=0.1)
+    assert found.total == max(sampling, sum(found.parts().values()))
+
+
 def test_a_reward_model_is_refused(tiny):
     with pytest.raises(ConfigError, match="reward model"):
         estimate(LoadOptions(str(tiny()), 256), AdapterOptions(), RewardConfig())
@@ -198,6 +272,19 @@ def test_the_longest_rows_fit_and_are_no_longer_than_the_model_knows(plan):
     assert 0 < length < 256 and length % 64 == 0
     assert plan.with_training(max_length=length).memory().total <= now.total * 3 // 4
     assert fit.largest_length(plan, 2**40, now) == 512
+
+
+def test_what_would_help_grpo(tiny, tmp_path):
+    options = LoadOptions(str(tiny()), 512, torch.float32, precision="16bit", use_gradient_checkpointing=False)
+    training = GRPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=8, max_completion_length=256)
+    adapter = AdapterOptions(r=8, use_gradient_checkpointing=False)
+    plan = fit.Plan(options, adapter, training, read_config(options))
+    now = plan.memory()
+    assert plan.length == 512 and now.cache > 0
+    settings = " ".join(knob.setting for knob in fit.knobs(plan, now))
+    assert "steps_per_generation: 8" in settings and "max_completion_length: 128" in settings
+    length = fit.largest_length(plan, now.total * 3 // 4, now)
+    assert 256 < length < 512 and plan.with_length(length).memory().total <= now.total * 3 // 4
 
 
 def test_the_knobs_save_memory_and_leave_out_what_is_set_already(plan):

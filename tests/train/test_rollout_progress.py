@@ -89,6 +89,19 @@ def test_a_terminal_gets_a_live_table(tmp_path):
         assert text in shown
 
 
+def test_evaluations_and_updates_without_new_completions(tmp_path):
+    out = io.StringIO()
+    progress = RolloutProgress(lambda: samples(LOGS), console=Console(file=out, width=110))
+    state, control = TrainerState(max_steps=4, global_step=2), TrainerControl()
+    progress.on_train_begin(Arguments(tmp_path), state, control)
+    functions = {"eval_rewards/exact/mean": 0.5, "eval_rewards/form/mean": 0.25, "eval_rewards/exact/std": 0.1}
+    progress.on_log(Arguments(tmp_path), state, control, {"eval_loss": 0.0, "eval_reward": 0.75, **functions})
+    progress.on_log(Arguments(tmp_path), state, control, {"loss": 0.1, "entropy": 1.25, "clip_ratio/region_mean": 0.5})
+    evaluated, updated = out.getvalue().splitlines()
+    assert evaluated == "step 2: evaluation reward 0.750 (exact 0.500, form 0.250)"
+    assert updated.startswith("step 2/4  entropy 1.250  clipped 50.0%")
+
+
 def test_the_files_at_the_end(tmp_path):
     shown, history = run(tmp_path, 12)
     with (tmp_path / "rewards.csv").open(newline="") as file:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from unsloth.cli import options, screen
 from unsloth.cli.run_config import RunConfig
 from unsloth.core import device
-from unsloth.core.errors import ConfigError
 from unsloth.train import fit
 from unsloth.train.estimate import format_bytes, read_config
 
@@ -21,8 +20,6 @@ def estimate(config: RunConfig, limit: int | None, *, trust_remote_code: bool = 
     Raises:
         UnslothError: The model's configuration cannot be read, or the run makes no sense.
     """
-    if config.method == "grpo":
-        raise ConfigError("memory is not estimated where completions are generated", got="training.method: grpo")
     console = screen.console()
     loading = options.load_options(config, trust_remote_code)
     plan = fit.Plan(
@@ -31,9 +28,15 @@ def estimate(config: RunConfig, limit: int | None, *, trust_remote_code: bool = 
     memory = plan.memory()
     shape = f"{memory.batch_size} x {memory.sequence_length:,} tokens"
     parts = {name: format_bytes(size) for name, size in memory.parts().items()}
-    console.print(screen.facts(f"A step of {shape}", {**parts, "together": format_bytes(memory.total)}))
+    trained = memory.static + memory.optimizer + memory.gradients + memory.activations + memory.logits
+    console.print(screen.facts(f"A step of {shape}", {**parts, "together": format_bytes(trained)}))
     if memory.host:
         console.print(f"Beside it at most {format_bytes(memory.host)} of host memory, where the GPU's is shortest.")
+    if memory.cache:
+        sampled = memory.static + memory.optimizer + memory.cache + memory.sampling
+        beside = {"keys and values": format_bytes(memory.cache), "sampling": format_bytes(memory.sampling)}
+        beside["with model and optimizer"] = format_bytes(sampled)
+        console.print(screen.facts("While completions are sampled", beside))
     target = device.default_device()
     where = "given" if limit is not None else f"free on {target}"
     limit = limit if limit is not None else device.free_memory(target)

@@ -18,6 +18,7 @@ from peft import PeftModel
 from transformers import PretrainedConfig
 
 from unsloth.core.errors import ConfigError
+from unsloth.generate.options import EngineOptions
 from unsloth.kernels.logprobs import logprobs
 from unsloth.layers import host_embedding
 from unsloth.memory import checkpointing
@@ -26,13 +27,15 @@ from unsloth.train import block_memory, memory_error, skeleton
 from unsloth.train.allocations import Allocations
 from unsloth.train.config import SFTConfig
 from unsloth.train.dpo import DPOConfig
+from unsloth.train.grpo_config import GRPOConfig
 from unsloth.train.kto import KTOConfig
 from unsloth.train.paired import PairedArguments
 from unsloth.train.preference import PreferenceArguments
 from unsloth.train.reward import RewardConfig
+from unsloth.train.rollouts import cache_pages, page_bytes
 from unsloth.train.token_logprobs import head_options
 
-Training = SFTConfig | DPOConfig | KTOConfig | PairedArguments | RewardConfig
+Training = SFTConfig | DPOConfig | KTOConfig | PairedArguments | GRPOConfig | RewardConfig
 """The configurations of all trainers; a run of any but the last is estimated."""
 
 # The fused head works through the logits in tiles of at most this size, in float32.
@@ -59,6 +62,8 @@ class MemoryEstimate:
         trainable_parameters: How many numbers are trained.
         total_parameters: How many numbers the model and its adapter have.
         host: Bytes of host memory: layers that wait there, where memory on the GPU is shortest, and an embedding.
+        cache: Keys and values of completions while they are sampled; given back before training goes on.
+        sampling: What sampling works with beside them.
     """
 
     weights: int
@@ -72,6 +77,8 @@ class MemoryEstimate:
     trainable_parameters: int
     total_parameters: int
     host: int = 0
+    cache: int = 0
+    sampling: int = 0
 
     @property
     def static(self) -> int:
@@ -80,11 +87,12 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """All of them together, in bytes."""
-        return self.static + self.optimizer + self.gradients + self.activations + self.logits
+        """The larger of training and sampling, in bytes."""
+        training = self.gradients + self.activations + self.logits
+        return self.static + self.optimizer + max(training, self.cache + self.sampling)
 
     def parts(self) -> dict[str, int]:
-        """The parts by name, in bytes, in the order in which they come to exist."""
+        """The parts of training by name, in bytes, in the order in which they come to exist."""
         return {
             "weights": self.weights,
             "adapter": self.adapter,
@@ -96,6 +104,10 @@ class MemoryEstimate:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.parts().items())
+        if self.cache:
+            parts += (
+                f"; or, sampling, keys and values {format_bytes(self.cache)}, working {format_bytes(self.sampling)}"
+            )
         return f"{format_bytes(self.total)} at {self.batch_size} x {self.sequence_length} tokens: {parts}"
 
 
@@ -126,13 +138,17 @@ def estimate(
     on_gpu: bool | None = None,
     whole_blocks: bool = True,
 ) -> MemoryEstimate:
-    """Estimate the memory of supervised fine-tuning, DPO, KTO, ORPO or CPO, for a batch of the largest size.
+    """Estimate the memory of supervised fine-tuning, DPO, KTO, ORPO, CPO or GRPO, for a batch of the largest size.
 
     Preference training is taken to count every token of a sequence, and to compute the prompt of a pair twice, which
     it does not do where batches are packed: both are the most that it can take.
 
+    GRPO is taken to sample all completions of a generation at once, each of the full length, and to compute no batches
+    together, which it does where memory is free. Without ``max_prompt_length``, prompts take what completions leave of
+    ``max_seq_length``.
+
     The model is taken as transformers and PEFT define it. Checked against a count of the allocations of real steps
-    on the CPU, and against updates on a GPU (see docs/performance-log.md).
+    on the CPU, and against updates and GRPO on a GPU (see docs/performance-log.md).
 
     Args:
         options: How the model would be loaded.
@@ -154,7 +170,7 @@ def estimate(
     """
     if isinstance(training, RewardConfig):
         raise ConfigError("the memory of training a reward model is not estimated", got=type(training).__name__)
-    length = sequence_length or training.max_length or options.max_seq_length
+    length = sequence_length or longest_sequence(training, options)
     with _quietly():
         built = built or skeleton.build(config or read_config(options), options, adapter)
     loaded = record.require(built.model)
@@ -162,7 +178,7 @@ def estimate(
     policy = loaded.gradient_checkpointing if follows else bool(training.gradient_checkpointing)
     modes.for_training(built.model, policy)
     on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
-    preference = isinstance(training, PreferenceArguments)
+    logprobs_of_answers = isinstance(training, PreferenceArguments | GRPOConfig)
     step = _Step(
         batch_size=training.per_device_train_batch_size,
         answers=_answers(training),
@@ -170,8 +186,12 @@ def estimate(
         padded=_is_padded(training, on_gpu) if padded is None else padded,
         accumulates=training.gradient_accumulation_steps > 1,
         autocast=_autocast(training, loaded.dtype),
-        fused_head=training.fused_head if training.fused_head is not None else on_gpu or preference,
+        fused_head=training.fused_head if training.fused_head is not None else on_gpu or logprobs_of_answers,
         copied=adapter is None and _copies_model(training),
+        shared=_shared(training, length) if on_gpu else 0,
+        scored=min(length - 1, training.max_completion_length or length)
+        if isinstance(training, GRPOConfig)
+        else length - 1,
     )
     optimizer = _Optimizer.of(training, on_gpu)
     if on_gpu and whole_blocks and built.blocks is not None and not step.padded and step.fused_head:
@@ -180,7 +200,49 @@ def estimate(
         with _quietly():
             found = _measure(built, step, optimizer)
     moved = _host_embedding(built.model) if on_gpu and options.offload_embedding else 0
-    return replace(found, weights=found.weights - moved, host=found.host + moved)
+    found = replace(found, weights=found.weights - moved, host=found.host + moved)
+    return _with_sampling(found, training, built, length) if isinstance(training, GRPOConfig) else found
+
+
+def longest_sequence(training: Training, options: load.LoadOptions) -> int:
+    """Tokens of the longest sequence of a run."""
+    if isinstance(training, GRPOConfig):
+        whole = (training.max_prompt_length or options.max_seq_length) + (training.max_completion_length or 0)
+        return min(whole, options.max_seq_length)
+    return training.max_length or options.max_seq_length
+
+
+def _shared(training: Training, length: int) -> int:
+    """Tokens of a batch that are not computed, because prompts of a group are computed once."""
+    if not isinstance(training, GRPOConfig) or training.packing is False:
+        return 0
+    batch = training.per_device_train_batch_size
+    return (batch - -(-batch // training.num_generations)) * _prompt(training, length)
+
+
+def _prompt(training: GRPOConfig, length: int) -> int:
+    """Tokens of the longest prompt, in sequences of ``length``."""
+    return max(1, length - (training.max_completion_length or 0))
+
+
+def _with_sampling(
+    found: MemoryEstimate, training: GRPOConfig, built: skeleton.Skeleton, length: int
+) -> MemoryEstimate:
+    """With what sampling takes: the cache, logits, and the widest values of a layer for the prompts of one step."""
+    config = record.transformers_model(built.model).config.get_text_config()
+    loaded, options = record.require(built.model), EngineOptions()
+    itemsize = loaded.dtype.itemsize
+    accumulated = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    rows, prompt = training.generation_batch_size or accumulated, _prompt(training, length)
+    tokens = min(options.max_num_batched_tokens, -(-rows // training.num_generations) * prompt)
+    hidden, inner = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size)
+    dequantized = 2 * inner * hidden * itemsize if loaded.precision in ("4bit", "8bit") else 0
+    pages = cache_pages(rows, training.num_generations, prompt, length, options.page_size)
+    return replace(
+        found,
+        cache=pages * page_bytes(config, options.page_size, itemsize),
+        sampling=3 * tokens * (hidden + inner) * itemsize + dequantized + rows * config.vocab_size * (itemsize + 4),
+    )
 
 
 @dataclass(frozen=True)
@@ -189,13 +251,15 @@ class _Step:
 
     Attributes:
         batch_size: Rows.
-        answers: Sequences that a row of preferences has; 0 for a row that is a text.
+        answers: Sequences that a row of preferences, or a completion, has; 0 for a row that is a text.
         length: Tokens of a sequence.
         padded: Whether attention needs a mask.
         accumulates: Whether gradients outlive a batch.
         autocast: The dtype of products, if autocast chooses it.
         fused_head: Whether the whole logits never exist.
         copied: Whether a frozen copy of the model is the reference.
+        shared: Tokens that sequences have in common, and that are computed once.
+        scored: Of a sequence, the last tokens whose log-probabilities are computed, where not all are.
     """
 
     batch_size: int
@@ -206,11 +270,18 @@ class _Step:
     autocast: torch.dtype | None
     fused_head: bool
     copied: bool
+    shared: int
+    scored: int
 
     @property
     def sequences(self) -> int:
         """That are computed at once."""
         return self.batch_size * max(1, self.answers)
+
+    @property
+    def tokens(self) -> int:
+        """That are computed at once, without padding."""
+        return self.sequences * self.length - self.shared
 
 
 @dataclass(frozen=True)
@@ -251,17 +322,19 @@ class _Optimizer:
 
 
 def _answers(training: Training) -> int:
-    if not isinstance(training, PreferenceArguments):
+    if not isinstance(training, PreferenceArguments | GRPOConfig):
         return 0
-    return 1 if isinstance(training, KTOConfig) else 2
+    return 1 if isinstance(training, KTOConfig | GRPOConfig) else 2
 
 
 def _copies_model(training: Training) -> bool:
+    if isinstance(training, GRPOConfig):
+        return bool(training.beta)
     return isinstance(training, DPOConfig | KTOConfig) and not training.precompute_ref_log_probs
 
 
 def _is_padded(training: Training, on_gpu: bool) -> bool:
-    if isinstance(training, PreferenceArguments):
+    if isinstance(training, PreferenceArguments | GRPOConfig):
         return not on_gpu or training.packing is False or training.fused_head is False
     padding_free = on_gpu if training.padding_free is None else training.padding_free
     return training.per_device_train_batch_size > 1 and not (training.packing or padding_free)
@@ -337,7 +410,7 @@ def _from_rules(
     inner = record.transformers_model(built.model)
     dtype = step.autocast or record.require(built.model).dtype
     vocabulary = inner.config.get_text_config().vocab_size
-    found = block_memory.measure(blocks, policy, step.sequences * step.length, dtype.itemsize, vocabulary)
+    found = block_memory.measure(blocks, policy, step.tokens, dtype.itemsize, vocabulary)
     all_gradients = sum(parameter.nbytes for parameter in parameters.trained)
     gradients, activations, logits = found.peak(all_gradients, accumulated=step.accumulates)
     peak = Counter({_GRADIENTS: gradients, _LOGITS: logits, _ACTIVATIONS: activations})
@@ -385,7 +458,7 @@ def _forward(model: torch.nn.Module, inputs: dict[str, torch.Tensor], step: _Ste
     with torch.autocast("cpu", dtype=step.autocast, enabled=step.autocast is not None):
         inner = record.transformers_model(model)
         if step.answers:
-            return _logprobs(inner, inputs, step.fused_head)
+            return _logprobs(inner, inputs, step)
         if step.fused_head:
             hidden = inner.base_model(**{k: v for k, v in inputs.items() if k != "labels"}).last_hidden_state
             return _FusedLoss.apply(hidden, inner.get_output_embeddings().weight)
@@ -395,13 +468,13 @@ def _forward(model: torch.nn.Module, inputs: dict[str, torch.Tensor], step: _Ste
     return outputs.loss
 
 
-def _logprobs(inner: Any, inputs: dict[str, torch.Tensor], chunked: bool) -> torch.Tensor:
-    """A loss of the log-probabilities of all tokens, which are computed as the trainers on preferences do."""
-    inputs, targets = {k: v for k, v in inputs.items() if k != "labels"}, inputs["labels"][:, 1:]
-    if not chunked:
+def _logprobs(inner: Any, inputs: dict[str, torch.Tensor], step: _Step) -> torch.Tensor:
+    """A loss of the log-probabilities of the last tokens, computed as the trainers that need them do."""
+    inputs, targets = {k: v for k, v in inputs.items() if k != "labels"}, inputs["labels"][:, -step.scored :]
+    if not step.fused_head:
         logits = inner(**inputs, use_cache=False).logits[:, :-1].float()
-        return logits.log_softmax(-1).gather(-1, targets[..., None]).sum()
-    hidden = inner.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+        return logits.log_softmax(-1)[:, -step.scored :].gather(-1, targets[..., None]).sum()
+    hidden = inner.base_model(**inputs, use_cache=False).last_hidden_state[:, -step.scored - 1 : -1]
     scored = hidden.reshape(-1, hidden.shape[-1])  # the rows that count
     head = inner.get_output_embeddings()
     return logprobs(scored, head.weight, targets.reshape(-1), options=head_options(inner.config)).logprobs.sum()

@@ -10,7 +10,8 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from unsloth.models import adapters, load
-from unsloth.train.estimate import MemoryEstimate, Training, estimate
+from unsloth.train.estimate import MemoryEstimate, Training, estimate, longest_sequence
+from unsloth.train.grpo_config import GRPOConfig
 
 _TRIES = 6
 _LARGEST_BATCH = 65536
@@ -29,7 +30,7 @@ class Plan:
     @property
     def length(self) -> int:
         """Tokens of the longest row."""
-        return self.training.max_length or self.load.max_seq_length
+        return longest_sequence(self.training, self.load)
 
     def memory(self) -> MemoryEstimate:
         """The memory of this run."""
@@ -41,6 +42,14 @@ class Plan:
         for name, value in values.items():
             setattr(training, name, value)
         return replace(self, training=training)
+
+    def with_length(self, tokens: int) -> Plan:
+        """The same run with rows of so many tokens, or completions that end there."""
+        if not isinstance(self.training, GRPOConfig):
+            return self.with_training(max_length=tokens)
+        prompt = self.length - self.training.max_completion_length
+        room = replace(self, load=replace(self.load, max_seq_length=max(tokens, self.load.max_seq_length)))
+        return room.with_training(max_prompt_length=prompt, max_completion_length=max(1, tokens - prompt))
 
     def with_checkpointing(self) -> Plan:
         """The same run, with activations computed again in the backward pass instead of kept."""
@@ -85,7 +94,7 @@ def largest_length(plan: Plan, limit: int, now: MemoryEstimate) -> int:
     own = getattr(plan.config.get_text_config(), "max_position_embeddings", None) or 2**20
 
     def total(steps: int) -> int:
-        return plan.with_training(max_length=steps * _LENGTH_STEP).memory().total
+        return plan.with_length(steps * _LENGTH_STEP).memory().total
 
     start = -(-plan.length // _LENGTH_STEP)
     steps = _largest(total, limit, (start, now.total), max(start, own // _LENGTH_STEP))
@@ -104,6 +113,8 @@ def _changes(plan: Plan) -> list[tuple[str, Plan]]:
     if batch > 1:
         accumulation = training.gradient_accumulation_steps * batch
         setting = f"training.per_device_train_batch_size: 1 with training.gradient_accumulation_steps: {accumulation}"
+        if isinstance(training, GRPOConfig):  # groups may be spread over batches if that is said
+            setting += f" and training.steps_per_generation: {accumulation}"
         smaller = plan.with_training(per_device_train_batch_size=1, gradient_accumulation_steps=accumulation)
         changes.append((setting, smaller))
     policy = (plan.adapter or plan.load).use_gradient_checkpointing
@@ -111,8 +122,7 @@ def _changes(plan: Plan) -> list[tuple[str, Plan]]:
         section = "model" if plan.adapter is None else "adapter"
         changes.append((f"{section}.use_gradient_checkpointing: unsloth", plan.with_checkpointing()))
     if plan.length > 2 * _LENGTH_STEP:
-        half = plan.length // 2
-        changes.append((f"training.max_length: {half}", plan.with_training(max_length=half)))
+        changes.append(_shorter(plan))
     if "8bit" not in str(getattr(training.optim, "value", training.optim)):
         changes.append(("training.optim: adamw_8bit", plan.with_training(optim="adamw_8bit")))
     if not plan.load.offload_embedding:
@@ -126,6 +136,14 @@ def _changes(plan: Plan) -> list[tuple[str, Plan]]:
         quantized = replace(plan, load=replace(plan.load, precision="4bit"), adapter=adapter)
         changes.append(("model.load_in_4bit: true instead of full_finetuning (trains an adapter)", quantized))
     return changes
+
+
+def _shorter(plan: Plan) -> tuple[str, Plan]:
+    if not isinstance(plan.training, GRPOConfig):
+        return f"training.max_length: {plan.length // 2}", plan.with_length(plan.length // 2)
+    completion = max(1, plan.training.max_completion_length // 2)
+    shorter = plan.with_length(plan.length - plan.training.max_completion_length + completion)
+    return f"training.max_completion_length: {completion}", shorter
 
 
 def _largest(total: Callable[[int], int], limit: int, known: tuple[int, int], highest: int) -> int:

@@ -88,6 +88,11 @@ def line(entry: Entry) -> str:
     return "  ".join(shown + [f"{figure.name} {figure.text(entry)}" for figure in others if not figure.inside])
 
 
+def evaluation_line(entry: Entry) -> str:
+    """The reward of an evaluation, and what each function gave, in a line."""
+    return line({name.removeprefix("eval_"): entry[name] for name in entry if "reward" in name and "std" not in name})
+
+
 def course(values: Sequence[float | None], width: int = 32) -> str:
     """A row of numbers as blocks of different height; neighbours are averaged where there are more than ``width``."""
     known = [value for value in values if value is not None]

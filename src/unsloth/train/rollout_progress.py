@@ -119,10 +119,11 @@ class RolloutProgress(TrainingProgress):
     ) -> None:
         """Show what is new."""
         logs = logs or {}
-        if "reward" not in logs:
+        if "eval_reward" in logs:
+            self._say(f"step {state.global_step}: evaluation {rollout_metrics.evaluation_line(logs)}")
+            return
+        if "reward" not in logs:  # another update on completions whose rewards are known
             super().on_log(args, state, control, logs, **kwargs)
-            if "eval_reward" in logs:
-                self._say(f"step {state.global_step}: evaluation reward {logs['eval_reward']:.3f}")
             return
         self._tokens = int(logs.get("num_tokens", self._tokens))
         self._skipped = int(logs.get("skipped_steps", self._skipped))
@@ -188,7 +189,8 @@ class RolloutProgress(TrainingProgress):
         return Group(*parts)
 
     def _figures(self, state: TrainerState, logs: dict[str, float] | None = None) -> str:
-        return self._left(state)
+        known = rollout_metrics.figures([logs or {}])[1:] if self._bar is None else []
+        return "  ".join([*(f"{figure.name} {figure.text(logs or {})}" for figure in known), self._left(state)])
 
 
 def _scores(sample: Sample) -> str:
