@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from unsloth.core.device import free_memory
 from unsloth.core.errors import CheckpointError
 from unsloth.memory.pinned import PinnedMemory, host_memory
 from unsloth.models.weight_files import TensorHeader
@@ -192,11 +193,11 @@ def can_read(tensors: Iterable[TensorHeader]) -> bool:
 
 
 @contextmanager
-def entries(
-    tensors: Mapping[str, TensorHeader], device: torch.device, sizes: Sizes = Sizes()
-) -> Iterator[dict[str, Any]]:
+def entries(tensors: Mapping[str, TensorHeader], device: torch.device) -> Iterator[dict[str, Any]]:
     """The tensors as a state dict for transformers, whose entries are on ``device`` when they are indexed."""
-    with ReadAhead(tensors, device, sizes) as reader:
+    free = free_memory(device)
+    ahead = Sizes.ahead if free is None else min(Sizes.ahead, free // 16)
+    with ReadAhead(tensors, device, Sizes(ahead=ahead)) as reader:
         yield {name: Entry(reader, name) for name in tensors}
 
 
