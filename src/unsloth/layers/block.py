@@ -22,6 +22,7 @@ from unsloth.layers.fast import Fast, is_untouched
 from unsloth.layers.norm import NormOptions, add_and_normalize
 from unsloth.layers.read_block import read_block
 from unsloth.layers.whole_block import whole_block
+from unsloth.memory import checkpointing
 from unsloth.memory.keeper import Keeper
 
 
@@ -86,11 +87,19 @@ def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -
             fast.took()
             return whole_block(hidden_states, parts)
         fast.took(but=f"not as one function: {parts}")
+        chooser, number = fast.options.keeper.separate, fast.options.number
+        trained = next((weight for weight in self.parameters() if weight.requires_grad), None)
+        if chooser.keeps(number, checkpointing.policy_of(self), hidden_states, trained):
+            with chooser.keeping(number, hidden_states):
+                return _block(self, hidden_states, **_without_cache(kwargs))
     if _must_checkpoint(self):
-        # a block that is computed twice must not write to a cache; transformers says so to the user
-        kwargs = {name: value for name, value in kwargs.items() if not isinstance(value, Cache)} | {"use_cache": False}
-        return self._gradient_checkpointing_func(partial(_block, self, **kwargs), hidden_states)
+        return self._gradient_checkpointing_func(partial(_block, self, **_without_cache(kwargs)), hidden_states)
     return _block(self, hidden_states, **kwargs)
+
+
+def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A block that may be computed twice must not write to a cache; transformers says so to the user."""
+    return {name: value for name, value in kwargs.items() if not isinstance(value, Cache)} | {"use_cache": False}
 
 
 def _must_checkpoint(self: Any) -> bool:

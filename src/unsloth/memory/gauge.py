@@ -69,6 +69,10 @@ class Gauge:
         now = self._reader(device)
         return now.total - now.allocated
 
+    def allocated(self, device: torch.device) -> int:
+        """Bytes that tensors take."""
+        return self._reader(device).allocated
+
     def learn(self, device: torch.device, batch: int, held: int) -> None:
         """A pass of a batch of size ``batch`` (in whatever unit) is over, in which the layers held ``held`` bytes."""
         self._others = max(self._others, self._reader(device).peak - held)

@@ -12,6 +12,7 @@ from unsloth.core.log import get_logger
 from unsloth.memory.arena import Arena
 from unsloth.memory.budget import Assignment, Budget, LayerSizes, Place, assign
 from unsloth.memory.checkpointing import Policy
+from unsloth.memory.choosing import Chooser
 from unsloth.memory.gauge import Gauge, Room
 from unsloth.memory.offload import Offloader, Parcel
 
@@ -47,11 +48,13 @@ class Keeper:
     Attributes:
         shapes: Of batches, with the graphs recorded for them; who records decides what is in it, but for a method
             ``release`` that drops what stays from pass to pass.
+        separate: Decides for layers that are computed by separate functions.
     """
 
     def __init__(self, layers: int, captures: bool = False) -> None:
         self.layers, self.captures = layers, captures
         self.shapes: dict[tuple, Any] = {}
+        self.separate = Chooser(layers)
         self.assignment = Assignment((), lean=False)
         self._offloader: Offloader | None = None
         self._gauge = Gauge()
