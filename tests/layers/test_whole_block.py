@@ -279,6 +279,20 @@ def test_held_weights_serve_every_step_and_follow_adapters_and_base():
     assert tiny.worst(found, run(model)) < 1e-6
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["v_proj", "down_proj"], ["gate_proj", "o_proj"]])
+def test_weights_are_held_where_some_layers_have_no_adapter(targets):
+    model = tiny.build("llama")
+    tiny.quantize(model)
+    model = tiny.adapt(model, targets)
+    expected = run(model)
+    made = plan(model, attention=True, whole=True)
+    made.apply()
+    budgeted(model, Budget(device=2**30))
+    for _ in range(2):
+        assert tiny.worst(run(model), expected) < 1e-5
+    assert blocks(made)[0].fast.options.keeper.assignment.holding == 2
+
+
 def test_held_weights_go_when_there_is_no_room():
     model = make("llama", quantized=True)
     made = plan(model, attention=True, whole=True)
