@@ -64,8 +64,6 @@ def read_block(block: torch.nn.Module, x: torch.Tensor, kwargs: Mapping[str, Any
 
 def _call(x: torch.Tensor, kwargs: Mapping[str, Any]) -> str | None:
     """What speaks against it in the call itself."""
-    if not torch.is_grad_enabled():
-        return "no gradients"
     if x.dim() != 3 or not x.is_contiguous() or not x.numel() or product_dtype(x) != x.dtype:
         return "an input in another form or dtype than the products"
     given = {name for name, value in kwargs.items() if value is not None and value is not False}
@@ -158,6 +156,9 @@ def _parts(
 def _decide(block: Any, x: torch.Tensor, heads: tuple[int, int, int], linears: list[Frozen]) -> Decision:
     """What becomes of this block's values."""
     options = block.unsloth_fast.options
+    if not torch.is_grad_enabled():  # nothing stays; what training passes hold is there to be read
+        chosen = options.keeper.assignment
+        return Decision(Place.RECOMPUTE, chosen.lean, options.number < chosen.holding)
     policy = checkpointing.policy_of(block)
     if policy is False:
         return Decision(Place.KEEP, lean=False)
