@@ -125,7 +125,7 @@ def _parts(
         return "no attention kernel that hands out its log-sum-exp"
     heads = (options.heads, options.key_heads, options.head_dim)
     keeper, number = block.unsloth_fast.options.keeper, block.unsloth_fast.options.number
-    decision = _decide(block, x, heads, linears)
+    decision = _decide(block, x, heads, linears, (*x.shape, visible.room()))
     held = keeper.held(number) if decision.holds_weights else None
     tile = LEAN_TILE if decision.lean else TILE
     return Parts(
@@ -153,7 +153,9 @@ def _parts(
     )
 
 
-def _decide(block: Any, x: torch.Tensor, heads: tuple[int, int, int], linears: list[Frozen]) -> Decision:
+def _decide(
+    block: Any, x: torch.Tensor, heads: tuple[int, int, int], linears: list[Frozen], batch: tuple[Any, ...]
+) -> Decision:
     """What becomes of this block's values."""
     options = block.unsloth_fast.options
     if not torch.is_grad_enabled():  # nothing stays; what training passes hold is there to be read
@@ -166,7 +168,7 @@ def _decide(block: Any, x: torch.Tensor, heads: tuple[int, int, int], linears: l
     trained = [adapter for linear in linears if (adapter := linear.adapter) is not None]
     # gradients, and two moments in float32 at most
     later = 3 * options.keeper.layers * sum(adapter.a.nbytes + adapter.b.nbytes for adapter in trained)
-    return options.keeper.decide(options.number, policy, sizes, later, x.device, tuple(x.shape))
+    return options.keeper.decide(options.number, policy, sizes, later, x.device, batch)
 
 
 def _visible(x: torch.Tensor, positions: torch.Tensor | None, attend: Any, window: int | None) -> Visible:
