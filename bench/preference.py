@@ -87,9 +87,9 @@ class Meter(TrainerCallback):
         self.times.append(time.perf_counter() - self.start)
 
 
-def rows(given: argparse.Namespace, prompt: int) -> list[dict[str, list[int]]]:
+def rows(given: argparse.Namespace, prompt: int, seed: int = 1) -> list[dict[str, list[int]]]:
     """Pairs of random tokens."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
 
     def draw(count: int) -> list[int]:
         return torch.randint(4, SHAPES[given.shape].vocabulary, (count,), generator=generator).tolist()
@@ -190,6 +190,8 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
         figures += [round(1e3 * seconds), round(speed)]
         print(f"  {round(speed):,} tokens/s; static, peak and over in GiB {gib}", flush=True)
         results.append(dict(zip(COLUMNS, [date.today().isoformat(), gpu, *versions, *figures, *gib], strict=True)))
+        if given.trainer == "unsloth":
+            compare_graphs(trainer, rows(given, prompt, seed=2)[: given.pairs])
         if given.profile and given.trainer == "unsloth" and given.budget and prompt == given.prompts[0]:
             profile(trainer)
         del trainer
@@ -201,19 +203,74 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def profile(trainer: Any) -> None:
-    """Where the time of one step goes."""
+    """Where the time of one step goes, and when the GPU waits."""
     from torch.profiler import ProfilerActivity, profile
 
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if DEVICE.type == "cuda" else [])
+    trainer.model.zero_grad()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    trainer.compute_loss(trainer.model, batch).backward()
+    launched = time.perf_counter() - start
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    print(f"  loss and gradients: launched in {1e3 * launched:.0f} ms, done after {1e3 * seconds:.0f} ms", flush=True)
     trainer.model.zero_grad()
     with profile(activities=activities) as found:
         trainer.compute_loss(trainer.model, batch).backward()
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
     trainer.model.zero_grad()
+    kernels = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in kernels if "Memcpy" not in e.name)
+    busy, until, before, gaps = 0.0, spans[0][0] if spans else 0.0, "", []
+    for first, last, name in spans:
+        if first > until:
+            gaps.append((first - until, before[:40], name[:40]))
+        busy, until, before = busy + max(0.0, last - max(first, until)), max(until, last), name
+    if spans:
+        print(f"  kernels busy {busy / 1e3:.0f} ms of {(until - spans[0][0]) / 1e3:.0f}; longest waits, us:")
+        for gap in sorted(gaps, reverse=True)[:8]:
+            print("   ", *gap)
     order = "self_cuda_time_total" if DEVICE.type == "cuda" else "self_cpu_time_total"
     print(found.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=70), flush=True)
+
+
+def compare_graphs(trainer: Any, unseen: list[dict[str, list[int]]]) -> None:
+    """Loss and gradients of a new batch with recorded blocks and call by call; stop if they differ.
+
+    Of one that was trained on the loss is 0: a single step learns random tokens by heart.
+    """
+    keeper = next(r.fast.options.keeper for r in record_of(trainer.model) if r.new.startswith("block"))
+    if keeper is None:
+        return
+    batch = trainer._prepare_inputs(trainer.data_collator(unseen))
+    found = []
+    recorded = sum(2 * len(shape.captured) + len(shape.readings) for shape in keeper.shapes.values())
+    for captures in (True, False):
+        keeper.captures = captures
+        trainer.model.zero_grad()
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        grads = torch.cat([p.grad.float().flatten() for p in trainer.model.parameters() if p.grad is not None])
+        found.append((loss.item(), grads))
+    keeper.captures = True
+    trainer.model.zero_grad()
+    (loss, grads), (other, plain) = found
+    apart = (grads - plain).norm() / plain.norm()
+    print(f"  {recorded} graphs; loss {loss:.5f}, call by call {other:.5f}; gradients {apart:.1e} apart", flush=True)
+    if not (loss > 0.1 and abs(loss - other) < 0.05 and apart < 0.1):
+        raise SystemExit("recorded blocks differ from those that are launched call by call")
+
+
+def record_of(model: torch.nn.Module) -> list[Any]:
+    """What the plan of ``model`` has put in."""
+    from unsloth.models import record
+
+    return record.transformers_model(model).unsloth_plan.replacements
 
 
 def compare_packing(given: argparse.Namespace) -> None:

@@ -327,20 +327,18 @@ def test_the_record_below_peft_is_the_fused_model(tiny):
 
 
 @pytest.mark.parametrize(("lean", "trained"), [(True, False), (False, False), (True, True)])
-def test_fewer_logits_exist_where_memory_is_short(model, lean, trained):
-    fused_head.install(model)
-    state = fused_head.find(model)
-    assert fused_head._keeper(model) is None
-    state.keeper = Keeper(2)
-    state.keeper.assignment = Assignment((), lean=lean)
-    origin = SimpleNamespace(hidden=SimpleNamespace(is_cuda=True), linear=model.lm_head.requires_grad_(trained))
-    assert state._is_lean(origin) == (lean and not trained)
+def test_fewer_logits_exist_where_memory_is_short(lean, trained):
+    keeper, weight = Keeper(2), torch.nn.Parameter(torch.ones(2, 2), requires_grad=trained)
+    keeper.assignment = Assignment((), lean=lean)
+    expected = fused_head.LEAN_CHUNK_BYTES if lean and not trained else None
+    assert fused_head.chunk_bytes(keeper, SimpleNamespace(is_cuda=True), weight) == expected
+    assert fused_head.chunk_bytes(None, SimpleNamespace(is_cuda=True), weight) is None
 
 
 def test_a_planned_model_says_through_its_blocks_whether_memory_is_short(model):
     made = plan(model, whole=True)
     made.apply()
     keeper = next(r.fast.options.keeper for r in made.replacements if r.new.startswith("block"))
-    assert fused_head._keeper(model) is keeper
+    assert fused_head.keeper_of(model) is keeper
     made.undo()
-    assert fused_head._keeper(model) is None
+    assert fused_head.keeper_of(model) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 from pathlib import Path
@@ -279,6 +280,20 @@ def test_held_weights_serve_every_step_and_follow_adapters_and_base():
     assert tiny.worst(found, run(model)) < 1e-6
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["v_proj", "down_proj"], ["gate_proj", "o_proj"]])
+def test_weights_are_held_where_some_layers_have_no_adapter(targets):
+    model = tiny.build("llama")
+    tiny.quantize(model)
+    model = tiny.adapt(model, targets)
+    expected = run(model)
+    made = plan(model, attention=True, whole=True)
+    made.apply()
+    budgeted(model, Budget(device=2**30))
+    for _ in range(2):
+        assert tiny.worst(run(model), expected) < 1e-5
+    assert blocks(made)[0].fast.options.keeper.assignment.holding == 2
+
+
 def test_held_weights_go_when_there_is_no_room():
     model = make("llama", quantized=True)
     made = plan(model, attention=True, whole=True)
@@ -290,3 +305,32 @@ def test_held_weights_go_when_there_is_no_room():
     budgeted(model, Budget(device=0, host=2**20))
     run(model)
     assert keeper._held == {}
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("adapters", [True, False])
+def test_without_gradients_too_a_block_is_one_function(quantized, adapters):
+    model = make("qwen3" if adapters else "llama", quantized=quantized)
+    model.get_base_model().config._attn_implementation = "unsloth"
+    ids = torch.randint(3, 256, (2, 64), generator=torch.Generator().manual_seed(1))
+    positions = torch.tensor([[*range(20), *range(7, 30), *range(21)]] * 2)
+
+    @torch.no_grad()
+    def read(model):
+        with contextlib.nullcontext() if adapters else model.disable_adapter():
+            return model(input_ids=ids, position_ids=positions, use_cache=False).logits
+
+    expected = separate(model, read)
+    made = plan(model, attention=True, whole=True)
+    made.apply()
+    assert (read(model) - expected).abs().max() < (1e-4 if quantized else 1e-10)
+    assert not any(r.fast.partly for r in blocks(made)), str(made)
+    budgeted(model, Budget(device=2**30))
+    run(model)
+    assert blocks(made)[0].fast.options.keeper.assignment.holding == (2 if quantized else 0)
+    model.eval()
+    assert (read(model) - expected).abs().max() < (1e-4 if quantized else 1e-10)
+    with torch.no_grad():
+        cached = model(input_ids=ids, position_ids=positions[:1], use_cache=True)
+    assert cached.past_key_values.get_seq_length() == 64
+    assert not any(r.fast.partly for r in blocks(made)), str(made)

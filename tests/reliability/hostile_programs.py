@@ -211,4 +211,21 @@ PROGRAMS = {
         "import sys\ndef f(x):\n    builtins = sys.modules['builtins']\n    for name in dir(builtins):\n        if name[0].islower():\n"
         "            setattr(builtins, name, lambda *a, **k: 1)\n    return 1"
     ),
+    # numbers of calls that no wrapper of Python's leads to, and hooks into what runs around the function
+    "signals_by_syscall": f"def f(x):{LIBC}    return [libc.syscall(n, libc.getppid(), 9, 9) for n in (62, 129, 200, 234, 424)]",
+    "system_v": f"def f(x):{LIBC}    return [libc.syscall(n, 77, 4096, 0o1600) for n in (29, 64, 68)]",
+    "watchers": f"def f(x):{LIBC}    return [libc.syscall(n, 0, 0, 0, 8) for n in (253, 282, 283, 284, 291, 298, 300, 323)]",
+    "channel_owner": f"def f(x):{LIBC}    return [libc.fcntl(0, 8, libc.getppid()), libc.fcntl(0, 10, 9), libc.fcntl(0, 4, 0o20002)]",
+    "ioctl_owner": f"def f(x):{LIBC}    return libc.ioctl(0, 0x8901, ctypes.byref(ctypes.c_int(libc.getppid())))",
+    "limits_of_parent": f"def f(x):{LIBC}    return libc.syscall(302, libc.getppid(), 7, (ctypes.c_uint64 * 2)(), None)",
+    "shutdown_channel": f"def f(x):{LIBC}    return [libc.shutdown(0, 0), libc.shutdown(0, 2)]",
+    "slow_futex": f"def f(x):{LIBC}    libc.syscall(202, ctypes.byref(ctypes.c_int(5)), 0, 5, None, None, 0)\n    return 1",
+    "spoof_empty": f"def f(x):{OS}    os.write(0, bytes(4))\n    return 1",
+    "spoof_length": f"def f(x):{OS}    os.write(0, bytes([255] * 4) + b'a' * 100)\n    return 1",
+    "spoof_nesting": f"def f(x):{OS}    m = b'[' * 60000 + b']' * 60000\n    os.write(0, len(m).to_bytes(4, 'big') + m)\n    return 1",
+    "spoof_infinity": f'def f(x):{OS}    m = b\'{{"id": 1e999, "output": "", "value": NaN}}\'\n    os.write(0, len(m).to_bytes(4, \'big\') + m)\n    return 1',
+    "audit_hook": "import sys\ndef f(x):\n    def hook(*args):\n        raise KeyboardInterrupt\n    sys.addaudithook(hook)\n    return 1",
+    "trace_caller": "import sys\ndef f(x):\n    def trace(frame, event, arg):\n        frame.f_trace = trace\n        return trace\n    sys._getframe(1).f_trace = trace\n    sys.settrace(trace)\n    return 1",
+    "import_hook": "import sys\nclass Hook:\n    def find_spec(self, name, path=None, target=None):\n        open('WRITE', 'w').write(name)\ndef f(x):\n    sys.meta_path.insert(0, Hook())\n    import xmlrpc\n    return 1",
+    "terminal": "def f(x):\n    print('\\x1b]0;own\\x07\\x1b[2J\\x9b31m\\rpassed')\n    raise ValueError('\\x1b[2Jpassed\\x00')",
 }

@@ -113,6 +113,7 @@ def assert_harmless(outcome):
     assert SECRET not in f"{outcome.value!r} {outcome.error!r} {outcome.output}"
     assert not equal(outcome.value, RIGHT)
     assert len(outcome.output) <= 64 << 10
+    assert all(c.isprintable() or c in "\n\t\ufffd" or ord(c) >= 160 for c in f"{outcome.output}{outcome.error}")
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,15 @@ import re
 
 import pytest
 import torch
-from peft import LoraConfig
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from transformers.training_args import TrainingArguments as PlainArguments
 from trl.trainer.dpo_trainer import DPOTrainer as TRLTrainer
 
 from unsloth import DPOConfig, DPOTrainer, FastLanguageModel
-from unsloth.core.errors import ConfigError, DataError, TrainingError
+from unsloth.core.errors import ConfigError, DataError, ModelError, TrainingError
+from unsloth.quant import nf4
 from unsloth.train.progress import TrainingProgress
 
 ROWS = [{"prompt": f"Say {i}:", "chosen": f" yes {i}", "rejected": f" no, never {i}"} for i in range(12)]
@@ -260,3 +262,29 @@ def test_counts_are_said(tiny, tmp_path, monkeypatch):
     DPOTrainer(model=model, tokenizer=tokenizer, train_dataset=rows, args=config(tmp_path))
     assert [record.levelno for record in said] == [logging.INFO]
     assert "train data: 12 of 13 rows; 1 pairs have the same answer on both sides" in said[0].getMessage()
+
+
+def test_4bit_weights_of_a_foreign_model_are_not_repacked_by_an_evaluation(tiny, tmp_path):
+    def foreign():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(
+            tiny(), quantization_config=nf4.quantization_config(torch.float32), dtype=torch.float32
+        )
+        return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+
+    _, tokenizer = adapted(tiny())
+    losses = []
+    for evaluates in (False, True):
+        model = foreign()
+        args = config(tmp_path, gradient_checkpointing=False)
+        trainer = DPOTrainer(model=model, tokenizer=tokenizer, train_dataset=ROWS, eval_dataset=ROWS, args=args)
+        if evaluates:
+            trainer.evaluate()
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+        assert layers and not any(getattr(m.weight.quant_state, "packing_format_for_cpu", False) for m in layers)
+    assert losses[0] == losses[1]
+    layers[0].weight.quant_state.packing_format_for_cpu = True  # as an evaluation before the trainer leaves it
+    with pytest.raises(ModelError, match="repacked 4-bit weights"):
+        DPOTrainer(model=model, tokenizer=tokenizer, train_dataset=ROWS, args=config(tmp_path))

@@ -20,10 +20,12 @@ import torch
 
 from unsloth.core.errors import ConfigError
 from unsloth.kernels import dispatch
-from unsloth.kernels.varlen_attention import Branches
+from unsloth.kernels.varlen_attention import Branches, Keys
 
 BACKENDS = ("cudnn", "flash", "reference")
 _HALF = (torch.float16, torch.bfloat16)
+_FEW = 16
+_KEY_STEP = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,64 @@ class Visible:
         gap = (flat[:tokens, None] - flat[:tokens])[None, None]
         seen = (document[..., :, None] == document[..., None, :]) & (gap >= 0)
         return seen & (gap < self.window) if self.window else seen
+
+    def room(self) -> Room | None:
+        """What this takes, rounded up; None where it is known from the shape of the batch."""
+        if self.single and self.branches is None:
+            return None
+        documents = max(_FEW, _power(self.cu_seqlens.numel() - 1))
+        longest = max(_FEW, _power(self.longest))
+        if self.branches is None:
+            return Room(documents, longest)
+        keys, step = self.branches.gathered.numel(), _KEY_STEP
+        return Room(documents, longest, -(-keys // step) * step, max(_FEW, _power(self.branches.keys.longest)))
+
+    def within(self, room: Room) -> Visible:
+        """The same in tensors of the size of ``room``, so that others of that room can be written over it."""
+        branches = None
+        if self.branches is not None:
+            bounds = self.branches.keys.cu_seqlens.new_empty(room.documents + 1)
+            gathered = self.branches.gathered.new_empty(room.keys)
+            branches = Branches(Keys(bounds, room.longest_keys), gathered, padded=True)
+        bounds = self.cu_seqlens.new_empty(room.documents + 1)
+        made = Visible(bounds, room.longest, self.single, self.window, branches)
+        made.become(self)
+        return made
+
+    def become(self, other: Visible) -> None:
+        """Write ``other``, of the same room, over what :meth:`within` made: documents that are missing are empty."""
+        _fill(self.cu_seqlens, other.cu_seqlens, other.cu_seqlens[-1:])
+        if self.branches is not None and other.branches is not None:
+            bounds, last = other.branches.keys.cu_seqlens, other.branches.keys.cu_seqlens[-1:]
+            _fill(self.branches.keys.cu_seqlens, bounds, last)
+            # one past the last token: what lies there is read as any token, and its gradient goes nowhere
+            _fill(self.branches.gathered, other.branches.gathered, other.cu_seqlens[-1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Sizes within which a :class:`Visible` fits, for launches that are recorded once for many of them.
+
+    Attributes:
+        documents: N, counted with empty ones.
+        longest: Tokens of the longest, or more.
+        keys: Of all that are gathered for branches.
+        longest_keys: Keys of the document with most, or more.
+    """
+
+    documents: int
+    longest: int
+    keys: int = 0
+    longest_keys: int = 0
+
+
+def _power(count: int) -> int:
+    return 1 << max(0, count - 1).bit_length()
+
+
+def _fill(to: torch.Tensor, values: torch.Tensor, rest: torch.Tensor) -> None:
+    to[: len(values)] = values
+    to[len(values) :] = rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,14 +270,18 @@ def _gathered(visible: Visible, q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
     """Queries, and the keys and values that they see document by document."""
     if visible.branches is None:
         return [q, k, v]
-    return [q, k[visible.branches.gathered], v[visible.branches.gathered]]
+    gathered = visible.branches.gathered
+    if visible.branches.padded:
+        gathered = gathered.clamp(max=len(k) - 1)
+    return [q, k[gathered], v[gathered]]
 
 
 def _scattered(visible: Visible, grad: torch.Tensor, tokens: int) -> torch.Tensor:
     """The gradient of keys or values, from that of the gathered ones."""
     if visible.branches is None:
         return grad
-    return grad.new_zeros(tokens, *grad.shape[1:]).index_add_(0, visible.branches.gathered, grad)
+    added = grad.new_zeros(tokens + visible.branches.padded, *grad.shape[1:])
+    return added.index_add_(0, visible.branches.gathered, grad)[:tokens]
 
 
 def _window(visible: Visible) -> dict[str, int]:

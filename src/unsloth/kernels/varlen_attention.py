@@ -51,10 +51,12 @@ class Branches:
     Attributes:
         keys: Bounds of each document's keys among those that are gathered.
         gathered: (Tk,) for each of them, its token.
+        padded: Whether some of the last are of no document, which the number of tokens stands for.
     """
 
     keys: Keys
     gathered: torch.Tensor
+    padded: bool = False
 
     def mask(self, cu_seqlens: torch.Tensor, rows: int, window: int = 0) -> torch.Tensor:
         """Which tokens each token sees, itself and those before it in its keys.

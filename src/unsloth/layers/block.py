@@ -19,9 +19,10 @@ from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from unsloth.layers.fast import Fast, is_untouched
+from unsloth.layers.linear import FEW_TOKENS
 from unsloth.layers.norm import NormOptions, add_and_normalize
 from unsloth.layers.read_block import read_block
-from unsloth.layers.whole_block import whole_block
+from unsloth.layers.whole_block import read_only, whole_block
 from unsloth.memory import checkpointing
 from unsloth.memory.keeper import Keeper
 
@@ -77,21 +78,21 @@ def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -
     fast: Fast = self.unsloth_fast
     if args:
         return fast.decline(self, "positional arguments", hidden_states, *args, **kwargs)
-    if fast.options.keeper is None or not torch.is_grad_enabled():
+    keeper, number, learns = fast.options.keeper, fast.options.number, torch.is_grad_enabled()
+    if keeper is None or not _may_be_whole(hidden_states, kwargs):
         fast.took()
-        if fast.options.keeper is not None and fast.options.number == 0:
-            fast.options.keeper.make_way(hidden_states.device)
     else:
         parts = read_block(self, hidden_states, kwargs)
         if not isinstance(parts, str):
             fast.took()
-            return whole_block(hidden_states, parts)
+            return whole_block(hidden_states, parts) if learns else read_only(hidden_states, parts)
         fast.took(but=f"not as one function: {parts}")
-        chooser, number = fast.options.keeper.separate, fast.options.number
         trained = next((weight for weight in self.parameters() if weight.requires_grad), None)
-        if chooser.keeps(number, checkpointing.policy_of(self), hidden_states, trained):
-            with chooser.keeping(number, hidden_states):
+        if learns and keeper.separate.keeps(number, checkpointing.policy_of(self), hidden_states, trained):
+            with keeper.separate.keeping(number, hidden_states):
                 return _block(self, hidden_states, **_without_cache(kwargs))
+    if keeper is not None and number == 0 and not learns:
+        keeper.make_way(hidden_states.device)
     if _must_checkpoint(self):
         return self._gradient_checkpointing_func(partial(_block, self, **_without_cache(kwargs)), hidden_states)
     return _block(self, hidden_states, **kwargs)
@@ -100,6 +101,13 @@ def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -
 def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
     """A block that may be computed twice must not write to a cache; transformers says so to the user."""
     return {name: value for name, value in kwargs.items() if not isinstance(value, Cache)} | {"use_cache": False}
+
+
+def _may_be_whole(x: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    """False for steps and prompts of generation, which are not worth a look or write to a cache."""
+    if torch.is_grad_enabled():
+        return True
+    return x.numel() >= FEW_TOKENS * x.shape[-1] and not any(isinstance(value, Cache) for value in kwargs.values())
 
 
 def _must_checkpoint(self: Any) -> bool:

@@ -7,9 +7,10 @@ are recorded at the third such batch and replayed from then on.
 All graphs of one shape share buffers for what goes in and out, and those of all shapes one pool of memory, since they
 run one after the other. What a block keeps for its backward is written to the same place at every replay: such memory
 stays from pass to pass, for one shape at a time (:meth:`unsloth.memory.keeper.Keeper.stands`), and while it is in use a
-second forward is computed call by call. A replay reads weights and adapters where they were when it was recorded;
-whether they still are there is asked at each call. What is computed is what :mod:`unsloth.layers.block_passes`
-computes.
+second forward is computed call by call. Where the documents of a packed batch begin is one of the inputs, with room for
+some more (:meth:`unsloth.kernels.causal_attention.Visible.room`). A replay reads weights and adapters where they were
+when it was recorded; whether they still are there is asked at each call. What is computed is what
+:mod:`unsloth.layers.block_passes` computes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, Protocol
 import torch
 
 from unsloth.core.log import get_logger
-from unsloth.kernels.causal_attention import Attended
+from unsloth.kernels.causal_attention import Attended, Visible
 from unsloth.kernels.lora_linear import flatten_adapters
 from unsloth.kernels.lora_mlp import finish_gradients
 from unsloth.kernels.rope import RopeTables
@@ -82,6 +83,8 @@ class Shared:
         flat: (numbers,) all adapter gradients.
         tables: Of the rotary embedding.
         source: What they were last copied from, and its version.
+        visible: Which keys a query sees, where the shape of the batch does not say it.
+        bounds: What it was last copied from.
         pool: Of memory inside the graphs.
         stream: On which they are recorded.
         values: Of the blocks that keep no more than the least.
@@ -92,6 +95,8 @@ class Shared:
     flat: torch.Tensor
     tables: RopeTables | None
     source: tuple[torch.Tensor, int] | None
+    visible: Visible | None
+    bounds: torch.Tensor | None
     pool: Any
     stream: Any
     values: Values | None = None
@@ -105,7 +110,9 @@ class Shared:
             cos, sin = tables.cos.contiguous().clone(), tables.sin.contiguous().clone()
             tables = RopeTables(cos, sin, None, tables.rotary_dim, tables.interleaved)
         flat = torch.empty(numbers, dtype=torch.float32, device=x.device)
-        return cls(torch.empty_like(x), flat, tables, None, *pool)
+        room = parts.visible.room()
+        visible = None if room is None else parts.visible.within(room)
+        return cls(torch.empty_like(x), flat, tables, None, visible, None, *pool)
 
     def take(self, x: torch.Tensor) -> None:
         """Have ``x`` (M, K) in the buffer, where it is already if it comes from the block that ran before."""
@@ -120,8 +127,12 @@ class Shared:
         self.given = found, found._version  # held, so that nothing else can be at its address
         return found
 
-    def set_tables(self, parts: Parts) -> None:
-        """Have the rotary embedding of this very batch."""
+    def set_batch(self, parts: Parts) -> None:
+        """Have the rotary embedding and the documents of this very batch."""
+        bounds = parts.visible.cu_seqlens
+        if self.visible is not None and self.bounds is not bounds:
+            self.visible.become(parts.visible)
+            self.bounds = bounds
         if parts.tables is None or self.tables is None:
             return
         cos = parts.tables.cos
@@ -162,7 +173,7 @@ class Captured:
     def forward(self, parts: Parts, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Attended, torch.Tensor]:
         """(y, x for the backward, and more as :func:`unsloth.layers.block_passes.forward_pass`)."""
         shared, values = self.shared, self.values
-        shared.set_tables(parts)
+        shared.set_batch(parts)
         shared.take(x)
         self.replay_forward.replay()
         y, attended = shared.give(), values.attended
@@ -181,7 +192,7 @@ class Captured:
     ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
         """As backward_pass, with finished gradients, of what the forward gave."""
         shared = self.shared
-        shared.set_tables(parts)
+        shared.set_batch(parts)
         shared.take(grad)
         if self.values.rest is None:
             for buffer, value in zip(self.values.tensors(), (x, attended.out, attended.lse, t_d), strict=True):
@@ -194,6 +205,32 @@ class Captured:
 
 
 @dataclass(slots=True)
+class Reading:
+    """The graph of one block's forward alone, for passes without gradients.
+
+    Attributes:
+        signature: Of what it was recorded with.
+        shared: Buffers.
+        replay: The graph.
+        parts: What it was recorded with, which must not be freed.
+        weights: The same of base weights.
+    """
+
+    signature: tuple
+    shared: Shared
+    replay: Recorded
+    parts: Parts
+    weights: Identity
+
+    def forward(self, parts: Parts, x: torch.Tensor) -> torch.Tensor:
+        """The first of what :func:`unsloth.layers.block_passes.forward_pass` gives."""
+        self.shared.set_batch(parts)
+        self.shared.take(x)
+        self.replay.replay()
+        return self.shared.give()
+
+
+@dataclass(slots=True)
 class Shape:
     """What is known of one shape of batches.
 
@@ -201,13 +238,23 @@ class Shape:
         calls: Of each block, by number and by what decides which kernels it launches.
         shared: Once there are graphs.
         captured: By number.
+        readings: By number, and whether there are adapters.
         failed: Whether recording was given up.
     """
 
     calls: dict[tuple[int, bool, bool], int] = field(default_factory=dict)
     shared: Shared | None = None
     captured: dict[int, Captured] = field(default_factory=dict)
+    readings: dict[tuple[int, bool], Reading] = field(default_factory=dict)
     failed: bool = False
+
+    def give_up(self, error: RuntimeError) -> None:
+        """After recording failed."""
+        self.failed = True
+        self.captured.clear()
+        self.readings.clear()
+        self.shared = None
+        logger.warning("blocks are launched call by call: recording them failed: %s", str(error).splitlines()[0])
 
     def release(self) -> None:
         """Drop the blocks that keep values for their backward."""
@@ -223,16 +270,14 @@ def find(parts: Parts, x: torch.Tensor, shape: torch.Size, needs: tuple[bool, ..
         shape: (B, T, K).
         needs: Whether x, and each A and B, want a gradient.
     """
-    keeper = parts.keeper
-    fits = parts.visible.single and not parts.visible.window and all(needs[1:]) and x.shape[0] <= RECORDED_ROWS
-    if not keeper.captures or not fits or not can_record(x):
+    keeper, batch = parts.keeper, (*shape, parts.visible.room())
+    if not any(needs[1:]) or not _may_record(parts, x):
         return None
-    key = (shape, x.dtype, x.device)
-    known = _shape(keeper.shapes, key)
+    known = _shape(keeper.shapes, (batch, x.dtype, x.device))
     if known is None:
         return None
     if parts.number == 0:
-        keeper.began(tuple(shape))
+        keeper.began(batch)
     form = (parts.number, parts.decision.place is Place.KEEP, parts.decision.lean)
     calls = known.calls[form] = known.calls.get(form, 0) + 1
     if known.failed or calls <= _CALLS_BEFORE:
@@ -244,7 +289,7 @@ def find(parts: Parts, x: torch.Tensor, shape: torch.Size, needs: tuple[bool, ..
             keeper.stands(parts.number, 0)
         known.captured.pop(parts.number, None)
         captured = None  # its memory, before more is taken
-        if parts.decision.place is Place.KEEP and not keeper.may_stand(tuple(shape)):
+        if parts.decision.place is Place.KEEP and not keeper.may_stand(batch):
             return None
         captured = _captured(known, parts, x, shape, needs, signature)
     return None if captured is None or captured.user() is not None else captured
@@ -257,13 +302,32 @@ def _captured(
     try:
         captured = _capture(known, parts, x, shape, needs, signature)
     except RuntimeError as error:
-        known.failed = True
-        known.captured.clear()
-        known.shared = None
-        logger.warning("blocks are launched call by call: recording them failed: %s", str(error).splitlines()[0])
+        known.give_up(error)
         return None
     known.captured[parts.number] = captured
     return captured
+
+
+def find_reading(parts: Parts, x: torch.Tensor, shape: torch.Size) -> Reading | None:
+    """As :func:`find`, for a pass without gradients: where training passes of such batches are recorded already."""
+    known = parts.keeper.shapes.get(((*shape, parts.visible.room()), x.dtype, x.device))
+    if known is None or known.shared is None or not _may_record(parts, x):
+        return None
+    signature = _signature(parts, ())
+    which = parts.number, any(linear.adapter is not None for linear in parts.linears())
+    reading = known.readings.get(which)
+    if reading is None or reading.signature != signature:
+        try:
+            known.readings[which] = reading = _capture_reading(known.shared, parts, shape, signature)
+        except RuntimeError as error:
+            known.give_up(error)
+            return None
+    return reading
+
+
+def _may_record(parts: Parts, x: torch.Tensor) -> bool:
+    fits = not parts.visible.window and x.shape[0] <= RECORDED_ROWS
+    return fits and parts.keeper.captures and can_record(x)
 
 
 def _shape(shapes: dict[tuple, Shape], key: tuple) -> Shape | None:
@@ -301,7 +365,7 @@ def _capture(
     pairs, scales = flatten_adapters([linear.adapter for linear in parts.linears()])
     keep = parts.decision.place is Place.KEEP
     shared = _prepare(known, parts, x, shape)
-    fixed = replace(parts, tables=shared.tables, decision=replace(parts.decision, place=Place.RECOMPUTE))
+    fixed = _at_buffers(parts, shared)
     left: list[Values] = []
     shapes: list[torch.Size | None] = []
     own = torch.empty_like(x) if keep or shared.values is None else shared.values.x
@@ -346,12 +410,34 @@ def _prepare(known: Shape, parts: Parts, x: torch.Tensor, shape: torch.Size) -> 
     if known.shared.values is None and not keep:
         _, attended, t_d, _ = forward_pass(parts, x, shape, keep=False)
         known.shared.values = Values.like(x, attended, t_d)
-    for site in (parts.qkv, parts.output, parts.mlp.gate_up, parts.mlp.down):
-        if site.held is not None:
-            site.group(x.dtype)  # holds the weights from here on, if it did not before
+    _hold(parts, x.dtype)
     if keep and not any(other.values.rest is not None for other in known.captured.values()):
         make_room(x)
     return known.shared
+
+
+def _capture_reading(shared: Shared, parts: Parts, shape: torch.Size, signature: tuple) -> Reading:
+    fixed = _at_buffers(parts, shared)
+    _hold(parts, shared.y.dtype)
+
+    def forward() -> list[torch.Tensor]:
+        forward_pass(fixed, shared.y, shape, keep=False, out=shared.y)
+        return []
+
+    return Reading(signature, shared, record(shared, forward), fixed, Identity.of(parts.linears()))
+
+
+def _at_buffers(parts: Parts, shared: Shared) -> Parts:
+    """Parts that read what differs from batch to batch from the buffers."""
+    decision = replace(parts.decision, place=Place.RECOMPUTE)
+    return replace(parts, tables=shared.tables, visible=shared.visible or parts.visible, decision=decision)
+
+
+def _hold(parts: Parts, dtype: torch.dtype) -> None:
+    """Have the weights that are to be held, before a recording that would have them in memory of its own."""
+    for site in (parts.qkv, parts.output, parts.mlp.gate_up, parts.mlp.down):
+        if site.held is not None:
+            site.group(dtype)
 
 
 def _tensors(rest: Rest | None) -> list[torch.Tensor]:

@@ -87,7 +87,7 @@ class FusedHead:
         if asked is None:
             asked = settings.return_logits()
         self.is_open = labels is not None and not asked
-        self.keeper = _keeper(model)
+        self.keeper = keeper_of(model)
         return args, kwargs
 
     def leave(self, model: nn.Module, args: tuple, output: Any) -> None:
@@ -132,15 +132,10 @@ class FusedHead:
             options=HeadOptions(logit_scale=scale, softcap=cap, ignore_index=ignore_index),
             num_items=num_items_in_batch,
             shifted=shift_labels is not None,
-            chunk_bytes=LEAN_CHUNK_BYTES if self._is_lean(origin) else None,
+            chunk_bytes=chunk_bytes(self.keeper, origin.hidden, origin.linear.weight),
         )
         logits.correct = counted.correct  # type: ignore[attr-defined]
         return counted.loss
-
-    def _is_lean(self, origin: Origin) -> bool:
-        """Whether layers spend time to save memory, and so does a frozen head."""
-        lean = self.keeper is not None and self.keeper.assignment.tight
-        return lean and origin.hidden.is_cuda and not origin.linear.weight.requires_grad
 
 
 @dataclass(frozen=True)
@@ -248,7 +243,13 @@ def correct_predictions(logits: Any) -> torch.Tensor | None:
     return logits.correct if isinstance(logits, LazyLogits) else None
 
 
-def _keeper(model: nn.Module) -> Keeper | None:
+def chunk_bytes(keeper: Keeper | None, hidden: torch.Tensor, weight: torch.Tensor) -> int | None:
+    """Of logits at a time: few where layers spend time to save memory, and so does a frozen head; None says nothing."""
+    tight = keeper is not None and keeper.assignment.tight
+    return LEAN_CHUNK_BYTES if tight and hidden.is_cuda and not weight.requires_grad else None
+
+
+def keeper_of(model: nn.Module) -> Keeper | None:
     """What decides on the memory of the model's blocks, or None."""
     for module in model.modules():
         fast = module.__dict__.get("unsloth_fast")

@@ -64,8 +64,6 @@ def read_block(block: torch.nn.Module, x: torch.Tensor, kwargs: Mapping[str, Any
 
 def _call(x: torch.Tensor, kwargs: Mapping[str, Any]) -> str | None:
     """What speaks against it in the call itself."""
-    if not torch.is_grad_enabled():
-        return "no gradients"
     if x.dim() != 3 or not x.is_contiguous() or not x.numel() or product_dtype(x) != x.dtype:
         return "an input in another form or dtype than the products"
     given = {name for name, value in kwargs.items() if value is not None and value is not False}
@@ -127,7 +125,7 @@ def _parts(
         return "no attention kernel that hands out its log-sum-exp"
     heads = (options.heads, options.key_heads, options.head_dim)
     keeper, number = block.unsloth_fast.options.keeper, block.unsloth_fast.options.number
-    decision = _decide(block, x, heads, linears)
+    decision = _decide(block, x, heads, linears, (*x.shape, visible.room()))
     held = keeper.held(number) if decision.holds_weights else None
     tile = LEAN_TILE if decision.lean else TILE
     return Parts(
@@ -155,9 +153,14 @@ def _parts(
     )
 
 
-def _decide(block: Any, x: torch.Tensor, heads: tuple[int, int, int], linears: list[Frozen]) -> Decision:
+def _decide(
+    block: Any, x: torch.Tensor, heads: tuple[int, int, int], linears: list[Frozen], batch: tuple[Any, ...]
+) -> Decision:
     """What becomes of this block's values."""
     options = block.unsloth_fast.options
+    if not torch.is_grad_enabled():  # nothing stays; what training passes hold is there to be read
+        chosen = options.keeper.assignment
+        return Decision(Place.RECOMPUTE, chosen.lean, options.number < chosen.holding)
     policy = checkpointing.policy_of(block)
     if policy is False:
         return Decision(Place.KEEP, lean=False)
@@ -165,7 +168,7 @@ def _decide(block: Any, x: torch.Tensor, heads: tuple[int, int, int], linears: l
     trained = [adapter for linear in linears if (adapter := linear.adapter) is not None]
     # gradients, and two moments in float32 at most
     later = 3 * options.keeper.layers * sum(adapter.a.nbytes + adapter.b.nbytes for adapter in trained)
-    return options.keeper.decide(options.number, policy, sizes, later, x.device, tuple(x.shape))
+    return options.keeper.decide(options.number, policy, sizes, later, x.device, batch)
 
 
 def _visible(x: torch.Tensor, positions: torch.Tensor | None, attend: Any, window: int | None) -> Visible:

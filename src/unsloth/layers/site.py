@@ -36,12 +36,15 @@ class Site:
         """
         weights = weights_of(self.linears, dtype)
         adapters = [linear.adapter for linear in self.linears]
-        if self.held is None or not callable(weights[0]):
+        if self.held is None:
             return LoraGroup(weights, adapters, dtype)
         # merging and unmerging an adapter makes other weights of the same layers
         now = Identity.of(self.linears)
         known, held = self.held.get(self.name, (None, None))
         if held is None or known is None or known.key != now.key or held.buffer.dtype != dtype:
+            # without an adapter, layers are dequantized apart, and not held
+            if len(weights) > 1 or not callable(weights[0]):
+                return LoraGroup(weights, adapters, dtype)
             made = weights[0]()
             if not isinstance(made, PaddedWeight):
                 return LoraGroup([made], adapters, dtype)

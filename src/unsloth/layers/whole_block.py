@@ -100,6 +100,18 @@ def whole_block(x: torch.Tensor, parts: Parts) -> torch.Tensor:
     return _WholeBlock.apply(x, parts, scales, *pairs)
 
 
+def read_only(x: torch.Tensor, parts: Parts) -> torch.Tensor:
+    """As :func:`whole_block`, where nobody will ask for a backward."""
+    with torch.autocast(x.device.type, enabled=False):
+        flat = x.view(-1, x.shape[-1])
+        reading = block_graphs.find_reading(parts, flat, x.shape)
+        if reading is not None:
+            return reading.forward(parts, flat).view(x.shape)
+        if parts.number == 0:
+            parts.keeper.make_way(x.device)
+        return forward_pass(parts, flat, x.shape, keep=False)[0].view(x.shape)
+
+
 def _forward(parts: Parts, x: torch.Tensor, shape: torch.Size, needs: tuple[bool, ...]) -> tuple[torch.Tensor, _Kept]:
     place, rest = parts.decision.place, None
     captured = block_graphs.find(parts, x, shape, needs)

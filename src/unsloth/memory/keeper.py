@@ -60,9 +60,9 @@ class Keeper:
         self._gauge = Gauge()
         self._held: dict[int, dict[str, tuple[Any, Any]]] = {}
         self._asked: tuple[Policy, LayerSizes, torch.device] | None = None
-        self._batch: tuple[int, ...] = ()
+        self._batch: tuple[Any, ...] = ()
         self._known = False
-        self._standing: tuple[int, ...] | None = None
+        self._standing: tuple[Any, ...] | None = None
         self._standing_bytes: dict[int, int] = {}
         self._passes = self._stood = 0
 
@@ -76,7 +76,7 @@ class Keeper:
         sizes: LayerSizes,
         later: int,
         device: torch.device,
-        batch: tuple[int, ...] = (),
+        batch: tuple[Any, ...] = (),
     ) -> Decision:
         """The decision for layer number ``layer``; that of all is made when the first one asks.
 
@@ -86,7 +86,7 @@ class Keeper:
             sizes: Of every layer, for this batch.
             later: Bytes of the device that the rest of the step will need: gradients, optimizer state.
             device: Where it computes.
-            batch: Its shape.
+            batch: Its shape, and what else recorded layers depend on.
         """
         if policy is None or policy is False:
             self._held = {}
@@ -118,16 +118,16 @@ class Keeper:
         """Move contiguous ``tensors`` to the host; None if there is no room."""
         return None if self._offloader is None else self._offloader.send(tensors)
 
-    def began(self, batch: tuple[int, ...]) -> None:
-        """A pass of a batch of this shape, which may be recorded, has begun."""
+    def began(self, batch: tuple[Any, ...]) -> None:
+        """A pass of a batch of this form, which may be recorded, has begun."""
         self._passes += 1
         if batch == self._standing:
             self._stood = self._passes
 
-    def may_stand(self, batch: tuple[int, ...]) -> bool:
-        """Whether what recorded layers keep for batches of this shape may stay from pass to pass.
+    def may_stand(self, batch: tuple[Any, ...]) -> bool:
+        """Whether what recorded layers keep for batches of this form may stay from pass to pass.
 
-        It may for one shape; for another when that has not come for a while.
+        It may for one form; for another when that has not come for a while.
         """
         if self._standing not in (None, batch):
             if self._passes - self._stood <= _IDLE_PASSES:
@@ -153,7 +153,7 @@ class Keeper:
         self._standing, self._standing_bytes = None, {}
 
     def _room(
-        self, budget: Budget, sizes: LayerSizes, later: int, device: torch.device, batch: tuple[int, ...]
+        self, budget: Budget, sizes: LayerSizes, later: int, device: torch.device, batch: tuple[Any, ...]
     ) -> Room:
         """On the device: by the budget, or by what passes so far have left."""
         standing = sum(self._standing_bytes.values())

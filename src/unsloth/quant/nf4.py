@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from transformers import BitsAndBytesConfig
 
+from unsloth.core.errors import ModelError
 from unsloth.kernels.nf4 import NF4Weight, dequantize_nf4
 
 
@@ -60,10 +61,19 @@ def keep_layout(model: torch.nn.Module) -> None:
 
     On CPUs with AVX512-BF16, bitsandbytes repacks a layer's weight in place at the first evaluation without
     gradients and does not unpack it for training: gradients are silently wrong from then on. Must be called once
-    after loading. Has no effect on other machines.
+    after loading, and before a model that was loaded otherwise is trained. Has no effect on other machines.
+
+    Raises:
+        ModelError: A layer was repacked before; its scales were rounded and its gradients would not arrive.
     """
     from bitsandbytes.nn import Linear4bit
 
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+    for name, module in model.named_modules():
+        if not isinstance(module, Linear4bit):
+            continue
+        module.support_avx512bf16_for_cpu = False
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ModelError(
+                f"bitsandbytes has repacked 4-bit weights for evaluation, and they cannot be trained on: {name}",
+                do="Load the model again, and do not evaluate it before the trainer or the adapter is made.",
+            )

@@ -50,7 +50,7 @@ Status = Literal["ok", "error", "timeout", "killed", "infra"]
 
 LAYERS = ("limits", "namespaces", "empty_root", "capabilities", "landlock", "seccomp")
 _MESSAGE_CHARACTERS = 1000
-# Errors are shown, and must not command a terminal.
+# What it printed and its errors are shown, and must not command a terminal.
 _CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 _REQUIRED: dict[str, tuple[str, ...]] = {
     "strict": LAYERS,
@@ -121,7 +121,7 @@ class Outcome:
             masked, not scored.
         value: The result if ``"ok"``.
         error: The exception otherwise: for ``"error"`` mostly the builtin type that the code raised.
-        output: What it printed, cut.
+        output: What it printed, cut, without control characters but line breaks and tabs.
         seconds: Wall-clock time seen by the host.
     """
 
@@ -356,7 +356,7 @@ class SandboxedFunction:
         output = message.get("output")
         if message.get("id") != number or type(output) is not str:
             raise ChildAnswerError("an answer to something else")
-        output = _printable(output[: int(self.config.output_bytes)])
+        output = _printable(output[: int(self.config.output_bytes)]).translate(_CONTROLS)
         if "value" in message:
             try:
                 return Outcome("ok", codec.decode(message["value"]), None, output, 0.0)

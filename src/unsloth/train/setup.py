@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase, ProgressCallback, Trainer, Tra
 from transformers.integrations import TensorBoardCallback, get_available_reporting_integrations
 
 from unsloth.core.errors import ConfigError, TrainingError
+from unsloth.quant import nf4
 from unsloth.train.progress import TrainingProgress
 
 
@@ -42,7 +43,7 @@ def check_trackers(args: TrainingArguments) -> None:
 
 
 def check_trainable(model: torch.nn.Module) -> None:
-    """Raise unless the model has something to train, in a form that can be trained."""
+    """Raise unless the model has something to train, in a form that can be trained; sees to it that it stays so."""
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(
             "the trainer needs a loaded model", got=model, do="Load it with FastLanguageModel.from_pretrained."
@@ -58,6 +59,7 @@ def check_trainable(model: torch.nn.Module) -> None:
             "a quantized model cannot be trained itself",
             do="Add an adapter with FastLanguageModel.get_peft_model.",
         )
+    nf4.keep_layout(model)
 
 
 def override(args: TrainingArguments, values: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from unsloth.core.log import get_logger
 from unsloth.data.masking import IGNORED
 from unsloth.kernels.logprobs import logprobs
 from unsloth.kernels.softmax_rows import HeadOptions, transform_logits
-from unsloth.layers import packed_attention
+from unsloth.layers import fused_head, packed_attention
 from unsloth.models import record
 from unsloth.train.packed_rows import PackedRows
 
@@ -167,6 +167,7 @@ class TokenLogprobs:
             options=options,
             entropy=entropy,
             entropy_grad=entropy_grad,
+            chunk_bytes=fused_head.chunk_bytes(fused_head.keeper_of(self._inner), scored, head.weight),
         )
         chosen, spread = (
             None if values is None else values.new_zeros(targets.shape).masked_scatter(counts, values)
