@@ -281,6 +281,7 @@ def run_case(model: torch.nn.Module, label: str, case: Case, options: Options) -
             print(f"{case} {name}: left out, no time")
             continue
         way = Way(name)
+        clean(model)  # of what the way before held
         way.enter(model)
         try:
             if way.kind in ("trl", "trainer"):
@@ -298,8 +299,8 @@ def run_case(model: torch.nn.Module, label: str, case: Case, options: Options) -
             print(f"{case} {name}: {type(error).__name__}: {str(error)[:500]}", flush=True)
             continue
         finally:
-            clean(model)
             way.leave(model)
+            clean(model)
             restore(trained, start)
         longest = more.pop("longest")
         same = found is not None and expected[1] is not None

@@ -46,3 +46,33 @@ def test_each_batch_is_computed_once():
     assert taken[2] is None and taken[3]["input_ids"].shape == (1, 10)
     alone = joining.Joined(batches, most=3)
     assert all(alone.take(batch) is batch for batch in batches)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (1, 256),
+        (256, 256),
+        (257, 512),
+        (1100, 1280),
+        (2047, 2048),
+        (2049, 2304),
+        (4097, 4608),
+        (8192, 8192),
+        (9000, 9000),
+    ],
+)
+def test_lengths_are_rounded_up(tokens, expected):
+    assert joining.rounded(tokens) == expected < tokens * 1.125 + 256
+
+
+def test_what_a_pass_is_filled_with_is_rows_of_their_own():
+    batches = [Collator(0)(rows([length], 5)) for length in (200, 50, 130)]
+    joined = joining.Joined(batches, most=300, fills=True)
+    assert joined.take(batches[0]) is None
+    found = joined.take(batches[1])
+    assert found["input_ids"].shape == (1, 256) and joined.filled == 6
+    assert found["position_ids"][0, 249:].tolist() == [49, 0, 1, 2, 3, 4, 5] and found["labels"][0, 250:].eq(-100).all()
+    found = joined.take(batches[2])
+    assert joined.filled == 126 and torch.equal(found["position_ids"][0, 130:], torch.arange(126))
+    assert joining.fill(joining.join([batches[0], batches[2]]))["position_ids"][0, -54:].tolist() == list(range(54))

@@ -25,6 +25,8 @@ from unsloth.kernels.varlen_attention import Branches, Keys
 BACKENDS = ("cudnn", "flash", "reference")
 _HALF = (torch.float16, torch.bfloat16)
 _FEW = 16
+_SHORT = 1024
+"""Rows of up to these tokens are told from longer ones only: programs for tokens that are not there end at once."""
 _KEY_STEP = 1024
 
 
@@ -61,7 +63,7 @@ class Visible:
         if self.single and self.branches is None:
             return None
         documents = max(_FEW, _power(self.cu_seqlens.numel() - 1))
-        longest = max(_FEW, _power(self.longest))
+        longest = max(_SHORT, _power(self.longest))
         if self.branches is None:
             return Room(documents, longest)
         keys, step = self.branches.gathered.numel(), _KEY_STEP

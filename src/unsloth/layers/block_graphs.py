@@ -6,8 +6,8 @@ are recorded at the third such batch and replayed from then on.
 
 All graphs of one shape share buffers for what goes in and out, and those of all shapes one pool of memory, since they
 run one after the other. What a block keeps for its backward is written to the same place at every replay: such memory
-stays from pass to pass, for one shape at a time (:meth:`unsloth.memory.keeper.Keeper.stands`), and while it is in use a
-second forward is computed call by call. Where the documents of a packed batch begin is one of the inputs, with room for
+stays from pass to pass (:meth:`unsloth.memory.keeper.Keeper.may_stand`), and while it is in use a second
+forward is computed call by call. Where the documents of a packed batch begin is one of the inputs, with room for
 some more (:meth:`unsloth.kernels.causal_attention.Visible.room`). A replay reads weights and adapters where they were
 when it was recorded; whether they still are there is asked at each call. What is computed is what
 :mod:`unsloth.layers.block_passes` computes.
@@ -32,7 +32,7 @@ from unsloth.layers.block_sizes import RECORDED_ROWS
 from unsloth.layers.linear import Identity
 from unsloth.memory.budget import Place
 
-_SHAPES = 4
+_SHAPES = 8
 _CALLS_BEFORE = 2
 
 logger = get_logger(__name__)
@@ -286,7 +286,7 @@ def find(parts: Parts, x: torch.Tensor, shape: torch.Size, needs: tuple[bool, ..
     captured = known.captured.get(parts.number)
     if captured is None or captured.signature != signature:
         if captured is not None and captured.values.rest is not None:
-            keeper.stands(parts.number, 0)
+            keeper.stands(batch, parts.number, 0)
         known.captured.pop(parts.number, None)
         captured = None  # its memory, before more is taken
         if parts.decision.place is Place.KEEP and not keeper.may_stand(batch):
@@ -392,7 +392,8 @@ def _capture(
     first = record(shared, forward)
     values = left[0]
     if keep:
-        parts.keeper.stands(parts.number, sum(t.nbytes for t in (*values.tensors(), *_tensors(values.rest))))
+        size = sum(tensor.nbytes for tensor in (*values.tensors(), *_tensors(values.rest)))
+        parts.keeper.stands((*shape, parts.visible.room()), parts.number, size)
     second = record(shared, backward)
     weights = Identity.of(parts.linears())
     return Captured(signature, shared, values, first, second, shapes, needs[0], fixed, weights)

@@ -17,6 +17,7 @@ from unsloth.memory.gauge import Gauge, Room
 from unsloth.memory.offload import Offloader, Parcel
 
 _IDLE_PASSES = 16
+_SETTLED = 16
 
 logger = get_logger(__name__)
 
@@ -61,10 +62,10 @@ class Keeper:
         self._held: dict[int, dict[str, tuple[Any, Any]]] = {}
         self._asked: tuple[Policy, LayerSizes, torch.device] | None = None
         self._batch: tuple[Any, ...] = ()
-        self._known = False
-        self._standing: tuple[Any, ...] | None = None
-        self._standing_bytes: dict[int, int] = {}
-        self._passes = self._stood = 0
+        self._settled: dict[tuple[Any, ...], tuple[Any, Assignment]] = {}
+        self._standing: dict[tuple[Any, ...], dict[int, int]] = {}
+        self._stood: dict[tuple[Any, ...], int] = {}
+        self._passes = 0
 
     def __reduce__(self) -> tuple:
         return Keeper, (self.layers, self.captures)
@@ -95,12 +96,14 @@ class Keeper:
             return Decision(Place.RECOMPUTE, lean=False)
         if layer == 0:
             budget = policy if isinstance(policy, Budget) else Budget()
-            host, room = self._host_bytes(budget), self._room(budget, sizes, later, device, batch)
+            host, asked = self._host_bytes(budget), (policy, sizes, device)
+            room = self._room(budget, sizes, later, device, batch)
             new = assign(self.layers, sizes, room.size, host, keep=room.known)
-            settled = self._known and self._asked == (policy, sizes, device)
-            if not (settled and _as_good(self.assignment, new, sizes, room.size)):
-                self.assignment = new
-            self._asked, self._batch, self._known = (policy, sizes, device), batch, room.known
+            if new.places.count(Place.KEEP) < self.layers and self._release_idle(batch):
+                room = self._room(budget, sizes, later, device, batch)
+                new = assign(self.layers, sizes, room.size, host, keep=room.known)
+            self.assignment = self._steady(batch, asked, new, room)
+            self._asked, self._batch = asked, batch
             self._held = {i: held for i, held in self._held.items() if i < self.assignment.holding}
             self._prepare(host, sizes, device)
         if self._asked != (policy, sizes, device):  # another device, or called on its own
@@ -121,50 +124,78 @@ class Keeper:
     def began(self, batch: tuple[Any, ...]) -> None:
         """A pass of a batch of this form, which may be recorded, has begun."""
         self._passes += 1
-        if batch == self._standing:
-            self._stood = self._passes
+        if batch in self._standing:
+            self._stood[batch] = self._passes
 
     def may_stand(self, batch: tuple[Any, ...]) -> bool:
         """Whether what recorded layers keep for batches of this form may stay from pass to pass.
 
-        It may for one form; for another when that has not come for a while.
+        It may where room is counted, in which all that stands is; else for one form, until that has not come for a
+        while.
         """
-        if self._standing not in (None, batch):
-            if self._passes - self._stood <= _IDLE_PASSES:
+        if batch not in self._standing and batch != self._batch and self._standing:
+            self._release_idle(batch)
+            if self._standing:
                 return False
-            self.release()
-        self._standing, self._stood = batch, self._passes
+        self._standing.setdefault(batch, {})
+        self._stood[batch] = self._passes
         return True
 
-    def stands(self, layer: int, size: int) -> None:
+    def stands(self, batch: tuple[Any, ...], layer: int, size: int) -> None:
         """That ``size`` bytes of ``layer`` do so."""
-        self._standing_bytes[layer] = size
+        self._standing.setdefault(batch, {})[layer] = size
 
     def make_way(self, device: torch.device) -> None:
         """Release what stays from pass to pass, if no more memory than it takes is free for what comes now."""
-        standing = sum(self._standing_bytes.values())
+        standing = self._bytes()
         if standing and device.type == "cuda" and self._gauge.free(device) < standing:
             self.release()
 
-    def release(self) -> None:
-        """Drop what recorded layers keep from pass to pass."""
-        for known in self.shapes.values():
-            known.release()
-        self._standing, self._standing_bytes = None, {}
+    def release(self, batch: tuple[Any, ...] | None = None) -> None:
+        """Drop what recorded layers keep from pass to pass, for batches of one shape or of all."""
+        for key, known in self.shapes.items():
+            if batch is None or key[0] == batch:
+                known.release()
+        for gone in [batch] if batch is not None else list(self._standing):
+            self._standing.pop(gone, None)
+            self._stood.pop(gone, None)
+
+    def _release_idle(self, batch: tuple[Any, ...]) -> bool:
+        """Release what stands for shapes other than ``batch`` that have not come for a while; whether there are any."""
+        idle = [b for b, last in self._stood.items() if b != batch and self._passes - last > _IDLE_PASSES]
+        for other in idle:
+            self.release(other)
+        return bool(idle)
+
+    def _bytes(self, batch: tuple[Any, ...] | None = None) -> int:
+        """What stands, for batches of one shape or of all."""
+        found = self._standing.values() if batch is None else [self._standing.get(batch, {})]
+        return sum(sum(layers.values()) for layers in found)
+
+    def _steady(self, batch: tuple[Any, ...], asked: Any, new: Assignment, room: Room) -> Assignment:
+        """What such batches were assigned before, if it is about as good: changes are recorded anew."""
+        before, old = self._settled.get(batch, (None, new))
+        chosen = old if before == asked and _as_good(old, new, asked[1], room.size) else new
+        self._settled.pop(batch, None)
+        if room.known:
+            self._settled[batch] = asked, chosen
+        if len(self._settled) > _SETTLED:
+            self._settled.pop(next(iter(self._settled)))
+        return chosen
 
     def _room(
         self, budget: Budget, sizes: LayerSizes, later: int, device: torch.device, batch: tuple[Any, ...]
     ) -> Room:
         """On the device: by the budget, or by what passes so far have left."""
-        standing = sum(self._standing_bytes.values())
-        of_others = 0 if self._standing in (None, batch) else standing
+        standing = self._bytes()
+        of_others = standing - self._bytes(batch)
         if budget.device is not None:
             return Room(max(0, budget.device - of_others), known=True)
         if device.type != "cuda":
             return Room(0, known=True)
         if self._asked is not None and self._asked[2] == device:
             before = self._asked[1]
-            beside = 0 if self._standing in (None, self._batch) else standing
+            beside = standing - self._bytes(self._batch)
             self._gauge.learn(device, before.least, self.assignment.device_bytes(before) + beside)
         room = self._gauge.room(device, sizes.least, later, len(self._held) * sizes.weights + standing)
         return Room(max(0, room.size - of_others), room.known)

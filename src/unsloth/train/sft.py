@@ -136,6 +136,7 @@ class SFTTrainer(ModelLoop, TRLTrainer):
             )
         self._fused_head = args.fused_head if args.fused_head is not None else self.model.device.type != "cpu"
         self._joins = args.join_batches if args.join_batches is not None else _adapts(model)
+        self._fills = _adapts(model) and isinstance(model, PeftModel)  # whose blocks are recorded
         self._joined: joining.Joined | None = None
         self._lazy_head = _has_lazy_head(self.model)
         # The other losses of TRL exist on its fused head only.
@@ -163,9 +164,10 @@ class SFTTrainer(ModelLoop, TRLTrainer):
         samples, items = super().get_batch_samples(*args, **kwargs)
         # a loss that is not divided by the tokens of the whole update would weigh them by their batches
         one = self.args.world_size == 1 and self.args.n_gpu <= 1 and not self.aux_loss_enabled
-        joins = self._joins and one and items is not None and len(samples) > 1 and joining.can_join(samples)
+        joins = one and items is not None and joining.can_join(samples)
         most = min(joining.MOST_TOKENS, self.args.train_batch_size * (self.args.max_length or joining.MOST_TOKENS))
-        self._joined = joining.Joined(samples, most) if joins else None
+        fills = self._fills and not self._trl_head
+        self._joined = joining.Joined(samples, most if self._joins else 0, fills=fills) if joins else None
         return samples, items
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -226,7 +228,7 @@ class SFTTrainer(ModelLoop, TRLTrainer):
         self._metrics[mode]["mean_token_accuracy"].append(accuracy if mode == "train" else accuracy.item())
         if mode == "train":
             seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-            self._total_train_tokens += int(seen)
+            self._total_train_tokens += int(seen) - (self._joined.filled if self._joined is not None else 0)
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     def _prepared(self, rows: Any, name: str, packing: bool | None = None) -> Any:
