@@ -96,6 +96,9 @@ def measure(
     way = Way(name)
     way.enter(model)
     optimizer, of_others = make_states(model, way), train.recorded_mib()
+    gc.collect()
+    on_gpu = DEVICE.type == "cuda"
+    static = torch.cuda.memory_allocated() if on_gpu else 0
     if case.batch * case.tokens <= RECORDED_ROWS:
         for _ in range(_UPDATES_BEFORE):  # until blocks are recorded as graphs, if they are
             train.update(model, way, case, shape.vocabulary, 0)
@@ -103,8 +106,6 @@ def measure(
     train.limit(case.cap)
     gc.collect()
     train.watch_memory()
-    on_gpu = DEVICE.type == "cuda"
-    static = torch.cuda.memory_allocated() if on_gpu else 0
     if residents and on_gpu:
         torch.cuda.memory._record_memory_history(max_entries=400000, stacks="python")
     try:

@@ -137,11 +137,12 @@ def trained_items(case: Case, seed: int) -> int:
 
 
 def update(model: torch.nn.Module, way: Way, case: Case, vocabulary: int, seed: int) -> torch.Tensor:
-    """Forward and backward of all micro-batches; the loss."""
+    """Forward and backward of all micro-batches; the loss. Gradients in float16 are scaled, as trainers do."""
     total = torch.zeros((), device=DEVICE)
+    scale = 2.0**14 if model.dtype == torch.float16 else 1.0
     for batch in batches(case, vocabulary, seed, DEVICE, packed=way.packed):
         loss = forward(model, batch, trained_items(case, seed))
-        loss.backward()
+        (scale * loss).backward()
         total += loss.detach()
     return total
 

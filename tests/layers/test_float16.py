@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from unsloth.layers import mlp
 from unsloth.models import families
 from unsloth.models.plan import plan
 from unsloth.models.spec import resolve_targets
@@ -69,6 +70,21 @@ def test_values_beyond_float16(family):
     assert found[0] == pytest.approx(exact[0], rel=5e-3)
     cosine = torch.nn.functional.cosine_similarity(found[1].double(), exact[1].double(), dim=0)
     assert cosine > 0.999
+
+
+def test_sums_of_the_last_product_stay_in_range():
+    down = torch.nn.Linear(1536, 8, bias=False).half()
+    down.weight.data.fill_(0.1)
+    inputs = [torch.nn.Linear(4, 1536, bias=False).half() for _ in range(2)]
+    for module in inputs:
+        module.weight.data.fill_(250.0)
+    x = torch.ones(3, 4, requires_grad=True)
+    with torch.autocast("cpu", torch.float16):
+        y = mlp._scaled([*inputs, down], x, "silu")
+    (1e-6 * y.sum()).backward()  # the true gradient itself exceeds float16
+    exact = 1536 * down.weight[0, 0].double() * 1000.0**2
+    assert y.dtype == torch.float32 and (y / exact - 1).abs().max() < 2e-3
+    assert torch.isfinite(x.grad).all()
 
 
 def test_generation_in_float16_is_as_it_was():

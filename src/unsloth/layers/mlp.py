@@ -39,8 +39,8 @@ class MlpOptions:
     activation: str
 
 
-_LARGEST_FLOAT16 = 2.0**14
-"""What float16 values are scaled down to; up to here nothing changes."""
+_LARGEST_FLOAT16 = 2.0**8
+"""What the last product's input is scaled down to, so that its sums stay in range too; up to here nothing changes."""
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:

@@ -117,7 +117,7 @@ def measure(
     layers = chosen.device_bytes(sizes) + hidden
     staged = min(STAGING, blocks.layers) * sizes.least + sizes.buffers
     late = staged + sizes.working + (0 if chosen.lean else sizes.quick) + hidden
-    if recorded and sizes.buffers and Place.KEEP not in chosen.places:
+    if recorded and sizes.buffers:
         inside = layers - chosen.waiting_bytes(sizes)
         return BlockMemory(head + inside, logits, host, min(late + logits, head + inside + logits))
     first, second = (layers, 0) if layers > head + logits else (head, logits)
