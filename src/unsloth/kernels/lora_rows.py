@@ -75,7 +75,7 @@ def lora_rows(
     splits, rows, ranks = low.shape
     tile = _row_tile(rows)
     sizes = [m.shape[0] for m in b]
-    block_n = 64 if rows <= 32 or sum(sizes) <= 8192 else 128
+    block_n = 64 if rows <= 32 or sum(sizes) <= 8192 else 256  # every program reads its rows' shares again
     tiles = list(itertools.accumulate(triton.cdiv(size, block_n) for size in sizes))
     three_b, three_y = ([*m, *[m[0]] * (MOST_OUTPUTS - len(m))] for m in (list(b), list(outputs)))
     three_n = [*sizes, *[sizes[0]] * (MOST_OUTPUTS - len(sizes))]
@@ -86,7 +86,7 @@ def lora_rows(
             *[y.stride(0) for y in three_y], rows, ranks, width,
             width // (1 if mask is None else mask.shape[1]), 1 if mask is None else mask.shape[1], SPLITS=splits,
             MASKED=mask is not None, UPCAST=dispatch.interpreting(), ROUND=must_round(x.dtype), BLOCK_T=tile,
-            BLOCK_N=block_n, BLOCK_W=block_w, num_warps=4, num_stages=1,
+            BLOCK_N=block_n, BLOCK_W=block_w, num_warps=4 if block_n == 64 else 8, num_stages=1,
         )  # fmt: skip
 
 
@@ -224,10 +224,11 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     names = [name for name in lora_expand_kernel.arg_names if not name.isupper()]
     expand = dict.fromkeys(names, "i32") | {"low": "*fp32", "mask": f"*{float_dtype}"}
     expand |= {name: f"*{float_dtype}" for name in ("b0", "b1", "b2", "y0", "y1", "y2")}
-    for tile, block_n, splits in ((16, 64, 8), (32, 128, 16)):
+    for tile, block_n, splits in ((16, 64, 8), (32, 256, 16)):
         shape = {"UPCAST": False, "BLOCK_T": tile, "BLOCK_R": tile, "BLOCK_K": 256 if tile == 16 else 128}
         examples.append((lora_shrink_kernel, shrink, shape, {"num_warps": 4, "num_stages": 3}))
         shape = {"SPLITS": splits, "MASKED": tile == 16, "UPCAST": False, "ROUND": False, "BLOCK_T": tile}
         shape |= {"BLOCK_N": block_n, "BLOCK_W": 32}
-        examples.append((lora_expand_kernel, expand, shape, {"num_warps": 4, "num_stages": 1}))
+        warps = 4 if block_n == 64 else 8
+        examples.append((lora_expand_kernel, expand, shape, {"num_warps": warps, "num_stages": 1}))
     return examples
