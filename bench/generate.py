@@ -6,7 +6,7 @@ forward, and captured steps with steps that are not. Prints a table and appends 
 bench/results/generate.csv.
 
     python bench/generate.py [--shape 8b] [--precision nf4 bf16] [--batches 1 32 128] [--profile 32] [--switches 100]
-                             [--profile-prefill] [--training-forward] [--no-graphs]
+                             [--profile-prefill] [--training-forward] [--no-graphs] [--no-comparison]
 """
 
 from __future__ import annotations
@@ -237,6 +237,7 @@ def main() -> None:
     parser.add_argument("--training-forward", action="store_true", help="compare prefill with it")
     parser.add_argument("--switches", type=int, default=0)
     parser.add_argument("--no-graphs", action="store_true")
+    parser.add_argument("--no-comparison", action="store_true", help="speed only")
     args = parser.parse_args()
     shape = random_llama.SHAPES[args.shape]
     args.vocabulary = shape.vocabulary
@@ -249,7 +250,8 @@ def main() -> None:
         )
         engine = Engine(model, None, options)
         print(f"{args.shape} {precision} on {name}, torch {torch.__version__}, made in {made:.1f} s", flush=True)
-        compare(model, engine, args)
+        if not args.no_comparison:
+            compare(model, engine, args)
         for batch in args.batches:
             row = throughput(engine, batch, args)
             print("  " + ", ".join(f"{key} {value}" for key, value in row.items()), flush=True)

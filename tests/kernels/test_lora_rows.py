@@ -42,7 +42,7 @@ def test_equals_the_reference(device, dtype, masked):
 
 @pytest.mark.parametrize(
     ("rows", "k", "sizes", "rank", "adapters"),
-    [(1, 64, (16,), 16, 1), (33, 300, (65, 64), 48, 1), (128, 130, (7,), 16, 3)],
+    [(1, 64, (16,), 16, 1), (33, 300, (65, 64), 48, 1), (128, 130, (7,), 16, 3), (35, 20, (8200, 70), 16, 1)],
 )
 def test_shapes(device, rows, k, sizes, rank, adapters):
     check(*make(device, rows, k, sizes, rank, adapters))

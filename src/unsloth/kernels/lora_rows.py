@@ -27,7 +27,6 @@ from unsloth.kernels.rounding import must_round, nearest
 ROWS = 128
 MOST_OUTPUTS = 3
 MOST_TILE = 32
-SPLITS = 4
 
 
 def lora_rows(
@@ -76,7 +75,7 @@ def lora_rows(
     splits, rows, ranks = low.shape
     tile = _row_tile(rows)
     sizes = [m.shape[0] for m in b]
-    block_n = 64 if rows <= 32 or sum(sizes) <= 8192 else 128
+    block_n = 64 if rows <= 32 or sum(sizes) <= 8192 else 256  # every program reads its rows' shares again
     tiles = list(itertools.accumulate(triton.cdiv(size, block_n) for size in sizes))
     three_b, three_y = ([*m, *[m[0]] * (MOST_OUTPUTS - len(m))] for m in (list(b), list(outputs)))
     three_n = [*sizes, *[sizes[0]] * (MOST_OUTPUTS - len(sizes))]
@@ -87,14 +86,14 @@ def lora_rows(
             *[y.stride(0) for y in three_y], rows, ranks, width,
             width // (1 if mask is None else mask.shape[1]), 1 if mask is None else mask.shape[1], SPLITS=splits,
             MASKED=mask is not None, UPCAST=dispatch.interpreting(), ROUND=must_round(x.dtype), BLOCK_T=tile,
-            BLOCK_N=block_n, BLOCK_W=block_w, num_warps=4, num_stages=1,
+            BLOCK_N=block_n, BLOCK_W=block_w, num_warps=4 if block_n == 64 else 8, num_stages=1,
         )  # fmt: skip
 
 
 def project_rows(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """Shares of ``x @ a.T`` that add up to it, float32 (shares, T, ranks), for what :func:`fits` accepts."""
     (rows, k), ranks = x.shape, a.shape[0]
-    tile, splits = _row_tile(rows), SPLITS
+    tile, splits = _row_tile(rows), 8 if k <= 8192 else 16
     block_r = 16 if tile == 16 else 32
     low = torch.empty(splits, rows, ranks, dtype=torch.float32, device=x.device)
     with dispatch.launch_on(x):
@@ -172,24 +171,23 @@ def add_update(
     """Add a tile (BLOCK_T, BLOCK_N) of one output; ``first`` is its first column of ``low``."""
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = n_first + tl.arange(0, BLOCK_N)
-    total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    place = y + t[:, None] * y_stride + c[None, :]
+    live = (t[:, None] < rows) & (c[None, :] < n)
+    total = tl.load(place, live, other=0.0).to(tl.float32)
     for start in range(0, width, BLOCK_W):
         w = start + tl.arange(0, BLOCK_W)
         inside = (t[:, None] < rows) & (w[None, :] < width)
+        right = tl.load(b + c[None, :] * width + w[:, None], (c[None, :] < n) & (w[:, None] < width), other=0.0)
         part = tl.zeros((BLOCK_T, BLOCK_W), tl.float32)
         for split in tl.static_range(SPLITS):
             at = low + (split * rows + t[:, None]) * ranks + first + w[None, :]
             part += tl.load(at, inside, other=0.0)
         if MASKED:
             part = part * tl.load(mask + t[:, None] * adapters + w[None, :] // rank, inside, other=0.0).to(tl.float32)
-        right = tl.load(b + c[None, :] * width + w[:, None], (c[None, :] < n) & (w[:, None] < width), other=0.0)
         part = nearest(part, ROUND).to(b.dtype.element_ty)
         if UPCAST:
             part, right = part.to(tl.float32), right.to(tl.float32)
         total = tl.dot(part, right, total, input_precision="ieee")
-    place = y + t[:, None] * y_stride + c[None, :]
-    live = (t[:, None] < rows) & (c[None, :] < n)
-    total += tl.load(place, live, other=0.0).to(tl.float32)
     tl.store(place, nearest(total, ROUND), live)
 
 
@@ -226,10 +224,11 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     names = [name for name in lora_expand_kernel.arg_names if not name.isupper()]
     expand = dict.fromkeys(names, "i32") | {"low": "*fp32", "mask": f"*{float_dtype}"}
     expand |= {name: f"*{float_dtype}" for name in ("b0", "b1", "b2", "y0", "y1", "y2")}
-    for tile, block_n in ((16, 64), (32, 128)):
+    for tile, block_n, splits in ((16, 64, 8), (32, 256, 16)):
         shape = {"UPCAST": False, "BLOCK_T": tile, "BLOCK_R": tile, "BLOCK_K": 256 if tile == 16 else 128}
         examples.append((lora_shrink_kernel, shrink, shape, {"num_warps": 4, "num_stages": 3}))
-        shape = {"SPLITS": SPLITS, "MASKED": tile == 16, "UPCAST": False, "ROUND": False, "BLOCK_T": tile}
+        shape = {"SPLITS": splits, "MASKED": tile == 16, "UPCAST": False, "ROUND": False, "BLOCK_T": tile}
         shape |= {"BLOCK_N": block_n, "BLOCK_W": 32}
-        examples.append((lora_expand_kernel, expand, shape, {"num_warps": 4, "num_stages": 1}))
+        warps = 4 if block_n == 64 else 8
+        examples.append((lora_expand_kernel, expand, shape, {"num_warps": warps, "num_stages": 1}))
     return examples

@@ -28,8 +28,6 @@ from unsloth.core.errors import ConfigError
 from unsloth.kernels import dispatch
 from unsloth.kernels.rounding import must_round, nearest
 
-_BLOCK_N = 64
-
 
 @triton.jit
 def load_tokens(
@@ -82,7 +80,7 @@ def paged_attention_kernel(
     window,
     G,
     D,
-    page_size,
+    page_size: tl.constexpr,
     WHOLE: tl.constexpr,
     EARLY: tl.constexpr,
     ROUND: tl.constexpr,
@@ -237,13 +235,14 @@ def paged_attention(
         return out
     page_table = page_table if page_table.stride(1) == 1 else page_table.contiguous()
     lengths, sinks = lengths.contiguous(), None if sinks is None else sinks.contiguous()
+    block_d = max(16, triton.next_power_of_2(dim))
+    block_n = block_tokens(block_d, k_cache)
     if splits is None:
-        tiles = triton.cdiv(page_table.shape[1] * k_cache.shape[1], _BLOCK_N)
-        splits = max(1, min(tiles, 64, 4 * dispatch.processor_count(q.device) // (batch * kv_heads)))
+        tiles = triton.cdiv(page_table.shape[1] * k_cache.shape[1], block_n)
+        splits = max(1, min(tiles, 64, 3 * dispatch.processor_count(q.device) // (batch * kv_heads)))
     whole = splits == 1 and sinks is None
     parts = out if whole else torch.empty(batch, heads, splits, dim, dtype=torch.float32, device=q.device)
     tops, totals = torch.empty(2, batch, heads, splits, dtype=torch.float32, device=q.device)
-    block_d = max(16, triton.next_power_of_2(dim))
     shares = 8 if splits <= 8 else max(64, triton.next_power_of_2(splits))  # few sizes, few compilations
     early = not whole and dispatch.overlaps_launches(q.device)
     with dispatch.launch_on(q):
@@ -253,7 +252,7 @@ def paged_attention(
             softcap, window, heads // kv_heads, dim, k_cache.shape[1], WHOLE=whole, EARLY=early,
             ROUND=must_round(out.dtype), CAP=softcap > 0, WINDOW=window > 0, UPCAST=dispatch.interpreting(),
             BLOCK_G=max(16, triton.next_power_of_2(heads // kv_heads)),
-            BLOCK_N=_BLOCK_N if block_d <= 128 else _BLOCK_N // 2, BLOCK_D=block_d, num_warps=4, num_stages=2,
+            BLOCK_N=block_n, BLOCK_D=block_d, num_warps=4, num_stages=2,
         )  # fmt: skip
         if not whole:
             paged_attention_join_kernel[(batch * heads,)](
@@ -262,6 +261,14 @@ def paged_attention(
                 BLOCK_D=block_d, **({"launch_pdl": True} if early else {}),
             )  # fmt: skip
     return out
+
+
+def block_tokens(block_d: int, cache: torch.Tensor) -> int:
+    """Tokens of a tile; fewer where a program has little shared memory."""
+    if block_d > 128:
+        return 32
+    large = not dispatch.interpreting() and dispatch.capability(cache.device) in ((8, 0), (9, 0), (10, 0))
+    return 128 if large and cache.dtype.itemsize <= 2 else 64
 
 
 paged_attention_reference = partial(paged_attention, fast=False)
@@ -341,7 +348,6 @@ def compile_examples(float_dtype: str) -> list[tuple]:
         "window",
         "G",
         "D",
-        "page_size",
         "H",
         "splits",
     )
@@ -350,8 +356,9 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     signature |= dict.fromkeys(("part_ptr", "m_ptr", "l_ptr"), "*fp32")
     signature |= {"table_ptr": "*i32", "lengths_ptr": "*i32"}
     examples: list[tuple] = []
-    for on, n, d in ((False, 64, 128), (True, 32, 256)):
-        sizes = {"BLOCK_G": 16, "BLOCK_N": n, "BLOCK_D": d, "ROUND": False, "EARLY": False}
+    many = 64 if float_dtype == "fp16" else 128  # as for the cards that such numbers stand for
+    for on, n, d in ((False, many, 128), (True, 32, 256)):
+        sizes = {"page_size": 16, "BLOCK_G": 16, "BLOCK_N": n, "BLOCK_D": d, "ROUND": False, "EARLY": False}
         shape = {"WHOLE": on, "CAP": on, "WINDOW": on, "UPCAST": False, **sizes}
         types = {**signature, "part_ptr": f"*{float_dtype}"} if on else signature
         examples.append((paged_attention_kernel, types, shape))

@@ -21,7 +21,8 @@ def side_by_side(functions: Sequence[Callable[[], Any]], device: torch.device) -
     memory that it takes anew is not in use any more.
 
     Args:
-        functions: Each launches work on the current stream.
+        functions: Each launches work on the current stream. The first gets ahead of the others where they compete, so
+            it should be short: large products occupy all multiprocessors until they are done.
         device: Where.
     """
     if len(functions) < 2 or device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
@@ -29,17 +30,18 @@ def side_by_side(functions: Sequence[Callable[[], Any]], device: torch.device) -
     main = torch.cuda.current_stream(device)
     begin = main.record_event()
     results, ends = [], []
-    for function, stream in zip(functions[1:], _streams(device, len(functions) - 1), strict=True):
+    for function, stream in zip(functions[:-1], _streams(device, len(functions) - 1), strict=True):
         stream.wait_event(begin)
         with torch.cuda.stream(stream):
             results.append(function())
             ends.append(stream.record_event())
-    first = functions[0]()
+    results.append(functions[-1]())
     for end in ends:
         main.wait_event(end)
-    return [first, *results]
+    return results
 
 
 @cache
 def _streams(device: torch.device, count: int) -> tuple[torch.cuda.Stream, ...]:
-    return tuple(torch.cuda.Stream(device) for _ in range(count))
+    """The first has a high priority, which the nodes of a captured graph keep."""
+    return tuple(torch.cuda.Stream(device, priority=0 if i else -1) for i in range(count))
