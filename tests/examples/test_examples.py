@@ -7,7 +7,7 @@ import pytest
 from unsloth.cli import main
 
 ROOT = Path(__file__).parents[2]
-LONG = {"grpo_code.py"}  # the trainer is that of grpo_sums.py, and its tasks have tests of their own
+LONG = {"grpo_code.py", "grpo_game.py"}  # the trainer is that of grpo_sums.py, tasks and games have tests of their own
 EXAMPLES = [
     pytest.param(path, id=path.name, marks=[pytest.mark.soak] if path.name in LONG else [])
     for path in sorted((ROOT / "examples").glob("*.py"))

@@ -11,6 +11,12 @@ CYCLES = {
     "two steps a generation": {"steps_per_generation": 2, "save_steps": 3},
     "completions used twice": {"num_iterations": 2, "save_steps": 3, "beta": 0.04},
     "accumulated": {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "save_steps": 3},
+    "computed together": {
+        "gradient_accumulation_steps": 2,
+        "steps_per_generation": 4,
+        "save_steps": 3,
+        "tokens_per_pass": 4096,
+    },  # fmt: skip
 }
 
 

@@ -17,14 +17,14 @@ def test_a_signal_while_sampling_leaves_one_checkpoint(grpo_run, runs, assert_eq
     rollouts, count = trainer.rollouts, [0]
     sample = rollouts.sample
 
-    def interrupted(prompts, key, check, params=None):
+    def interrupted(prompts, key, check, *more):
         def after_a_step():
             count[0] += 1
             if count[0] == 20:  # in the third generation of eight tokens
                 os.kill(os.getpid(), number)
             check()
 
-        return sample(prompts, key, after_a_step, params)
+        return sample(prompts, key, after_a_step, *more)
 
     rollouts.sample = interrupted
     with pytest.raises((SystemExit, KeyboardInterrupt)):

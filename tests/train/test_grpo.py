@@ -12,6 +12,7 @@ from unsloth import FastLanguageModel, GRPOConfig, GRPOTrainer
 from unsloth.core.errors import ConfigError
 from unsloth.layers import packed_attention
 from unsloth.losses.policy import sampling_correction
+from unsloth.train import rollouts
 
 ROWS = [{"prompt": f"Say {i}:", "answer": str(i)} for i in range(16)]
 
@@ -500,6 +501,17 @@ def test_a_stop_text_ends_a_completion_and_does_not_cut_it_off(tiny, tmp_path):
         len(ids) * over for ids, over in zip(found.ids, found.finished, strict=True)
     ]
     assert batch["num_items_in_batch"] == sum(lengths)
+
+
+def test_completions_take_turns_where_the_cache_is_short(tiny, tmp_path, monkeypatch, said):
+    found = []
+    for share in (1.0, 0.4):
+        trainer = trainer_of(tiny, tmp_path, length, max_steps=1)
+        whole = rollouts.cache_pages(8, 4, 8, 20, 16) * trainer.rollouts._page_bytes() / 0.8
+        monkeypatch.setattr(rollouts, "_free_memory", lambda bytes_=share * whole * 1.05: bytes_)
+        trainer.train()
+        found.append(logged(trainer, "completions/mean_length") + logged(trainer, "loss"))
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and "at a time are sampled" in said.text
 
 
 def test_evaluation_is_repeatable_and_disturbs_nothing(tiny, tmp_path):

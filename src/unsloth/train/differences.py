@@ -77,6 +77,7 @@ _HARMLESS = frozenset(
         "restore_callback_states_from_checkpoint",
         "run_name",
         "skip_memory_metrics",
+        "tokens_per_pass",
         "torch_empty_cache_steps",
         "use_cache",
         "use_cpu",

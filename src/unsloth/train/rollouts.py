@@ -191,14 +191,21 @@ class Rollouts:
         return self._engine
 
     def _sized(self, prompt: int, length: int) -> EngineOptions:
-        """Options with a cache for all rows at once, if that fits into memory."""
+        """Options with a cache for all rows at once, or for as many as fit into memory."""
         options = self._options
         if options.num_pages is not None:
             return options
         pages = cache_pages(self.rows, self.group, prompt, length, options.page_size)
-        if pages * self._page_bytes() > 0.8 * _free_memory():
-            logger.info("a cache for all completions at once would take too much memory, so they take turns")
-            return dataclasses.replace(options, max_model_len=length)
+        room, each = 0.8 * _free_memory(), self._page_bytes()
+        if pages * each > room:
+            alone = cache_pages(1, 1, 0, length, options.page_size)
+            wanted, pages = pages, max(int(room / each), alone)
+            logger.info(
+                "a cache for all %d completions at once would take %.1f GiB, so about %d at a time are sampled",
+                self.rows,
+                wanted * each / 2**30,
+                pages // alone,
+            )
         return dataclasses.replace(options, max_model_len=length, num_pages=pages)
 
     def _page_bytes(self) -> int:
