@@ -78,10 +78,11 @@ def adapter_products(
     splits = triton.cdiv(rows, share)
     sizes = [sum(ranks) * features, *(out * r for out, r in zip(outs, ranks, strict=True))]
     sums = torch.empty(splits, sum(sizes), dtype=torch.float32, device=x.device)
-    three = [[*values, *[0] * (3 - len(values))] for values in (outs, ranks, blocks[1:], scales)]
+    three = [[*values, *[0] * (3 - len(values))] for values in (outs, ranks, blocks[1:])]
+    factors = [float(s) for s in (*scales, 0, 0)[:3]]  # all of one type: the kernel picks one of them
     with dispatch.launch_on(x):
         adapter_products_kernel[(sum(blocks), splits)](
-            x, p, g, t, sums, rows, share, features, *three[0], *three[1], blocks[0], *three[2][:2], *three[3],
+            x, p, g, t, sums, rows, share, features, *three[0], *three[1], blocks[0], *three[2][:2], *factors,
             x.stride(0), p.stride(0), g.stride(0), t.stride(0), UPCAST=dispatch.interpreting(), **shape,
         )  # fmt: skip
     total = sums[0] if splits == 1 else column_sum(sums, torch.float32)
