@@ -22,6 +22,7 @@ import pstats
 import shutil
 import tempfile
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,25 +64,28 @@ def write(folder: Path, shape: random_llama.Shape) -> None:
     write_tokenizer(folder, shape.vocabulary)
     with torch.device("meta"):
         names = {name: value.shape for name, value in transformers.LlamaForCausalLM(config).named_parameters()}
-    files: list[dict[str, torch.Tensor]] = [{}]
     generator = torch.Generator(DEVICE).manual_seed(0)
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total, tensors = 0, dict[str, torch.Tensor]()
+    with ThreadPoolExecutor() as pool:
 
-    def flush() -> None:
-        name = f"model-{len(files):05d}.safetensors"
-        save_file(files[-1], folder / name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(files[-1], name))
-        files[-1] = {}
+        def save() -> None:
+            file = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+            weight_map.update(dict.fromkeys(tensors, file))
+            saved.append(pool.submit(save_file, tensors, folder / file, {"format": "pt"}))
 
-    for name, size in names.items():
-        value = torch.empty(size, dtype=torch.bfloat16, device=DEVICE)
-        value = value.fill_(1.0) if value.ndim == 1 else value.normal_(std=0.02, generator=generator)
-        if sum(x.nbytes for x in files[-1].values()) + value.nbytes > FILE_BYTES:
-            flush()
-            files.append({})
-        files[-1][name] = value.cpu()
-        total += value.nbytes
-    flush()
+        saved: list[Future] = []
+        for name, size in names.items():
+            value = torch.empty(size, dtype=torch.bfloat16, device=DEVICE)
+            value = value.fill_(1.0) if value.ndim == 1 else value.normal_(std=0.02, generator=generator)
+            if sum(x.nbytes for x in tensors.values()) + value.nbytes > FILE_BYTES:
+                save()
+                tensors = {}
+            tensors[name] = value.cpu()
+            total += value.nbytes
+        save()
+        for future in saved:
+            future.result()
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from unsloth.core.device import free_memory
-from unsloth.core.errors import CheckpointError
+from unsloth.core.errors import CheckpointError, UnslothError
+from unsloth.core.log import get_logger
 from unsloth.memory.pinned import PinnedMemory, host_memory
 from unsloth.models.weight_files import TensorHeader
 
@@ -29,6 +30,8 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -204,8 +207,12 @@ def entries(tensors: Mapping[str, TensorHeader], device: torch.device) -> Iterat
 def _buffer(size: int, device: torch.device) -> _Buffer:
     if device.type != "cuda":
         return _Buffer(torch.empty(size, dtype=torch.uint8), None, None)
-    memory = host_memory(size)
-    return _Buffer(memory, PinnedMemory(memory), torch.cuda.Stream(device))
+    memory, pinned = host_memory(size), None
+    try:
+        pinned = PinnedMemory(memory)
+    except UnslothError as error:  # copies then take longer, and are right as well
+        logger.info("weights are read into memory that is not pinned: %s", error, extra={"once": True})
+    return _Buffer(memory, pinned, torch.cuda.Stream(device))
 
 
 def _read_fully(descriptor: int, memory: torch.Tensor, position: int, path: Path) -> None:
