@@ -95,7 +95,7 @@ def _packs(made: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
 
 
 def _joined(group: Sequence[torch.Tensor]) -> Batch:
-    """(1, tokens), filled up as by our trainer: positions begin anew with every row, whose first token none predicts."""
+    """(1, tokens), filled up as by our trainer: positions begin anew with each row, whose first token none predicts."""
     ids = torch.cat(list(group))[None]
     positions = torch.cat([torch.arange(len(row)) for row in group])[None]
     labels = ids.masked_fill(positions == 0, _IGNORED)
