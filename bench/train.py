@@ -152,9 +152,10 @@ def measure_steps(model: torch.nn.Module, way: Way, case: Case, vocabulary: int,
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = way.optimizer(trained)
     speeds, static, of_others = [], 0.0, recorded_mib()
-    for seed in range(options.warm_up + options.steps):
+    warm_up = options.updates_before(way, case)
+    for seed in range(warm_up + options.steps):
         synchronize()
-        if seed == options.warm_up:
+        if seed == warm_up:
             watch_memory()
             static = torch.cuda.memory_allocated() / 2**20 if DEVICE.type == "cuda" else 0.0
         start = time.perf_counter()
@@ -164,7 +165,7 @@ def measure_steps(model: torch.nn.Module, way: Way, case: Case, vocabulary: int,
         synchronize()
         speeds.append(sum(case.lengths(seed)) / (time.perf_counter() - start))
         print(f"        {speeds[-1]:.0f} tok/s", flush=True)
-    found = {"tokens_per_s": statistics.median(speeds[options.warm_up :]), **peaks()}
+    found = {"tokens_per_s": statistics.median(speeds[warm_up:]), **peaks()}
     gradients, accumulated = sum(p.nbytes for p in trained), case.accumulate > 1
     found["over_mib"] = found["allocated_mib"] + recorded_mib() - of_others - static
     found["over_mib"] = max(0.0, found["over_mib"] - (gradients / 2**20 if accumulated else 0.0))
@@ -177,12 +178,13 @@ def measure_trainer(
     model: torch.nn.Module, way: Way, case: Case, vocabulary: int, options: Options
 ) -> dict[str, float]:
     """The same of a trainer's updates."""
-    count = options.warm_up + options.steps
+    warm_up = options.updates_before(way, case)
+    count = warm_up + options.steps
     seconds = train(model, way, case, vocabulary, count).seconds
     speeds = [sum(case.lengths(seed)) / s for seed, s in enumerate(seconds)]
     print(f"        {[round(speed) for speed in speeds]} tok/s", flush=True)
     return {
-        "tokens_per_s": statistics.median(speeds[options.warm_up :]),
+        "tokens_per_s": statistics.median(speeds[warm_up:]),
         **peaks(),
         "over_mib": 0.0,
         "estimated_mib": 0.0,
@@ -399,6 +401,10 @@ class Options:
             return own
         warm_up = 0 if case.cap else min(1, self.warm_up)
         return replace(own, warm_up=warm_up, steps=1, profiled=False, compared=False)
+
+    def updates_before(self, way: Way, case: Case) -> int:
+        """Updates that warm up; more where blocks are recorded when a length has come three times."""
+        return self.warm_up + (12 if way.packed and not case.tokens else 0)
 
     def text(self) -> str:
         """For the results file."""

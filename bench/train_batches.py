@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from unsloth.train import joining
+
 Batch = dict[str, torch.Tensor]
 _IGNORED = -100
 _ROW_BUDGET = 8192
@@ -93,10 +95,11 @@ def _packs(made: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
 
 
 def _joined(group: Sequence[torch.Tensor]) -> Batch:
-    """(1, tokens): positions begin anew with every row, whose first token no other predicts."""
+    """(1, tokens), filled up as by our trainer: positions begin anew with each row, whose first token none predicts."""
     ids = torch.cat(list(group))[None]
     positions = torch.cat([torch.arange(len(row)) for row in group])[None]
-    return {"input_ids": ids, "labels": ids.masked_fill(positions == 0, _IGNORED), "position_ids": positions}
+    labels = ids.masked_fill(positions == 0, _IGNORED)
+    return joining.fill({"input_ids": ids, "labels": labels, "position_ids": positions})
 
 
 def _padded(group: Sequence[torch.Tensor]) -> Batch:
