@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import pickle
 import pkgutil
 import subprocess
@@ -76,9 +77,9 @@ class Recorder:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "launches.pickle"
             path.write_bytes(pickle.dumps([(key, types) for key, seen in self.seen.items() for types in seen.values()]))
-            command = [sys.executable, "-c", f"import os, runpy, sys; os.environ.pop('TRITON_INTERPRET', None); "
-                       f"sys.argv = ['launches', {str(path)!r}]; runpy.run_path({__file__!r}, run_name='__main__')"]  # fmt: skip
-            done = subprocess.run(command, capture_output=True, text=True)
+            environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+            command = [sys.executable, __file__, str(path)]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
         return "" if done.returncode == 0 else done.stdout + done.stderr[-4000:]
 
 
@@ -90,18 +91,13 @@ def check(kernel: Any, types: dict[str, tuple[str, Any]]) -> None:
         signature[parameter.name] = "constexpr" if fixed else value
         if fixed:
             constants[(index,)] = value if kind == "constant" else 1
-    backend = make_backend(GPUTarget("cuda", 90, 32))
+    target = GPUTarget("cuda", 90, 32)
+    backend = make_backend(target)
     options, context = backend.parse_options({}), ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
-    source = ASTSource(kernel, signature, constants, {})
-    source.make_ir(
-        GPUTarget("cuda", 90, 32),
-        options,
-        backend.get_codegen_implementation(options),
-        backend.get_module_map(),
-        context,
-    )
+    source, functions = ASTSource(kernel, signature, constants, {}), backend.get_codegen_implementation(options)
+    source.make_ir(target, options, functions, backend.get_module_map(), context)
 
 
 def main(path: str) -> int:
