@@ -1,5 +1,7 @@
 """Inputs that once gave garbage, wrote where nothing was theirs, or failed without a word on what to do."""
 
+import dataclasses
+
 import pytest
 import torch
 from test_nf4_matmul import quantize
@@ -13,16 +15,17 @@ from unsloth.kernels.cut_rows import cut_rows
 from unsloth.kernels.grouped_gemm import grouped_linear
 from unsloth.kernels.host_gather import host_gather
 from unsloth.kernels.layer_norm import add_layer_norm, layer_norm
+from unsloth.kernels.logprobs import logprobs
 from unsloth.kernels.lora_linear import lora_linear
 from unsloth.kernels.lora_mlp import lora_mlp
 from unsloth.kernels.lora_rows import lora_rows
-from unsloth.kernels.lora_weights import Adapter
+from unsloth.kernels.lora_weights import Adapter, PaddedWeight
 from unsloth.kernels.nf4_lora import StackedAdapters, nf4_lora_linears
 from unsloth.kernels.paged_attention import paged_attention
 from unsloth.kernels.paged_prefill import paged_prefill
 from unsloth.kernels.qk_norm_rope import qk_norm_rope
 from unsloth.kernels.rms_norm import add_rms_norm, rms_norm
-from unsloth.kernels.rope import rope_tables
+from unsloth.kernels.rope import rope, rope_tables
 from unsloth.kernels.rope_to_pages import rope_to_pages
 from unsloth.kernels.sample_rows import sample_rows
 from unsloth.kernels.varlen_attention import varlen_attention
@@ -30,7 +33,10 @@ from unsloth.kernels.varlen_attention import varlen_attention
 
 def apart(x):
     """The same values, every second element of a row of a wider tensor, between NaN (or a wild number)."""
-    wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), float("nan") if x.is_floating_point() else 10**6)
+    wide = x.new_full(
+        (*x.shape[:-1], 2 * x.shape[-1]),
+        float("nan") if x.is_floating_point() else min(10**6, torch.iinfo(x.dtype).max),
+    )
     wide[..., ::2] = x
     return wide[..., ::2]
 
@@ -181,3 +187,41 @@ def test_sequences_longer_than_their_row_of_the_page_table(device):
     assert found[late].isnan().all() and torch.equal(found[early], plain[early])
     with pytest.raises(ConfigError, match="beyond its row"):
         paged_prefill(q, k, v, short, tiles, scale=0.2, fast=False)
+
+
+def test_parts_of_4_bit_weights_that_do_not_fit(device):
+    weight = quantize(24, 128, device)
+    for name in ("absmax", "code", "nested_code", "nested_absmax", "offset"):
+        tensor = getattr(weight, name)
+        wrong = [tensor.double(), torch.cat([tensor.flatten(), tensor.flatten()]), tensor.to("meta")]
+        for value in [*wrong, apart(tensor)] if tensor.dim() and tensor.numel() > 1 else wrong:
+            with pytest.raises(ConfigError, match=f"4-bit weight: .*({name}|scales)"):
+                dataclasses.replace(weight, **{name: value})
+
+
+def test_weights_of_one_input_that_do_not_fit(device):
+    x = torch.randn(3, 16, device=device)
+    weight, other = torch.randn(8, 16, device=device), torch.randn(8, 12, device=device)
+    for weights in ([weight.flatten()], [weight, other], [weight, weight.double()], [weight, weight.to("meta")]):
+        with pytest.raises(ConfigError, match="do not fit together"):
+            PaddedWeight.from_dense(weights, 4)
+    for bias in (torch.randn(7, device=device), torch.randn(1, 8, device=device), torch.arange(8, device=device)):
+        with pytest.raises(ConfigError, match="bias 0"):
+            lora_linear(x, weight, None, bias)
+
+
+def test_tables_ends_and_biases_that_do_not_fit(device):
+    q = torch.randn(1, 2, 5, 16, device=device)
+    with pytest.raises(ConfigError, match="no rows"):
+        rope(q, None, torch.tensor(1.0, device=device), torch.tensor(1.0, device=device))
+    with pytest.raises(ConfigError, match="bias does not fit"):
+        labels = torch.zeros(3, dtype=torch.long, device=device)
+        logprobs(torch.randn(3, 8, device=device), torch.randn(9, 8, device=device), labels, torch.arange(9))
+    heads = torch.randn(6, 2, 16, device=device)
+    with pytest.raises(ConfigError, match="sinks"):
+        bounds = torch.tensor([0, 6], device=device)
+        varlen_attention(heads, heads, heads, bounds, sinks=torch.arange(2, device=device))
+    if device.type == "cpu":
+        for ends in ([2, 5], [4, 2], [3, 7]):
+            with pytest.raises(ConfigError, match="do not cover"):
+                grouped_linear(torch.randn(6, 16), torch.randn(2, 8, 16), torch.tensor(ends))

@@ -3,7 +3,7 @@ import torch
 from check_op import ODD_SHAPES, check_op, layouts
 
 from unsloth.core.errors import ConfigError
-from unsloth.kernels.layer_norm import add_layer_norm, layer_norm, layer_norm_reference
+from unsloth.kernels.layer_norm import add_layer_norm, layer_norm, layer_norm_backward, layer_norm_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -68,3 +68,24 @@ def test_bad_input(device):
         layer_norm(x.int(), None)
     with pytest.raises(ConfigError, match="another device"):
         add_layer_norm(x, x.to("meta"), None)
+
+
+@pytest.mark.parametrize("shape", [(4, 4096), (3, 4096), (5, 2500)])
+def test_tiles_of_two_rows_with_and_without_masks(device, shape):
+    x = torch.randn(shape, device=device).bfloat16().requires_grad_()
+    check_op(layer_norm, layer_norm_reference, x, *parameters(shape[1], device, torch.bfloat16), 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 4096), (7, 33)])
+def test_statistics_kept_or_computed_again(device, shape):
+    h, dy, w = (
+        torch.randn(shape, device=device),
+        torch.randn(shape, device=device),
+        torch.randn(shape[1], device=device),
+    )
+    mean = h.mean(1)
+    stats = torch.stack((mean, (h.var(1, unbiased=False) + 1e-5).rsqrt()), 1)
+    again = layer_norm_backward(dy, h, w, 1e-5, None, torch.float32)
+    kept = layer_norm_backward(dy, h, w, 1e-5, None, torch.float32, stats)
+    for first, second in zip(again, kept, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)

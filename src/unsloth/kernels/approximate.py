@@ -3,7 +3,8 @@
 ``tl.exp``, ``tl.log`` and division keep numbers below 2^-126 and are right (nearly) to the last place, in 6, 20 and 6
 instructions; these take one or two, flush such numbers to zero, and are off by at most 2^-22, relatively (absolutely
 for the logarithm). For kernels that wait for arithmetic rather than for memory. The interpreter runs no assembly: with
-INTERPRET they are Triton's own.
+INTERPRET they are Triton's own. The assembly is declared impure: what is pure the compiler computes once for every
+layout that it is needed in, and a value that is stored and multiplied is needed in two.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def exponential(x, INTERPRET: tl.constexpr):
         return tl.exp(x)
     else:
         return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32, is_pure=False, pack=1
         )
 
 
@@ -30,7 +31,7 @@ def logarithm(x, INTERPRET: tl.constexpr):
         return tl.log(x)
     else:
         return 0.6931471805599453 * tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1
         )
 
 
@@ -41,5 +42,5 @@ def reciprocal(x, INTERPRET: tl.constexpr):
         return 1.0 / x
     else:
         return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1
         )

@@ -60,7 +60,7 @@ def cut_rows(
     check_device("cut_rows", logits.device, top_k=top_k)
     check_integers("cut_rows", top_k=top_k)
     limits = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    if logits.dim() != 2:
+    if logits.dim() != 2 or not logits.shape[1]:
         raise ConfigError("cut_rows: logits must be a matrix", got=tuple(logits.shape), do="Pass (B, V).")
     for name, limit in limits.items():
         check_shape("cut_rows", name, limit, (len(logits),))

@@ -26,7 +26,7 @@ from unsloth.kernels.rounding import must_round, nearest
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 _MOST_RANK = 64
-_FORWARD_SPLITS = 8
+_FORWARD_SPLITS = 4
 
 
 def gated_activation_reference(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
@@ -369,21 +369,22 @@ def _forward_tile(h: torch.Tensor, rank: int) -> dict[str, int]:
     block_r = max(16, triton.next_power_of_2(rank))
     if h.dtype.itemsize > 2:
         return {"BLOCK_M": 32, "BLOCK_I": 32, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 2}
-    shape = {"BLOCK_M": 64, "BLOCK_I": 64, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 2}
+    shape = {"BLOCK_M": 64, "BLOCK_I": 64, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 3}
     return shape | ({"maxnreg": 128} if block_r <= 32 else {})  # four programs a multiprocessor
 
 
 def _backward_tile(dh: torch.Tensor, ranks: tuple[int, int, int]) -> tuple[dict[str, int], int]:
-    """Tile and launch options, and among how many programs the rows are shared."""
+    """Tile and launch options, and among how many programs the rows are shared: as few as fill whole rounds."""
     block_d, block_g = (max(16, triton.next_power_of_2(min(r, _MOST_RANK))) for r in (ranks[0], max(ranks[1:])))
     shape = {"BLOCK_M": 64, "BLOCK_I": 64, "BLOCK_D": block_d, "BLOCK_G": block_g, "num_warps": 8, "num_stages": 3}
+    resident = dispatch.processor_count(dh.device)
     if dh.dtype.itemsize > 2:
         shape |= {"BLOCK_M": 32, "BLOCK_I": 32, "num_warps": 4, "num_stages": 2}
     elif max(block_d, block_g) <= 32:
         shape["maxnreg"] = 128  # two programs a multiprocessor
+        resident *= 2
     programs = triton.cdiv(dh.shape[1], shape["BLOCK_I"])
-    wanted = 4 * dispatch.processor_count(dh.device)
-    return shape, max(1, min(8, wanted // programs))
+    return shape, min(range(1, 9), key=lambda splits: triton.cdiv(programs * splits, resident) / splits)
 
 
 def compile_examples(float_dtype: str) -> list[tuple]:

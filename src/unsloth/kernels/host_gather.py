@@ -43,10 +43,13 @@ def host_gather(weight: torch.Tensor, ids: torch.Tensor, *, fast: bool = True) -
     Returns:
         (*ids.shape, K); rows of NaN for ids outside the matrix.
     """
-    if weight.dim() != 2 or not weight.is_contiguous():
+    if weight.dim() != 2 or not weight.is_contiguous() or not len(weight):
         got = (tuple(weight.shape), weight.stride())
         raise ConfigError("host_gather: the weight must be a contiguous matrix", got=got, do="Pass (V, K) on the host.")
     dispatch.check_integers("host_gather", ids=ids)
+    if "meta" in (weight.device.type, ids.device.type):
+        devices = (str(weight.device), str(ids.device))
+        raise ConfigError("host_gather: weight or ids have no values", got=devices, do="Load the weight first.")
     out = torch.empty((*ids.shape, weight.shape[1]), dtype=weight.dtype, device=ids.device)
     if not (fast and dispatch.can_launch(out)) or weight.is_cuda:
         return host_gather_reference(weight, ids)

@@ -6,7 +6,7 @@ Shapes: x (M, K), gate and up weights (I, K), down weight (H, I), frozen; adapte
     [e | u] = [x | t_gu] [W_gu | sB_gu]^T             t_gu = x A_gu^T          gate and up are one group
     h = a(e) u            y = [h | t_d] [W_d | sB_d]^T     t_d = h A_d^T
     dh = [g | p_d] [W_d ; A_d]                         p_d = g sB_d
-    dx = [de | du | p_gu] [W_gu ; A_gu]                p_gu = [de sB_g | du sB_u]
+    dx = [de | du] W_gu + p_gu A_gu                    p_gu = [de sB_g | du sB_u]
 
 The activation's kernels make t_d and the adapter gradients that need h, de or du on the way
 (:mod:`unsloth.kernels.glu_adapters`). Saved for the backward: x, e, u, t_gu, t_d; h is computed again.
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from unsloth.core.errors import ConfigError
-from unsloth.kernels.append_projection import append_projection, matmul_wide
+from unsloth.kernels.append_projection import matmul_wide
 from unsloth.kernels.glu_adapters import gated_activation_reference, glu_backward, glu_forward
 from unsloth.kernels.lora_linear import (
     check_input,
@@ -102,7 +102,7 @@ class GateUpKept:
     Attributes:
         x: (M, K).
         t_gu: (M, columns) x A^T of gate and up.
-        gated: (M, 2 I) gate(x) and up(x), or with room for the projections of their gradients behind.
+        gated: (M, 2 I) gate(x) and up(x).
     """
 
     x: torch.Tensor
@@ -139,16 +139,19 @@ def gate_up_gradients(
         p: (M, columns) g sB of down.
         activation: As in the forward.
         needs: Whether x, and A and B of gate and of up, want a gradient.
-        overwrite: Write the gradients of gate(x) and up(x) over ``kept.gated``, which has room behind them.
-        out: (M, K) to write dx into.
+        overwrite: Write the gradients of gate(x) and up(x) over ``kept.gated``.
+        out: (M, K + room) whose first columns are to be dx.
     """
-    ranks, width = group.rank_slices(), sum(group.outs)
-    wide = kept.gated if overwrite else dh.new_empty(dh.shape[0], width + group.room)
+    ranks = group.rank_slices()
+    wide = kept.gated if overwrite else torch.empty_like(kept.gated)
     thin = (kept.t_gu[:, ranks[0]], kept.t_gu[:, ranks[1]])
-    da_d, db_g, db_u = glu_backward(dh, kept.gated[:, :width], activation, p, thin, wide[:, :width])
-    p_gu = _project_gated(wide, width, group)
-    grads = [wide] if group.room else [wide[:, part] for part in group.out_slices()]
-    dx = group.input_gradient(grads, p_gu, out=out) if needs[0] else None
+    da_d, db_g, db_u = glu_backward(dh, kept.gated, activation, p, thin, wide)
+    if group.room and needs[0]:
+        dx, p_gu = group.input_gradient_of_wide(wide, out=out)
+    else:
+        grads = [wide[:, part] for part in group.out_slices()]
+        p_gu = _project_gated(grads, group)
+        dx = group.input_gradient(grads, p_gu, out=out) if needs[0] else None
     da_gu = matmul_wide(p_gu.t(), kept.x) if needs[1] or needs[3] else None
     da_g, da_u = (None, None) if da_gu is None else (da_gu[ranks[0]], da_gu[ranks[1]])
     return dx, [da_g, db_g, da_u, db_u, da_d]
@@ -167,17 +170,12 @@ def _down_group(
     return group
 
 
-def _project_gated(wide: torch.Tensor, width: int, group: LoraGroup) -> torch.Tensor:
-    """p_gu: [de | du] times the block-diagonal sB, into the room of ``wide`` where there is any."""
-    if group.padded is not None:
-        tail = wide[:, width:]
-        if group.room:
-            append_projection(wide[:, :width], group.stacked_sb(), tail)
-        return tail
-    tail = wide.new_empty(wide.shape[0], group.columns)
-    for i, (part, ranks) in enumerate(zip(group.out_slices(), group.rank_slices(), strict=True)):
+def _project_gated(grads: Sequence[torch.Tensor], group: LoraGroup) -> torch.Tensor:
+    """p_gu (M, columns): de and du times their own sB, beside each other."""
+    tail = grads[0].new_zeros(grads[0].shape[0], group.columns)
+    for i, (part, ranks) in enumerate(zip(grads, group.rank_slices(), strict=True)):
         if group.ranks[i]:
-            torch.mm(wide[:, part], group.sb(i, wide.dtype), out=tail[:, ranks])
+            torch.mm(part, group.sb(i, part.dtype), out=tail[:, ranks])
     return tail
 
 

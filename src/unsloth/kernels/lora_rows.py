@@ -67,7 +67,7 @@ def lora_rows(
         raise ConfigError("lora_rows: outputs or mask do not fit", got=found, do=do)
     if any(m.dtype != a.dtype for m in b):
         raise ConfigError("lora_rows: A and B differ in dtype", got=(a.dtype, [m.dtype for m in b]), do="Cast them.")
-    contiguous = a.is_contiguous() and all(m.is_contiguous() for m in b)
+    contiguous = all(m is None or m.is_contiguous() for m in (a, mask, *b))
     if not (fast and contiguous and fits(x, a, [*b, *outputs])):
         lora_rows_reference(x, a, b, outputs, mask)
         return

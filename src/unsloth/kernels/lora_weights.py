@@ -381,6 +381,22 @@ class LoraGroup:
         y = torch.addmm(residual, x, self.weights[0].t(), out=out)
         return y.addmm_(projected, self.sb(0, x.dtype).t()) if self.columns else y
 
+    def input_gradient_of_wide(
+        self, g: torch.Tensor, *, out: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(gradient (M, K), g sB (M, columns)) of all gradients ``g`` (M, O) side by side, in the padded form.
+
+        The thin product takes columns of the wide one, ``g [W | sB]``, and its product with A is added: for gradients
+        several times as wide as the input, which a pass of their own would read once more. Both lie in ``out``
+        (M, K + room).
+        """
+        assert self.padded is not None
+        out = g.new_empty(g.shape[0], self.in_features + self.room) if out is None else out
+        torch.mm(g, self.padded.buffer[: self.padded.out_features, : self.in_features + self.room], out=out)
+        dx, projected = out[:, : self.in_features], out[:, self.in_features :]
+        # Not from columns of a wider buffer on a CPU: oneDNN may read a row beyond its end (see HeadChunks.gradient).
+        return dx.addmm_(projected if g.is_cuda else projected.contiguous(), self.a), projected
+
     def input_gradient(
         self, grads: Sequence[torch.Tensor], projected: torch.Tensor, *, out: torch.Tensor | None = None
     ) -> torch.Tensor:

@@ -75,15 +75,22 @@ class NF4Weight:
         if (self.absmax.dtype == torch.uint8) != all(x is not None for x in nested):
             do = "Pass float32 scales alone, or uint8 scales with nested_code, nested_absmax and offset."
             raise ConfigError("4-bit weight: scales are half nested", got=self.absmax.dtype, do=do)
-        for name, x in (
-            ("absmax", self.absmax),
-            ("code", self.code),
-            ("nested_code", nested[0]),
-            ("offset", nested[2]),
+        blocks = self.absmax.numel()
+        for name, x, dtype, count in (
+            ("absmax", self.absmax, torch.uint8 if self.nested else torch.float32, blocks),
+            ("code", self.code, torch.float32, 16),
+            ("nested_code", self.nested_code, torch.float32, 256),
+            ("nested_absmax", self.nested_absmax, torch.float32, -(-blocks // max(1, self.nested_blocksize))),
+            ("offset", self.offset, torch.float32, 1),
         ):
-            if x is not None and x.device != self.packed.device:
+            if x is None:
+                continue
+            if x.device != self.packed.device:
                 do = f"Move it to {self.packed.device}."
                 raise ConfigError(f"4-bit weight: {name} is on another device", got=str(x.device), do=do)
+            if x.dtype != dtype or x.numel() != count or not x.is_contiguous():
+                got, do = (x.dtype, tuple(x.shape), x.stride()), f"Pass {count} contiguous values of {dtype}."
+                raise ConfigError(f"4-bit weight: {name} does not fit", got=got, do=do)
 
     @property
     def nested(self) -> bool:

@@ -30,7 +30,15 @@ from unsloth.kernels.dispatch import (
     overlaps_launches,
     processor_count,
 )
-from unsloth.kernels.row_norm import launch_shape, load_sum, result_buffers, row_stride, takes_kernel, two_sums
+from unsloth.kernels.row_norm import (
+    equal_shares,
+    launch_shape,
+    load_sum,
+    result_buffers,
+    row_stride,
+    takes_kernel,
+    two_sums,
+)
 
 
 def rms_norm(
@@ -146,7 +154,7 @@ def rms_norm_backward(
     tiles = triton.cdiv(rows, tile)
     if weight_grad:
         per_processor, warps, stages = looped_shape(n, warps)
-        programs = min(tiles, per_processor * processor_count(h.device))
+        programs = equal_shares(tiles, per_processor * processor_count(h.device))
     else:
         programs, warps, stages = tiles, max(1, warps // 2), 1
     partial = torch.empty((programs, n), dtype=torch.float32, device=h.device) if weight_grad else None

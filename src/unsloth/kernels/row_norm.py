@@ -74,6 +74,11 @@ def row_stride(x: torch.Tensor | None) -> int:
     return 0 if x is None else x.stride(0)
 
 
+def equal_shares(tiles: int, most: int) -> int:
+    """At most ``most`` programs, of which none has a tile less than it could: the last ones end together."""
+    return triton.cdiv(tiles, triton.cdiv(tiles, min(tiles, most)))
+
+
 def launch_shape(n: int) -> tuple[int, int, int]:
     """Columns of a tile, rows of a tile, warps: 16 elements a thread, several short rows to a program."""
     block = triton.next_power_of_2(n)

@@ -345,6 +345,7 @@ def _check(
     backend: str | None,
     keys: Keys | None,
 ) -> None:
+    dispatch.check_tensors("varlen_attention", q=q, sinks=sinks)
     if sinks is not None and sinks.shape != q.shape[1:2]:
         raise ConfigError("One sink a query head is needed", got=tuple(sinks.shape), do=f"Pass ({q.shape[1]},).")
     if window < 0 or softcap < 0:

@@ -72,7 +72,7 @@ def mlp_forward(
     inner = MlpInner(tail_of(wide, group), added.new_empty(0)) if keep else None
     if inner is not None:
         inner.t_gu = apart(inner.t_gu, group)
-        inner.gated = added.new_empty(rows, 2 * features + group.room)
+        inner.gated = added.new_empty(rows, 2 * features)
     tiles = list(_tiles(rows, rows if keep else parts.tile))
     y, t_d, down = torch.empty_like(h) if out is None else out, [], None
     for i, part in enumerate(tiles):
@@ -83,7 +83,7 @@ def mlp_forward(
             down = parts.down.group(dtype)
         inside = h.new_empty(gated.shape[0], features + down.room)
         tail = tail_of(inside, down)
-        t_d.append(glu_forward(gated[:, : 2 * features], parts.activation, down.a, inside[:, :features], tail))
+        t_d.append(glu_forward(gated, parts.activation, down.a, inside[:, :features], tail))
         del gated
         down.add_forward(h[part], inside, tail, out=y[part])
         del inside, tail
@@ -110,7 +110,7 @@ def mlp_gradients(
     """
     needs, dtype = (True, *needs), h.dtype
     tiles = list(_tiles(h.shape[0], h.shape[0] if inner is not None else parts.tile))
-    dn, total = torch.empty_like(h), list[torch.Tensor | None]()
+    dn, total = h.new_empty(0), list[torch.Tensor | None]()
     group, down, kept, wide = None, None, None, None
     for part in tiles:
         down = parts.down.group(dtype, again=False) if down is None else down
@@ -119,13 +119,14 @@ def mlp_gradients(
             down = None  # a dequantized weight, before the next one is made
         if group is None or kept is None or wide is None:
             group, wide, kept = _gate_up(parts, h, inner)
+            dn = h.new_empty(h.shape[0], h.shape[1] + group.room)
         gated = _gated(group, wide[part], None) if inner is None else kept.gated
         piece = GateUpKept(kept.x[part], kept.t_gu[part], gated)
         del gated
         _, found = gate_up_gradients(group, piece, dh, p, parts.activation, needs[:5], overwrite=True, out=dn[part])
         del dh, piece
         total = _sum(total, [*found, db])
-    return dn, total
+    return dn[:, : h.shape[1]], total
 
 
 def _gate_up(parts: MlpParts, h: torch.Tensor, inner: MlpInner | None) -> tuple[LoraGroup, torch.Tensor, GateUpKept]:
@@ -152,12 +153,11 @@ def _normed(
 
 
 def _gated(group: LoraGroup, wide: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
-    """(rows, 2 I + room) gate and up, with the room not yet filled."""
-    width, features = sum(group.outs), group.in_features
-    gated = wide.new_empty(wide.shape[0], width + group.room) if into is None else into
+    """(rows, 2 I) gate and up."""
+    features = group.in_features
+    gated = wide.new_empty(wide.shape[0], sum(group.outs)) if into is None else into
     x = wide if group.room else wide[:, :features]
-    group.forward(x, wide[:, features:], [None, None], out=gated[:, :width])
-    return gated
+    return group.forward(x, wide[:, features:], [None, None], out=gated)
 
 
 def _tiles(rows: int, most: int) -> Iterator[slice]:
