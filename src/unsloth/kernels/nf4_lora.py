@@ -5,11 +5,11 @@ Several linears of one input (q/k/v, gate/up), M rows of x, adapters A_i (r_i, K
 
     t = x [A_0; A_1; ...]^T                 y_i = x W_i^T + s_i t_i B_i^T
 
-One launch makes t for all of them, in float32 and in parts of K, which are added where they are read (beyond 16 rows by
-every tile of the product, so there are fewer); one launch a linear multiplies with W_i and adds the adapter's part
-before y_i is rounded.
-Bytes: packed W once, A and B once; t is a few kilobytes. Separate products would launch two to three kernels more a
-linear, which take longer than their bytes.
+One launch makes t for all of them, in float32 and in parts of K, which are added where they are read, by every tile of
+the product; one launch multiplies with all W_i (or one with each, where they differ in kind) and adds the adapters'
+parts before y_i is rounded. It begins while t is still being made, and waits for it only where it adds it. Bytes:
+packed W once, A and B once; t is a few kilobytes. Separate products would launch two to three kernels more a linear,
+which take longer than their bytes.
 """
 
 from __future__ import annotations
@@ -21,11 +21,19 @@ from functools import partial
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from unsloth.core.errors import ConfigError
-from unsloth.kernels.dispatch import as_rows, can_launch, check_tensors, interpreting, launch_on
+from unsloth.kernels.dispatch import (
+    as_rows,
+    can_launch,
+    check_tensors,
+    interpreting,
+    launch_on,
+    overlaps_launches,
+)
 from unsloth.kernels.nf4 import NF4Weight
-from unsloth.kernels.nf4_fragments import LowRank, multiply_fragments, takes_fragments
+from unsloth.kernels.nf4_fragments import LowRank, launch_together, multiply_fragments, takes_fragments
 from unsloth.kernels.nf4_matmul import multiply_tiles, nf4_linear, takes_tiles
 from unsloth.kernels.side_by_side import side_by_side
 
@@ -96,17 +104,20 @@ def nf4_lora_linears(
     if multiply is None:
         return _one_by_one(x, weights, adapters, fast)
     projections = project_few(rows, adapters.a)
-    products, first = [], 0
-    for weight, b, scale in zip(weights, adapters.b, adapters.scales, strict=True):
-        products.append(partial(multiply, rows, weight, side=LowRank(projections, first, b, scale)))
-        first += b.shape[1]
-    outputs = side_by_side(products, x.device)
+    if launch_together(weights) and len({b.shape[1] for b in adapters.b}) == 1:
+        outputs = multiply(rows, weights, side=LowRank(projections, 0, adapters.b, adapters.scales))
+    else:
+        products, first = [], 0
+        for weight, b, scale in zip(weights, adapters.b, adapters.scales, strict=True):
+            products.append(partial(multiply, rows, [weight], side=LowRank(projections, first, [b], [scale])))
+            first += b.shape[1]
+        outputs = [y for (y,) in side_by_side(products, x.device)]
     return [y.view(*x.shape[:-1], y.shape[1]) for y in outputs]
 
 
 def joined_product(
     x: torch.Tensor, weights: Sequence[NF4Weight], adapters: StackedAdapters
-) -> Callable[..., torch.Tensor] | None:
+) -> Callable[..., list[torch.Tensor]] | None:
     """The kernel that adds adapters within products of ``x`` [M, K], or None where there is none for these."""
     ranks = [b.shape[1] for b in adapters.b]
     if not x.shape[0] or not can_launch(x) or adapters.a.dtype != x.dtype or any(rank % 16 for rank in ranks):
@@ -140,23 +151,28 @@ def project_few(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         float32 [parts, M, R].
     """
     (m, k), r = x.shape, a.shape[0]
-    batch, most, stages = (16, 8, 2) if m <= 16 else (32, 2 if k <= 8192 else 4, 4)
+    batch, most, stages = (16, 4, 2) if m <= 16 else (32, 2 if k <= 8192 else 4, 4)
     share = triton.cdiv(triton.cdiv(k, STEP), most) * STEP
     parts = triton.cdiv(k, share)
     t = torch.empty((parts, m, r), dtype=torch.float32, device=x.device)
+    early = overlaps_launches(x.device)
     with launch_on(x):
         project_few_kernel[(triton.cdiv(r, 16), parts, triton.cdiv(m, batch))](
-            x, a, t, m, r, k, share, x.stride(0), UPCAST=interpreting(), BATCH=batch, STEP=STEP // (batch // 16),
-            num_warps=4, num_stages=stages,
+            x, a, t, m, r, k, share, x.stride(0), UPCAST=interpreting(), EARLY=early, BATCH=batch,
+            STEP=STEP // (batch // 16), num_warps=4, num_stages=stages, **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
     return t
 
 
 @triton.jit(do_not_specialize=["m"])  # one compilation for every number of rows
 def project_few_kernel(
-    x, a, t, m, r, k, share, stride_x, UPCAST: tl.constexpr, BATCH: tl.constexpr, STEP: tl.constexpr
+    x, a, t, m, r, k, share, stride_x, UPCAST: tl.constexpr, EARLY: tl.constexpr, BATCH: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     """One program multiplies 16 rows of a with a share of the columns of BATCH rows of x."""
+    if EARLY:  # in this order: a product launched early reads x, which the kernel ahead of this one may write
+        gdc_wait()
+        gdc_launch_dependents()
     rank = tl.program_id(0) * 16 + tl.arange(0, 16)
     row = tl.program_id(2) * BATCH + tl.arange(0, BATCH)
     first = tl.program_id(1) * share
@@ -177,7 +193,7 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     """Kernels with the argument types and options they are launched with, for compilation without a GPU."""
     ptr = f"*{float_dtype}"
     signature = {"x": ptr, "a": ptr, "t": "*fp32"} | dict.fromkeys(("m", "r", "k", "share", "stride_x"), "i32")
-    few, more = ({"UPCAST": False, "BATCH": rows, "STEP": STEP * 16 // rows} for rows in (16, 32))
+    few, more = ({"UPCAST": False, "EARLY": False, "BATCH": rows, "STEP": STEP * 16 // rows} for rows in (16, 32))
     return [
         (project_few_kernel, signature, few, {"num_warps": 4, "num_stages": 2}),
         (project_few_kernel, signature, more, {"num_warps": 4, "num_stages": 4}),

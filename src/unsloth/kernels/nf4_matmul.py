@@ -15,6 +15,9 @@ The layout of W is described in :mod:`unsloth.kernels.nf4`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -43,7 +46,20 @@ from unsloth.kernels.nf4 import (
     scale_arguments,
     scale_signature,
 )
-from unsloth.kernels.nf4_fragments import LowRank, multiply_fragments, takes_fragments
+from unsloth.kernels.nf4_fragments import (
+    LowRank,
+    fill_nested,
+    fill_table,
+    find_matrix,
+    group_arguments,
+    group_signature,
+    multiply_fragments,
+    pick,
+    pick_pointer,
+    side_arguments,
+    split_rows,
+    takes_fragments,
+)
 from unsloth.kernels.rounding import must_round, nearest
 
 MATVEC_ROWS = 4
@@ -76,11 +92,11 @@ def nf4_linear(x: torch.Tensor, weight: NF4Weight, *, fast: bool = True) -> torc
         return nf4_linear_reference(x, weight) if not can_launch(x) else x @ dequantize_nf4(weight, dtype=x.dtype).T
     matrix = as_rows(x.detach())
     if takes_fragments(matrix, weight):
-        y = multiply_fragments(matrix, weight)
+        (y,) = multiply_fragments(matrix, [weight])
     elif rows <= MATVEC_ROWS:
         y = _matvec(matrix, weight, words)
     elif takes_tiles(matrix, weight):
-        y = multiply_tiles(matrix, weight)
+        (y,) = multiply_tiles(matrix, [weight])
     else:
         y = matrix @ dequantize_nf4(weight, dtype=x.dtype).T
     return y.view(*x.shape[:-1], n)
@@ -105,18 +121,38 @@ def matvec_shape(rows: int, n: int, k: int) -> tuple[int, int, int]:
     return (8, min(32, columns), 4) if rows == 1 and n < 8192 else (16, min(16, columns), 4)
 
 
-def tile_shape(rows: int, n: int, k: int, processors: int, small: bool = False) -> tuple[int, int, int, int, int]:
-    """Rows of x in a tile, rows of W in a tile, parts that K is split into, warps, stages of loads.
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one program may have; next to nothing for the interpreter, which has no use for tables there."""
+    return 0 if interpreting() else torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
-    Every tile of W reads all of x, so more rows of x want larger tiles; ``small`` says that a program has but 64 KiB of
-    shared memory.
+
+def tile_shape(
+    rows: int, sizes: Sequence[int], k: int, processors: int, room: int
+) -> tuple[int, int, int, int, int, int]:
+    """Rows of x in a tile, rows of W in a tile, blocks in a step, parts that K is split into, warps, stages of loads.
+
+    Every tile of W reads all of x, so more rows of x want larger tiles. ``room`` is :func:`shared_memory`; 64 KiB hold
+    32 rows of x. With the table, which takes 32 KiB of its own, the pipeline's part must be more than 48 KiB, for only
+    then does Triton ask for more than that in all.
     """
-    batch = min(32 if small else 128, max(16, triton.next_power_of_2(rows)))
-    tile, warps = (64, 4) if batch <= 32 else (128, 8)
-    tiles, split = triton.cdiv(n, tile) * triton.cdiv(rows, batch), 1
-    while split < 8 and tiles * split < (2 * processors if warps == 4 else processors) and k // 64 >= 8 * split:
+    batch = max(16, min(32 if room < 2**17 * 3 // 4 else 128, triton.next_power_of_2(rows)))
+    if takes_table(room):
+        batch = max(32, batch)
+        tile, blocks, warps, stages = 128, 1 if batch == 128 else 2, 8, 4
+    else:
+        tile, warps = (64, 4) if batch <= 32 else (128, 8)
+        blocks, stages = 1, 2 if room < 2**17 * 3 // 4 else 3
+    tiles, split = sum(triton.cdiv(n, tile) for n in sizes) * triton.cdiv(rows, batch), 1
+    wanted = (2 * processors if batch <= 32 else processors) * 3 // 4
+    while split < 8 and tiles * split < wanted and k // 64 >= 8 * split:
         split *= 2
-    return batch, tile, split, warps, 2 if small else 3
+    return batch, tile, blocks, split, warps, stages
+
+
+def takes_table(room: int) -> bool:
+    """Whether values are looked up in a table in shared memory, see :func:`decode_tile`."""
+    return room >= 160 * 2**10
 
 
 def _matvec(x: torch.Tensor, weight: NF4Weight, words: torch.Tensor) -> torch.Tensor:
@@ -143,43 +179,48 @@ def takes_tiles(x: torch.Tensor, weight: NF4Weight) -> bool:
 
 def multiply_tiles(
     x: torch.Tensor,
-    weight: NF4Weight,
+    weights: Sequence[NF4Weight],
     *,
     side: LowRank | None = None,
-    shape: tuple[int, int, int, int, int] | None = None,
-) -> torch.Tensor:
-    """``x @ W.T`` for x [M, K] that :func:`takes_tiles` accepts.
+    shape: tuple[int, int, int, int, int, int] | None = None,
+) -> list[torch.Tensor]:
+    """``x @ W.T`` for each of ``weights``, which :func:`launch_together` and :func:`takes_tiles` accept.
 
     Args:
         x: [M, K].
-        weight: The quantized matrix.
-        side: Added before the result is rounded, or None; its rank must be a power of two.
+        weights: The quantized matrices [N_i, K].
+        side: Added before the results are rounded, or None; its rank must be a power of two.
         shape: Overrides :func:`tile_shape`.
 
     Returns:
-        [M, N].
+        [M, N_i] of each, contiguous.
     """
-    rows, (n, k) = x.shape[0], weight.shape
-    small = not interpreting() and capability(x.device) == (7, 5)
-    batch, tile, split, warps, stages = shape or tile_shape(rows, n, k, processor_count(x.device), small)
-    y = torch.empty((split, rows, n), dtype=x.dtype if split == 1 else torch.float32, device=x.device)
-    parts, _, ranks = (0, 0, 0) if side is None else side.projections.shape
+    rows, k = x.shape
+    sizes = [weight.shape[0] for weight in weights]
+    room = shared_memory(x.device)
+    table = takes_table(room)
+    if table and (x.data_ptr() % 16 or x.stride(0) % 16):  # such loads would not go through the pipeline
+        x = x.clone(memory_format=torch.contiguous_format)
+    batch, tile, blocks, split, warps, stages = shape or tile_shape(rows, sizes, k, processor_count(x.device), room)
+    stages += table and capability(x.device) < (9, 0)  # where the pipeline holds one step less
+    tiles = sum(triton.cdiv(n, tile) for n in sizes)
+    y = torch.empty((split, rows * sum(sizes)), dtype=x.dtype if split == 1 else torch.float32, device=x.device)
+    overlaps = overlaps_launches(x.device)
     with launch_on(x):
-        nf4_matmul_kernel[(triton.cdiv(n, tile), triton.cdiv(rows, batch), split)](
-            x, weight.words(), *scale_arguments(weight), y, rows, n, k // 64, triton.cdiv(k // 64, split), x.stride(0),
-            None if side is None else side.projections, None if side is None else side.b,
-            0.0 if side is None else side.scale, parts, ranks, 0 if side is None else side.first,
-            RANK=0 if side is None else side.b.shape[1], BLOCKSIZE=weight.blocksize, NESTED=weight.nested,
-            NESTED_BLOCKSIZE=weight.nested_blocksize, PLAIN=interpreting(),
-            LOOK_UP=look_up(weight, x.dtype),
-            EARLY=split > 1 and overlaps_launches(x.device), BATCH=batch, ROWS=tile, STAGES=stages,
-            num_warps=warps,
+        nf4_matmul_kernel[(tiles, triton.cdiv(rows, batch), split)](
+            x, tuple(weight.words() for weight in weights), *group_arguments(weights), y, rows, tuple(sizes),
+            rows * sum(sizes), k // 64, triton.cdiv(k // 64, split), x.stride(0), *side_arguments(side),
+            COUNT=len(weights), RANK=0 if side is None else side.rank,
+            PARTS=0 if side is None else side.projections.shape[0], BLOCKSIZE=weights[0].blocksize,
+            NESTED=weights[0].nested, NESTED_BLOCKSIZE=weights[0].nested_blocksize, PLAIN=interpreting(),
+            LOOK_UP="table" if table else look_up(weights[0], x.dtype), EARLY=overlaps, BATCH=batch, ROWS=tile,
+            BLOCKS=blocks, STAGES=stages, WARPS=warps, num_warps=warps, **({"launch_pdl": True} if overlaps else {}),
         )  # fmt: skip
-    return y[0] if split == 1 else add_parts(y, x.dtype)
+    return split_rows(y[0] if split == 1 else add_parts(y, x.dtype), rows, sizes)
 
 
 def add_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Sum of float32 ``parts`` [P, M, N] over P, rounded once, in one launch."""
+    """Sum of float32 ``parts`` [P, ...] over P, rounded once, in one launch."""
     y = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
     early = overlaps_launches(parts.device)
     with launch_on(parts):
@@ -190,6 +231,20 @@ def add_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return y
 
 
+def _pairs_of_word() -> tl.constexpr:
+    """Pairs of values of a word's bytes, lowest first, from the table of :func:`fill_table`."""
+    lines = [".reg .b32 base, copy;", "mov.u32 base, nf4_pairs;", "mov.u32 copy, %laneid;"]
+    lines.append("mad.lo.u32 base, copy, 4, base;")
+    for i in range(4):
+        lines += [f"prmt.b32 ${i}, $4, 0, {0x4440 + i};", f"mad.lo.u32 ${i}, ${i}, 128, base;"]
+        lines.append(f"ld.shared.b32 ${i}, [${i}];")
+    return assembly(*lines)
+
+
+PAIRS_OF_WORD = _pairs_of_word()
+NESTED_ENTRY = assembly(
+    ".reg .b32 at;", "mov.u32 at, nf4_scales;", "mad.lo.u32 at, $1, 4, at;", "ld.shared.f32 $0, [at];"
+)
 LOAD_BYTE = assembly("ld.global.nc.u8 $0, [$1];")
 LOAD_FLOAT = assembly("ld.global.nc.f32 $0, [$1];")
 
@@ -297,83 +352,158 @@ def load_from(base, at, BYTE: tl.constexpr, PLAIN: tl.constexpr):
 
 
 @triton.jit
-def decode_tile(words, code, table, dtype: tl.constexpr, LOOK_UP: tl.constexpr):
-    """Values [R, 64] of words [R, 8], without their scales, rounded to ``dtype``."""
-    v0, v1, v2, v3, v4, v5, v6, v7 = decode_words(words, code, table, LOOK_UP)
-    if LOOK_UP == "mixed":  # decode_words added 3 to the first four
-        v0, v1, v2, v3 = v0 - 3.0, v1 - 3.0, v2 - 3.0, v3 - 3.0
-    return tl.reshape(interleave_eight(v0, v1, v2, v3, v4, v5, v6, v7), [words.shape[0], 64]).to(dtype)
+def decode_tile(words, code, dtype: tl.constexpr, LOOK_UP: tl.constexpr, table):
+    """Values [R, 64] of words [R, 8], without their scales, rounded to ``dtype``.
+
+    With LOOK_UP "table" their order is that of :func:`column_order`: a thread then decodes the very words whose values
+    the matrix units expect from it, and nothing moves between threads.
+    """
+    if LOOK_UP == "table":
+        p0, p1, p2, p3 = tl.inline_asm_elementwise(
+            PAIRS_OF_WORD, "=&r,=&r,=&r,=&r,r", [words], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True,
+            pack=1,
+        )  # fmt: skip
+        even = tl.join(both_halves(p0, dtype), both_halves(p2, dtype))
+        odd = tl.join(both_halves(p1, dtype), both_halves(p3, dtype))
+        return tl.reshape(tl.permute(tl.join(even, odd), (0, 3, 4, 1, 2)), [words.shape[0], 64])
+    else:
+        v0, v1, v2, v3, v4, v5, v6, v7 = decode_words(words, code, table, LOOK_UP)
+        if LOOK_UP == "mixed":  # decode_words added 3 to the first four
+            v0, v1, v2, v3 = v0 - 3.0, v1 - 3.0, v2 - 3.0, v3 - 3.0
+        return tl.reshape(interleave_eight(v0, v1, v2, v3, v4, v5, v6, v7), [words.shape[0], 64]).to(dtype)
 
 
 @triton.jit
-def nf4_matmul_kernel(
-    x, words, code, absmax, nested_code, nested_absmax, offset, y, m, n, k_blocks, part_blocks, stride_x,
-    projections, side_b, side_scale, parts, ranks, first_rank, RANK: tl.constexpr,
-    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, PLAIN: tl.constexpr,
-    LOOK_UP: tl.constexpr,
-    EARLY: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """One program computes a tile [ROWS, BATCH] of one part of the sum over K; y is [parts, m, n].
+def both_halves(pair, dtype: tl.constexpr):
+    """The two 16-bit values of each int32, along a new last dimension."""
+    low = pair.to(tl.int16).to(dtype, bitcast=True)
+    return tl.join(low, (pair >> 16).to(tl.int16).to(dtype, bitcast=True))
 
-    A step is a block of 64 columns. Its scale is made of numbers that were loaded a step before (the nested scale and
-    its code) and two steps before (which code), so that no step waits for memory; words and x come by the pipeline.
+
+@triton.jit
+def column_order(place):
+    """Which of a block's 64 columns stands at ``place`` in a decoded tile: bytes of a word come first, then words."""
+    return (place // 2 % 8) * 8 + place // 16 * 2 + place % 2
+
+
+@triton.jit
+def load_scale_parts(
+    block, absmax, nested_absmax, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, PLAIN: tl.constexpr
+):  # fmt: skip
+    """What the scales of blocks are made of: codes and nested scales (or nothing and scales)."""
+    if NESTED:
+        index = load_from(absmax, block, True, PLAIN)
+        return index, load_from(nested_absmax, block // NESTED_BLOCKSIZE, False, PLAIN)
+    else:
+        return 0, load_from(absmax, block, False, PLAIN)
+
+
+@triton.jit(do_not_specialize=["m", "part_blocks"])  # one compilation for every number of rows
+def nf4_matmul_kernel(  # noqa: C901  its switches are compile-time constants
+    x, words, code, absmax, nested_codes, nested_absmax, offsets, y, m, sizes, outputs, k_blocks, part_blocks,
+    stride_x, projections, ranks, first_rank, side_b, side_scales, COUNT: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, PLAIN: tl.constexpr,
+    LOOK_UP: tl.constexpr, EARLY: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """One program computes a tile [ROWS, BATCH] of one part of the sum over K; y is [parts, outputs].
+
+    A step is BLOCKS blocks of 64 columns. What their scales are made of is loaded a step before, so that no step waits
+    for memory; words and x come by the pipeline. A block past the part's end counts as zeros of x. EARLY: the kernel
+    ahead may still be at work; it makes the projections, or x where there are none.
     """
     dtype: tl.constexpr = x.dtype.element_ty
-    table = lane_table(code, LOOK_UP)
-    row = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), n - 1)
-    batch = tl.minimum(tl.program_id(1) * BATCH + tl.arange(0, BATCH), m - 1)
-    start = tl.minimum(tl.program_id(2) * part_blocks, k_blocks - 1)
-    stop = tl.minimum(tl.program_id(2) * part_blocks + part_blocks, k_blocks)
-    stop = tl.where(tl.program_id(2) * part_blocks < k_blocks, stop, start)
-    ratio: tl.constexpr = BLOCKSIZE // 64
-    first = row * k_blocks
-    w_at = words + (row * (k_blocks * 8))[:, None] + tl.arange(0, 8)[None, :]
-    x_at = x + batch[None, :].to(tl.int64) * stride_x + tl.arange(0, 64)[:, None]
-    total = tl.zeros((ROWS, BATCH), tl.float32)
+    which, before, rows_before = find_matrix(tl.program_id(0), sizes, ROWS, COUNT)
+    n, tile_row = pick(which, sizes, COUNT), (tl.program_id(0) - before) * ROWS
+    absmax, nested_absmax_of, nested_code = pick_pointer(which, absmax, COUNT), nested_absmax[0], nested_codes[0]
     if NESTED:
-        shift = tl.load(offset)
-        entry = load_from(nested_code, load_from(absmax, (first + start) // ratio, True, PLAIN), False, PLAIN)
-        nested = load_from(nested_absmax, (first + start) // ratio // NESTED_BLOCKSIZE, False, PLAIN)
-        index = load_from(absmax, (first + tl.minimum(start + 1, k_blocks - 1)) // ratio, True, PLAIN)
-    else:
-        entry = load_from(absmax, (first + start) // ratio, False, PLAIN)
-    for block in tl.range(start, stop, num_stages=STAGES):
-        packed = tl.load(w_at + block * 8)
-        activation = tl.load(x_at + block * 64)
-        following = (first + tl.minimum(block + 1, k_blocks - 1)) // ratio
+        nested_absmax_of = pick_pointer(which, nested_absmax, COUNT)
+        nested_code = pick_pointer(which, nested_codes, COUNT)
+    row = tl.minimum(tile_row + tl.arange(0, ROWS), n - 1)
+    batch = tl.minimum(tl.program_id(1) * BATCH + tl.arange(0, BATCH), m - 1)
+    start = tl.minimum(tl.program_id(2) * part_blocks, k_blocks)
+    stop = tl.minimum(start + part_blocks, k_blocks)
+    ratio: tl.constexpr = BLOCKSIZE // 64
+    first, last = row * k_blocks, k_blocks - 1
+    w_at = pick_pointer(which, words, COUNT) + (row * (k_blocks * 8))[:, None] + tl.arange(0, 8)[None, :]
+    place = tl.arange(0, 64)
+    if LOOK_UP == "table":
+        place = tl.max_contiguous(tl.multiple_of(column_order(place), 2), 2)
+    x_at = x + batch[None, :].to(tl.int64) * stride_x + place[:, None]
+    total = tl.zeros((ROWS, BATCH), tl.float32)
+    waiting = tl.tuple(())
+    for i in tl.static_range(BLOCKS):
+        at = (first + tl.minimum(start + i, last)) // ratio
+        waiting = waiting + load_scale_parts(at, absmax, nested_absmax_of, NESTED, NESTED_BLOCKSIZE, PLAIN)
+    shift = 0.0
+    if NESTED:
+        shift = tl.load(pick_pointer(which, offsets, COUNT))
+    table = 0.0
+    if LOOK_UP == "table":
+        fill_table(code, dtype == tl.float16, 32 * WARPS)
         if NESTED:
-            scale = entry * nested + shift
-            entry = load_from(nested_code, index, False, PLAIN)
-            nested = load_from(nested_absmax, following // NESTED_BLOCKSIZE, False, PLAIN)
-            index = load_from(absmax, (first + tl.minimum(block + 2, k_blocks - 1)) // ratio, True, PLAIN)
-        else:
-            scale = entry
-            entry = load_from(absmax, following, False, PLAIN)
-        tile = decode_tile(packed, code, table, dtype, LOOK_UP)
-        if PLAIN:
-            part = tl.dot(tile.to(tl.float32), activation.to(tl.float32))
-        else:
-            part = tl.dot(tile, activation)
-        total += part * scale[:, None]
+            fill_nested((nested_code,), 32 * WARPS, 1)
+        tl.debug_barrier()
+    else:
+        table = lane_table(code, LOOK_UP)
+    if EARLY and not RANK:
+        gdc_wait()
+    for step in tl.range(start, stop, BLOCKS, num_stages=STAGES):
+        packed, activations, scales, following = tl.tuple(()), tl.tuple(()), tl.tuple(()), tl.tuple(())
+        for i in tl.static_range(BLOCKS):
+            packed = packed + (tl.load(w_at + tl.minimum(step + i, last) * 8),)
+            if BLOCKS == 1:
+                activations = activations + (tl.load(x_at + step * 64),)
+            else:
+                inside = tl.full((1, 1), step + i, tl.int32) < stop
+                activations = activations + (tl.load(x_at + tl.minimum(step + i, last) * 64, inside, other=0.0),)
+        for i in tl.static_range(BLOCKS):
+            scale = waiting[2 * i + 1]
+            if NESTED:
+                scale = nested_entry(waiting[2 * i], nested_code, LOOK_UP, PLAIN) * scale + shift
+            scales = scales + (scale,)
+            at = (first + tl.minimum(step + BLOCKS + i, last)) // ratio
+            following = following + load_scale_parts(at, absmax, nested_absmax_of, NESTED, NESTED_BLOCKSIZE, PLAIN)
+        waiting = following
+        tile = decode_tile(packed[0], code, dtype, LOOK_UP, table)
+        for i in tl.static_range(BLOCKS):
+            if PLAIN:
+                part = tl.dot(tile.to(tl.float32), activations[i].to(tl.float32))
+            else:
+                part = tl.dot(tile, activations[i])
+            if i + 1 < BLOCKS:  # while the matrix units are at work
+                tile = decode_tile(packed[i + 1], code, dtype, LOOK_UP, table)
+            total += part * scales[i][:, None]
     if RANK:
+        if EARLY:
+            gdc_wait()
         rank = tl.arange(0, RANK)
-        t_at = projections + (batch * ranks)[None, :] + (first_rank + rank)[:, None]
+        t_at = projections + (batch * ranks + first_rank + which * RANK)[None, :] + rank[:, None]
         t = tl.zeros((RANK, BATCH), tl.float32)
-        for i in range(parts):
+        for i in tl.static_range(PARTS):
             t += tl.load(t_at + i * (m * ranks))
-        b = tl.load(side_b + (row * RANK)[:, None] + rank[None, :])
+        b = tl.load(pick_pointer(which, side_b, COUNT) + (row * RANK)[:, None] + rank[None, :])
         t = t.to(dtype)
         if PLAIN:
             part = tl.dot(b.to(tl.float32), t.to(tl.float32))
         else:
             part = tl.dot(b, t)
-        total += part * tl.where(tl.program_id(2) == 0, side_scale, 0.0)
+        total += part * tl.where(tl.program_id(2) == 0, pick(which, side_scales, COUNT), 0.0)
     if EARLY:
         gdc_launch_dependents()
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tile_row + tl.arange(0, ROWS)
     batch = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
-    out = (tl.program_id(2).to(tl.int64) * m + batch[None, :]) * n + row[:, None]
+    out = tl.program_id(2).to(tl.int64) * outputs + rows_before * m + batch[None, :] * n + row[:, None]
     tl.store(y + out, total.to(y.dtype.element_ty), (batch[None, :] < m) & (row[:, None] < n))
+
+
+@triton.jit
+def nested_entry(index, nested_code, LOOK_UP: tl.constexpr, PLAIN: tl.constexpr):
+    """Entries ``index`` of the scales' own code."""
+    if LOOK_UP == "table":
+        return tl.inline_asm_elementwise(NESTED_ENTRY, "=f,r", [index], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return load_from(nested_code, index, False, PLAIN)
 
 
 @triton.jit
@@ -394,10 +524,8 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     """Kernels with the argument types and options they are launched with, for compilation without a GPU."""
     ptr = f"*{float_dtype}"
     vector = scale_signature() | {"x": ptr, "y": ptr} | dict.fromkeys(("n", "k_blocks", "stride_x", "stride_y"), "i32")
-    matrix = scale_signature() | {"x": ptr, "y": "*fp32", "projections": "*fp32", "side_b": ptr, "side_scale": "fp32"}
-    matrix |= dict.fromkeys(("m", "n", "k_blocks", "part_blocks", "stride_x", "parts", "ranks", "first_rank"), "i32")
     constants = {"BLOCKSIZE": 64, "NESTED": True, "NESTED_BLOCKSIZE": 256, "LOOK_UP": "mixed"}
-    examples = []
+    examples: list[tuple] = []
     for batch in (1, 4):
         rows, blocks, warps = matvec_shape(batch, 14336, 4096)
         shape = {**constants, "BATCH": batch, "ROWS": rows, "BLOCKS": blocks}
@@ -406,11 +534,16 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     examples.append(
         (add_parts_kernel, signature, {"PARTS": 4, "ROUND": False, "EARLY": False, "BLOCK": 1024}, {"num_warps": 4})
     )
-    small = float_dtype == "fp16"
-    for rows, rank, nested in ((32, 32, True), (128, 0, False)):
-        batch, tile, _, warps, stages = tile_shape(rows, 14336, 4096, 132, small)
-        shape = {**constants, "NESTED": nested, "RANK": rank, "PLAIN": False, "EARLY": False, "BATCH": batch}
-        shape |= {"ROWS": tile, "STAGES": stages}
-        types = matrix if nested else {**matrix, "absmax": "*fp32"}
+    for rows, rank, nested, count in ((32, 32, True, 3), (128, 0, False, 1)):
+        table = float_dtype == "bf16"
+        batch, tile, blocks, _, warps, stages = tile_shape(rows, [14336], 4096, 132, 2**18 if table else 2**16)
+        stages += table  # as many as on cards before 9.0
+        shape = {**constants, "COUNT": count, "NESTED": nested, "RANK": rank, "PARTS": 1, "PLAIN": False}
+        shape |= {"EARLY": False, "BATCH": batch, "ROWS": tile, "BLOCKS": blocks, "STAGES": stages}
+        shape |= {"WARPS": warps, "LOOK_UP": "table" if table else "mixed"}
+        types = group_signature(float_dtype, "*i32", nested, count) | {"x": ptr, "y": "*fp32"}
+        types |= dict.fromkeys(("m", "outputs", "k_blocks", "part_blocks", "ranks", "first_rank"), "i32") | {
+            "stride_x": "i32:16"
+        }
         examples.append((nf4_matmul_kernel, types, shape, {"num_warps": warps}))
     return examples
