@@ -390,8 +390,8 @@ def of_quad(value, lane: tl.constexpr):
 def nf4_fragments_kernel(  # noqa: C901  its switches are compile-time constants
     x, words, code, absmax, nested_codes, nested_absmax, offsets, y, m, sizes, k_blocks, tiles, stride_x, projections,
     ranks, first_rank, side_b, side_scales, COUNT: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
-    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, HALF: tl.constexpr, EARLY: tl.constexpr,
-    COLUMNS: tl.constexpr, WARPS: tl.constexpr, DEPTH: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, HALF: tl.constexpr,
+    EARLY: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """A program computes every tile of 16 outputs that is its own, for up to 8 * COLUMNS rows of x.
 

@@ -401,10 +401,10 @@ def load_scale_parts(
 @triton.jit(do_not_specialize=["m", "part_blocks"])  # one compilation for every number of rows
 def nf4_matmul_kernel(  # noqa: C901  its switches are compile-time constants
     x, words, code, absmax, nested_codes, nested_absmax, offsets, y, m, sizes, outputs, k_blocks, part_blocks,
-    stride_x, projections, ranks, first_rank, side_b, side_scales, COUNT: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
-    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, PLAIN: tl.constexpr,
-    LOOK_UP: tl.constexpr, EARLY: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    STAGES: tl.constexpr, WARPS: tl.constexpr,
+    stride_x, projections, ranks, first_rank, side_b, side_scales, COUNT: tl.constexpr, RANK: tl.constexpr,
+    PARTS: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+    PLAIN: tl.constexpr, LOOK_UP: tl.constexpr, EARLY: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """One program computes a tile [ROWS, BATCH] of one part of the sum over K; y is [parts, outputs].
 
