@@ -66,6 +66,11 @@ class StackedAdapters:
             do = "Pass contiguous A [R, K] and B [N, r] of one dtype, with the ranks r adding up to R."
             raise ConfigError("Stacked adapters do not fit together", got=got, do=do)
 
+    def side(self, projections: torch.Tensor, group: slice) -> LowRank:
+        """What is added to the products of some neighbouring linears; ``projections`` are :func:`project_few`'s."""
+        first = sum(b.shape[1] for b in self.b[: group.start or 0])
+        return LowRank(projections, first, self.b[group], self.scales[group])
+
 
 def nf4_lora_linears(
     x: torch.Tensor,
@@ -89,38 +94,39 @@ def nf4_lora_linears(
         got = (len(adapters.b), len(weights))
         raise ConfigError("nf4_lora_linears: one adapter a matrix is needed", got=got, do="Stack as many as matrices.")
     x = x.detach()
+    check_tensors("nf4_lora_linears", x=x)
+    fit = x.dim() > 0 and all(w.shape[1] == x.shape[-1] and w.packed.device == x.device for w in weights)
     if adapters is not None:
         check_tensors("nf4_lora_linears", x=x, a=adapters.a, **{f"b{i}": b for i, b in enumerate(adapters.b)})
-        rows = [weight.shape[0] for weight in weights]
-        fit = x.dim() and adapters.a.shape[1] == x.shape[-1] and [b.shape[0] for b in adapters.b] == rows
-        if not fit or any(w.shape[1] != x.shape[-1] or w.packed.device != x.device for w in weights):
-            found = (tuple(x.shape), tuple(adapters.a.shape), [tuple(b.shape) for b in adapters.b])
-            do = f"Pass x [..., K], A [R, K] and B [N, r] for weights {[w.shape for w in weights]}, on their device."
-            raise ConfigError("nf4_lora_linears: inputs do not fit the weights", got=found, do=do)
-    if adapters is None:
-        return [nf4_linear(x, weight, fast=fast) for weight in weights]
+        same = [b.shape[0] for b in adapters.b] == [weight.shape[0] for weight in weights]
+        fit = fit and adapters.a.shape[1] == x.shape[-1] and same
+    if not fit:
+        stacked = None if adapters is None else (tuple(adapters.a.shape), [tuple(b.shape) for b in adapters.b])
+        do = f"Pass x [..., K], A [R, K] and B [N, r] for weights {[w.shape for w in weights]}, on their device."
+        raise ConfigError("nf4_lora_linears: inputs do not fit the weights", got=(tuple(x.shape), stacked), do=do)
     rows = as_rows(x)
     multiply = joined_product(rows, weights, adapters) if fast else None
     if multiply is None:
         return _one_by_one(x, weights, adapters, fast)
-    projections = project_few(rows, adapters.a)
-    if launch_together(weights) and len({b.shape[1] for b in adapters.b}) == 1:
-        outputs = multiply(rows, weights, side=LowRank(projections, 0, adapters.b, adapters.scales))
-    else:
-        products, first = [], 0
-        for weight, b, scale in zip(weights, adapters.b, adapters.scales, strict=True):
-            products.append(partial(multiply, rows, [weight], side=LowRank(projections, first, [b], [scale])))
-            first += b.shape[1]
-        outputs = [y for (y,) in side_by_side(products, x.device)]
+    low = None if adapters is None else project_few(rows, adapters.a)
+    together = launch_together(weights) and (adapters is None or len({b.shape[1] for b in adapters.b}) == 1)
+    groups = [slice(None)] if together else [slice(i, i + 1) for i in range(len(weights))]
+    products = [
+        partial(multiply, rows, weights[group], side=None if adapters is None else adapters.side(low, group))
+        for group in groups
+    ]
+    outputs = [y for group in side_by_side(products, x.device) for y in group]
     return [y.view(*x.shape[:-1], y.shape[1]) for y in outputs]
 
 
 def joined_product(
-    x: torch.Tensor, weights: Sequence[NF4Weight], adapters: StackedAdapters
+    x: torch.Tensor, weights: Sequence[NF4Weight], adapters: StackedAdapters | None
 ) -> Callable[..., list[torch.Tensor]] | None:
     """The kernel that adds adapters within products of ``x`` [M, K], or None where there is none for these."""
-    ranks = [b.shape[1] for b in adapters.b]
-    if not x.shape[0] or not can_launch(x) or adapters.a.dtype != x.dtype or any(rank % 16 for rank in ranks):
+    ranks = [] if adapters is None else [b.shape[1] for b in adapters.b]
+    if not x.shape[0] or not can_launch(x) or any(rank % 16 for rank in ranks):
+        return None
+    if adapters is not None and adapters.a.dtype != x.dtype:
         return None
     if all(takes_fragments(x, weight) for weight in weights):
         return multiply_fragments
@@ -129,9 +135,11 @@ def joined_product(
 
 
 def _one_by_one(
-    x: torch.Tensor, weights: Sequence[NF4Weight], adapters: StackedAdapters, fast: bool
+    x: torch.Tensor, weights: Sequence[NF4Weight], adapters: StackedAdapters | None, fast: bool
 ) -> list[torch.Tensor]:
     """The formula, a product at a time."""
+    if adapters is None:
+        return side_by_side([partial(nf4_linear, x, weight, fast=fast) for weight in weights], x.device)
     outputs, first = [], 0
     for weight, b, scale in zip(weights, adapters.b, adapters.scales, strict=True):
         a = adapters.a[first : first + b.shape[1]].to(x.dtype)
