@@ -4,7 +4,7 @@ from check_op import assert_close
 
 from unsloth.core.errors import ConfigError
 from unsloth.kernels.nf4 import NF4Weight, dequantize_nf4_reference
-from unsloth.kernels.nf4_matmul import PAIRS_OF_WORD, multiply_tiles, nf4_linear, nf4_linear_reference
+from unsloth.kernels.nf4_matmul import PAIRS_OF_WORD, arrange, multiply_tiles, nf4_linear, nf4_linear_reference
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
@@ -61,22 +61,28 @@ def test_three_matrices_in_one_launch(device):
 
 
 def test_a_word_decoded_from_the_table():
-    """The instructions that look up a word's pairs, and where decode_tile puts its values."""
-    code = torch.arange(16.0)
-    word = 0x7A3C01F8
-    nibbles = [word >> shift & 15 for byte in range(4) for shift in (8 * byte + 4, 8 * byte)]
+    """The instructions that look up a word's pairs, and where decode_tile puts its values: where x's columns are."""
+    word, code = 0x7A3C01F8, torch.arange(16)
     lines = [line.strip().rstrip(";") for line in PAIRS_OF_WORD.value.splitlines()]
     picked = [int(line.split()[-1]) - 0x4440 for line in lines if line.startswith("prmt")]
-    assert picked == [0, 1, 2, 3]
-    pairs = [(code[word >> 8 * byte + 4 & 15], code[word >> 8 * byte & 15]) for byte in picked]
-    placed = torch.zeros(64)
-    for place in range(64):
-        if place // 2 % 8 == 0:  # this word's
-            placed[place] = pairs[place // 16][place % 2]
-    for place in range(64):
-        column = (place // 2 % 8) * 8 + place // 16 * 2 + place % 2
-        if column < 8:
-            assert placed[place] == code[nibbles[column]]
+    values = [code[word >> shift & 15] for byte in picked for shift in (8 * byte + 4, 8 * byte)]
+    tile = torch.full((8, 4, 2), -1)  # word, byte, nibble
+    tile[0] = torch.stack(values).view(4, 2)
+    columns = torch.arange(64)[None].to(torch.int16)
+    order = columns.view(8, 4, 2).transpose(0, 1).reshape(64)
+    decoded = tile.transpose(0, 1).reshape(64)
+    nibbles = [word >> shift & 15 for byte in range(4) for shift in (8 * byte + 4, 8 * byte)]
+    for place, column in enumerate(order.tolist()):
+        assert decoded[place] == (nibbles[column] if column < 8 else -1)
+
+
+@pytest.mark.parametrize(("rows", "k"), [(1, 64), (3, 320), (2, 4160)])
+def test_columns_arranged(device, rows, k):
+    x = torch.randn(rows, k + 6, device=device).bfloat16()
+    expected = x[:, :k].reshape(rows, k // 64, 8, 4, 2).transpose(2, 3).reshape(rows, k)
+    assert torch.equal(arrange(x[:, :k]), expected)
+    odd = torch.randn(rows, k + 1, device=device).bfloat16()[:, 1:]
+    assert torch.equal(arrange(odd), arrange(odd.contiguous()))
 
 
 def test_many_rows_float32_and_odd_columns(device):

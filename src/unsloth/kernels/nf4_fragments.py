@@ -129,9 +129,7 @@ def split_rows(y: torch.Tensor, rows: int, sizes: Sequence[int]) -> list[torch.T
 
 def launch_shape(rows: int, tiles: int, processors: int) -> tuple[int, int, int]:
     """Warps of a program (1, 2, 4 or 8), programs a multiprocessor, and how many steps ahead words are loaded."""
-    if tiles < 4 * processors:  # more warps where tiles are few
-        return 8, 3 if rows <= 8 else 2, 1
-    return 4, 4 if rows <= 8 else 3, 1
+    return (8, 2, 1) if rows <= 8 and tiles < 2 * processors else (4, 4, 1)  # more warps where tiles are few
 
 
 def _load_pairs() -> tl.constexpr:

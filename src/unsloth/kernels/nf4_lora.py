@@ -34,7 +34,7 @@ from unsloth.kernels.dispatch import (
 )
 from unsloth.kernels.nf4 import NF4Weight
 from unsloth.kernels.nf4_fragments import LowRank, launch_together, multiply_fragments, takes_fragments
-from unsloth.kernels.nf4_matmul import multiply_tiles, nf4_linear, takes_tiles
+from unsloth.kernels.nf4_matmul import arrange_for_tiles, multiply_tiles, nf4_linear, takes_tiles
 from unsloth.kernels.side_by_side import side_by_side
 
 STEP = 512  # columns of x that a program multiplies at a time
@@ -108,6 +108,8 @@ def nf4_lora_linears(
     multiply = joined_product(rows, weights, adapters) if fast else None
     if multiply is None:
         return _one_by_one(x, weights, adapters, fast)
+    if multiply is multiply_tiles:  # before the projections, so that the products need not wait for it
+        multiply = partial(multiply_tiles, arranged=arrange_for_tiles(rows))
     low = None if adapters is None else project_few(rows, adapters.a)
     together = launch_together(weights) and (adapters is None or len({b.shape[1] for b in adapters.b}) == 1)
     groups = [slice(None)] if together else [slice(i, i + 1) for i in range(len(weights))]

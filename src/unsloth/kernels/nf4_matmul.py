@@ -182,7 +182,9 @@ def multiply_tiles(
     weights: Sequence[NF4Weight],
     *,
     side: LowRank | None = None,
+    arranged: torch.Tensor | None = None,
     shape: tuple[int, int, int, int, int, int] | None = None,
+    look: str = "table",
 ) -> list[torch.Tensor]:
     """``x @ W.T`` for each of ``weights``, which :func:`launch_together` and :func:`takes_tiles` accept.
 
@@ -190,7 +192,9 @@ def multiply_tiles(
         x: [M, K].
         weights: The quantized matrices [N_i, K].
         side: Added before the results are rounded, or None; its rank must be a power of two.
+        arranged: What :func:`arrange_for_tiles` gave for x; None calls it.
         shape: Overrides :func:`tile_shape`.
+        look: How values are looked up on cards with room for a table.
 
     Returns:
         [M, N_i] of each, contiguous.
@@ -199,7 +203,9 @@ def multiply_tiles(
     sizes = [weight.shape[0] for weight in weights]
     room = shared_memory(x.device)
     table = takes_table(room)
-    if table and (x.data_ptr() % 16 or x.stride(0) % 16):  # such loads would not go through the pipeline
+    if look == "table":
+        x = arrange_for_tiles(x) if arranged is None else arranged
+    elif x.data_ptr() % 16 or x.stride(0) % 16:
         x = x.clone(memory_format=torch.contiguous_format)
     batch, tile, blocks, split, warps, stages = shape or tile_shape(rows, sizes, k, processor_count(x.device), room)
     stages += table and capability(x.device) < (9, 0)  # where the pipeline holds one step less
@@ -208,15 +214,38 @@ def multiply_tiles(
     overlaps = overlaps_launches(x.device)
     with launch_on(x):
         nf4_matmul_kernel[(tiles, triton.cdiv(rows, batch), split)](
-            x, tuple(weight.words() for weight in weights), *group_arguments(weights), y, rows, tuple(sizes),
-            rows * sum(sizes), k // 64, triton.cdiv(k // 64, split), x.stride(0), *side_arguments(side),
+            x, tuple(w.packed if look == "bytes" else w.words() for w in weights), *group_arguments(weights), y, rows,
+            tuple(sizes), rows * sum(sizes), k // 64, triton.cdiv(k // 64, split), x.stride(0), *side_arguments(side),
             COUNT=len(weights), RANK=0 if side is None else side.rank,
             PARTS=0 if side is None else side.projections.shape[0], BLOCKSIZE=weights[0].blocksize,
             NESTED=weights[0].nested, NESTED_BLOCKSIZE=weights[0].nested_blocksize, PLAIN=interpreting(),
-            LOOK_UP="table" if table else look_up(weights[0], x.dtype), EARLY=overlaps, BATCH=batch, ROWS=tile,
+            LOOK_UP=look if table else look_up(weights[0], x.dtype), EARLY=overlaps, BATCH=batch, ROWS=tile,
             BLOCKS=blocks, STAGES=stages, WARPS=warps, num_warps=warps, **({"launch_pdl": True} if overlaps else {}),
         )  # fmt: skip
     return split_rows(y[0] if split == 1 else add_parts(y, x.dtype), rows, sizes)
+
+
+def arrange_for_tiles(x: torch.Tensor) -> torch.Tensor:
+    """``x`` as :func:`multiply_tiles` reads it: a copy by :func:`arrange` where values are looked up in a table."""
+    return arrange(x) if takes_table(shared_memory(x.device)) else x
+
+
+def arrange(x: torch.Tensor) -> torch.Tensor:
+    """``x`` [M, K] of a 16-bit dtype, K a multiple of 64, with the columns of each 64 in another order.
+
+    With a column's place in W, (word, byte, nibble), the bytes come first in the new order, then the words:
+    ``x.view(M, K // 64, 8, 4, 2).transpose(2, 3)``.
+    """
+    (rows, k), early = x.shape, overlaps_launches(x.device)
+    if x.stride(0) % 2 or x.data_ptr() % 4:
+        x = x.clone(memory_format=torch.contiguous_format)
+    y = torch.empty((rows, k), dtype=x.dtype, device=x.device)
+    with launch_on(x):
+        arrange_kernel[(rows, triton.cdiv(k, 2048))](
+            x.view(torch.int32), y.view(torch.int32), k // 2, x.stride(0) // 2, EARLY=early, BLOCK=1024, num_warps=4,
+            **({"launch_pdl": True} if early else {}),
+        )  # fmt: skip
+    return y
 
 
 def add_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -242,6 +271,10 @@ def _pairs_of_word() -> tl.constexpr:
 
 
 PAIRS_OF_WORD = _pairs_of_word()
+PAIR_OF_BYTE = assembly(
+    ".reg .b32 base, at;", "mov.u32 base, nf4_pairs;", "mov.u32 at, %laneid;", "mad.lo.u32 at, at, 4, base;",
+    "mad.lo.u32 at, $1, 128, at;", "ld.shared.b32 $0, [at];",
+)  # fmt: skip
 NESTED_ENTRY = assembly(
     ".reg .b32 at;", "mov.u32 at, nf4_scales;", "mad.lo.u32 at, $1, 4, at;", "ld.shared.f32 $0, [at];"
 )
@@ -355,8 +388,8 @@ def load_from(base, at, BYTE: tl.constexpr, PLAIN: tl.constexpr):
 def decode_tile(words, code, dtype: tl.constexpr, LOOK_UP: tl.constexpr, table):
     """Values [R, 64] of words [R, 8], without their scales, rounded to ``dtype``.
 
-    With LOOK_UP "table" their order is that of :func:`column_order`: a thread then decodes the very words whose values
-    the matrix units expect from it, and nothing moves between threads.
+    With LOOK_UP "table" their order is that of :func:`arrange`: a thread then decodes the very words whose values the
+    matrix units expect from it, and nothing moves between threads.
     """
     if LOOK_UP == "table":
         p0, p1, p2, p3 = tl.inline_asm_elementwise(
@@ -366,6 +399,11 @@ def decode_tile(words, code, dtype: tl.constexpr, LOOK_UP: tl.constexpr, table):
         even = tl.join(both_halves(p0, dtype), both_halves(p2, dtype))
         odd = tl.join(both_halves(p1, dtype), both_halves(p3, dtype))
         return tl.reshape(tl.permute(tl.join(even, odd), (0, 3, 4, 1, 2)), [words.shape[0], 64])
+    elif LOOK_UP == "bytes":
+        pair = tl.inline_asm_elementwise(
+            PAIR_OF_BYTE, "=r,r", [words.to(tl.int32)], dtype=tl.int32, is_pure=True, pack=1
+        )
+        return tl.reshape(both_halves(pair, dtype), [words.shape[0], 64])
     else:
         v0, v1, v2, v3, v4, v5, v6, v7 = decode_words(words, code, table, LOOK_UP)
         if LOOK_UP == "mixed":  # decode_words added 3 to the first four
@@ -378,12 +416,6 @@ def both_halves(pair, dtype: tl.constexpr):
     """The two 16-bit values of each int32, along a new last dimension."""
     low = pair.to(tl.int16).to(dtype, bitcast=True)
     return tl.join(low, (pair >> 16).to(tl.int16).to(dtype, bitcast=True))
-
-
-@triton.jit
-def column_order(place):
-    """Which of a block's 64 columns stands at ``place`` in a decoded tile: bytes of a word come first, then words."""
-    return (place // 2 % 8) * 8 + place // 16 * 2 + place % 2
 
 
 @triton.jit
@@ -425,11 +457,9 @@ def nf4_matmul_kernel(  # noqa: C901  its switches are compile-time constants
     stop = tl.minimum(start + part_blocks, k_blocks)
     ratio: tl.constexpr = BLOCKSIZE // 64
     first, last = row * k_blocks, k_blocks - 1
-    w_at = pick_pointer(which, words, COUNT) + (row * (k_blocks * 8))[:, None] + tl.arange(0, 8)[None, :]
-    place = tl.arange(0, 64)
-    if LOOK_UP == "table":
-        place = tl.max_contiguous(tl.multiple_of(column_order(place), 2), 2)
-    x_at = x + batch[None, :].to(tl.int64) * stride_x + place[:, None]
+    unit: tl.constexpr = 32 if LOOK_UP == "bytes" else 8
+    w_at = pick_pointer(which, words, COUNT) + (row * (k_blocks * unit))[:, None] + tl.arange(0, unit)[None, :]
+    x_at = x + batch[None, :].to(tl.int64) * stride_x + tl.arange(0, 64)[:, None]
     total = tl.zeros((ROWS, BATCH), tl.float32)
     waiting = tl.tuple(())
     for i in tl.static_range(BLOCKS):
@@ -439,7 +469,7 @@ def nf4_matmul_kernel(  # noqa: C901  its switches are compile-time constants
     if NESTED:
         shift = tl.load(pick_pointer(which, offsets, COUNT))
     table = 0.0
-    if LOOK_UP == "table":
+    if LOOK_UP == "table" or LOOK_UP == "bytes":
         fill_table(code, dtype == tl.float16, 32 * WARPS)
         if NESTED:
             fill_nested((nested_code,), 32 * WARPS, 1)
@@ -451,7 +481,7 @@ def nf4_matmul_kernel(  # noqa: C901  its switches are compile-time constants
     for step in tl.range(start, stop, BLOCKS, num_stages=STAGES):
         packed, activations, scales, following = tl.tuple(()), tl.tuple(()), tl.tuple(()), tl.tuple(())
         for i in tl.static_range(BLOCKS):
-            packed = packed + (tl.load(w_at + tl.minimum(step + i, last) * 8),)
+            packed = packed + (tl.load(w_at + tl.minimum(step + i, last) * unit),)
             if BLOCKS == 1:
                 activations = activations + (tl.load(x_at + step * 64),)
             else:
@@ -500,10 +530,22 @@ def nf4_matmul_kernel(  # noqa: C901  its switches are compile-time constants
 @triton.jit
 def nested_entry(index, nested_code, LOOK_UP: tl.constexpr, PLAIN: tl.constexpr):
     """Entries ``index`` of the scales' own code."""
-    if LOOK_UP == "table":
+    if LOOK_UP == "table" or LOOK_UP == "bytes":
         return tl.inline_asm_elementwise(NESTED_ENTRY, "=f,r", [index], dtype=tl.float32, is_pure=True, pack=1)
     else:
         return load_from(nested_code, index, False, PLAIN)
+
+
+@triton.jit
+def arrange_kernel(x, y, pairs, stride_x, EARLY: tl.constexpr, BLOCK: tl.constexpr):
+    """One program copies BLOCK pairs of columns of a row."""
+    if EARLY:  # in this order: what is launched early may read what the kernel ahead of this one writes
+        gdc_wait()
+        gdc_launch_dependents()
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    source = place // 32 * 32 + place % 8 * 4 + place // 8 % 4
+    row = tl.program_id(0).to(tl.int64)
+    tl.store(y + row * pairs + place, tl.load(x + row * stride_x + source, source < pairs), place < pairs)
 
 
 @triton.jit
@@ -530,6 +572,8 @@ def compile_examples(float_dtype: str) -> list[tuple]:
         rows, blocks, warps = matvec_shape(batch, 14336, 4096)
         shape = {**constants, "BATCH": batch, "ROWS": rows, "BLOCKS": blocks}
         examples.append((nf4_matvec_kernel, vector, shape, {"num_warps": warps}))
+    signature = {"x": "*i32", "y": "*i32", "pairs": "i32", "stride_x": "i32"}
+    examples.append((arrange_kernel, signature, {"EARLY": False, "BLOCK": 1024}, {"num_warps": 4}))
     signature = {"parts": "*fp32", "y": ptr, "size": "i32"}
     examples.append(
         (add_parts_kernel, signature, {"PARTS": 4, "ROUND": False, "EARLY": False, "BLOCK": 1024}, {"num_warps": 4})
