@@ -77,7 +77,7 @@ def multiply_fragments(
     weights: Sequence[NF4Weight],
     *,
     side: LowRank | None = None,
-    shape: tuple[int, int, int] | None = None,
+    shape: tuple[int, int] | None = None,
 ) -> list[torch.Tensor]:
     """``x @ W.T`` for each of ``weights``, which :func:`launch_together` and :func:`takes_fragments` accept.
 
@@ -94,7 +94,7 @@ def multiply_fragments(
     sizes = [weight.shape[0] for weight in weights]
     y = torch.empty(rows * sum(sizes), dtype=x.dtype, device=x.device)
     tiles = sum(triton.cdiv(n, 16) for n in sizes)
-    warps, programs, depth = shape or launch_shape(rows, tiles, processor_count(x.device))
+    warps, programs = shape or launch_shape(rows, tiles, processor_count(x.device))
     overlaps = overlaps_launches(x.device)
     with launch_on(x):
         nf4_fragments_kernel[(min(tiles, programs * processor_count(x.device)),)](
@@ -102,7 +102,7 @@ def multiply_fragments(
             tiles, x.stride(0), *side_arguments(side), COUNT=len(weights), RANK=0 if side is None else side.rank,
             PARTS=0 if side is None else side.projections.shape[0], BLOCKSIZE=weights[0].blocksize,
             NESTED=weights[0].nested, NESTED_BLOCKSIZE=weights[0].nested_blocksize, HALF=x.dtype == torch.float16,
-            EARLY=overlaps, COLUMNS=triton.cdiv(rows, 8), WARPS=warps, DEPTH=depth, num_warps=warps,
+            EARLY=overlaps, COLUMNS=triton.cdiv(rows, 8), WARPS=warps, num_warps=warps,
             **({"launch_pdl": True} if overlaps else {}),
         )  # fmt: skip
     return split_rows(y, rows, sizes)
@@ -127,9 +127,9 @@ def split_rows(y: torch.Tensor, rows: int, sizes: Sequence[int]) -> list[torch.T
     return [part.view(rows, n) for part, n in zip(parts, sizes, strict=True)]
 
 
-def launch_shape(rows: int, tiles: int, processors: int) -> tuple[int, int, int]:
-    """Warps of a program (1, 2, 4 or 8), programs a multiprocessor, and how many steps ahead words are loaded."""
-    return (8, 2, 1) if rows <= 8 and tiles < 2 * processors else (4, 4, 1)  # more warps where tiles are few
+def launch_shape(rows: int, tiles: int, processors: int) -> tuple[int, int]:
+    """Warps of a program (1, 2, 4 or 8), and programs a multiprocessor."""
+    return (8, 2) if rows <= 8 and tiles < 2 * processors else (4, 4)  # more warps where tiles are few
 
 
 def _load_pairs() -> tl.constexpr:
@@ -389,7 +389,7 @@ def nf4_fragments_kernel(  # noqa: C901  its switches are compile-time constants
     x, words, code, absmax, nested_codes, nested_absmax, offsets, y, m, sizes, k_blocks, tiles, stride_x, projections,
     ranks, first_rank, side_b, side_scales, COUNT: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
     BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, HALF: tl.constexpr,
-    EARLY: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, DEPTH: tl.constexpr,
+    EARLY: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """A program computes every tile of 16 outputs that is its own, for up to 8 * COLUMNS rows of x.
 
@@ -401,13 +401,10 @@ def nf4_fragments_kernel(  # noqa: C901  its switches are compile-time constants
     g, t = lane >> 2, lane & 3
     steps = tl.cdiv(tl.cdiv(k_blocks, 4), WARPS)
     tile, first = tl.program_id(0), warp * 4
-    waiting = tl.tuple(())  # what DEPTH steps will need, the next one first
-    for _ in tl.static_range(DEPTH):
-        waiting = waiting + load_step(
-            words, absmax, nested_absmax, tile, first, sizes, k_blocks, g, t, COUNT, BLOCKSIZE, NESTED,
-            NESTED_BLOCKSIZE,
-        )  # fmt: skip
-        tile, first = next_step(tile, first, warp, steps, WARPS)
+    waiting = load_step(
+        words, absmax, nested_absmax, tile, first, sizes, k_blocks, g, t, COUNT, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE
+    )
+    tile, first = next_step(tile, first, warp, steps, WARPS)
     shifts, nested_table = (0.0,) * COUNT, 0
     if NESTED:
         shifts = tl.tuple(())
@@ -433,7 +430,7 @@ def nf4_fragments_kernel(  # noqa: C901  its switches are compile-time constants
             current, place = waiting, (step * WARPS + warp) * 4
             scale0 = finish_scale(current[8], current[9], shift, entries, place + t < k_blocks, NESTED)
             scale1 = finish_scale(current[10], current[11], shift, entries, place + t < k_blocks, NESTED)
-            waiting = waiting[12:] + load_step(
+            waiting = load_step(
                 words, absmax, nested_absmax, ahead, first, sizes, k_blocks, g, t, COUNT, BLOCKSIZE, NESTED,
                 NESTED_BLOCKSIZE,
             )  # fmt: skip
@@ -514,7 +511,7 @@ def compile_examples(float_dtype: str) -> list[tuple]:
         signature = group_signature(kind, "*u8", nested, count) | {"x": f"*{kind}", "y": f"*{kind}"}
         signature |= dict.fromkeys(("m", "k_blocks", "tiles", "stride_x", "ranks", "first_rank"), "i32")
         constants = {"COUNT": count, "BLOCKSIZE": 64, "NESTED": nested, "NESTED_BLOCKSIZE": 256, "HALF": not nested}
-        constants |= {"COLUMNS": columns, "WARPS": 4, "RANK": 32, "PARTS": 8, "EARLY": False, "DEPTH": 1}
+        constants |= {"COLUMNS": columns, "WARPS": 4, "RANK": 32, "PARTS": 8, "EARLY": False}
         examples.append((nf4_fragments_kernel, signature, constants, {"num_warps": 4}))
     return examples
 
