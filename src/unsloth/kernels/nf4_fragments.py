@@ -102,7 +102,7 @@ def multiply_fragments(
             tiles, x.stride(0), *side_arguments(side), COUNT=len(weights), RANK=0 if side is None else side.rank,
             PARTS=0 if side is None else side.projections.shape[0], BLOCKSIZE=weights[0].blocksize,
             NESTED=weights[0].nested, NESTED_BLOCKSIZE=weights[0].nested_blocksize, HALF=x.dtype == torch.float16,
-            EARLY=overlaps, COLUMNS=triton.cdiv(rows, 8), WARPS=warps, num_warps=warps,
+            EARLY=overlaps, FEW=int(rows <= 4), COLUMNS=triton.cdiv(rows, 8), WARPS=warps, num_warps=warps,
             **({"launch_pdl": True} if overlaps else {}),
         )  # fmt: skip
     return split_rows(y, rows, sizes)
@@ -150,8 +150,12 @@ def _multiply_pair(columns: int, kind: str) -> tl.constexpr:
     Outputs, for each column: c0 to c3 of the first sum's fragment, then of the second's. Inputs: 16 bytes of row g,
     16 of row g + 8, this lane's place in the table, whether the lane's bytes belong to the second block, then for each
     column the address of x's values and whether the row exists (where it does not, nobody reads the sums).
+
+    No column: up to 4 rows of x in one, each there twice, once for each block. The lanes of one block have no x (it
+    does not "exist") for the other's, so that c0 and c2 are the first block's sums, c1 and c3 the second's.
     """
-    first = 8 * columns
+    few, columns = columns == 0, max(columns, 1)
+    first = 4 if few else 8 * columns
     lines = [".reg .pred later, p;", ".reg .f32 zero;", f".reg .b32 w<8>, a<4>, x<{16 * columns}>, y<2>;"]
     lines += ["mov.f32 zero, 0f00000000;", f"setp.ne.u32 later, ${first + 5}, 0;"]
     lines += [f"mov.b64 {{w{2 * i}, w{2 * i + 1}}}, ${first + i};" for i in range(4)]
@@ -171,8 +175,10 @@ def _multiply_pair(columns: int, kind: str) -> tl.constexpr:
             lines.append(f"ld.shared.b32 a{register}, [a{register}];")
         for column in range(columns):
             pair = [f"x{16 * column + 2 * step + i}" for i in range(2)]
-            lines += [f"selp.b32 y{i}, {pair[i]}, 0, later;" for i in range(2)]
-            for part, (b0, b1) in enumerate((pair, ("y0", "y1"))):
+            products = [pair] if few else [pair, ["y0", "y1"]]
+            if not few:
+                lines += [f"selp.b32 y{i}, {pair[i]}, 0, later;" for i in range(2)]
+            for part, (b0, b1) in enumerate(products):
                 sums = ", ".join(f"${8 * column + 4 * part + i}" for i in range(4))
                 before = "zero, zero, zero, zero" if step == 0 else sums
                 lines.append(
@@ -223,14 +229,14 @@ STORE_FP16 = assembly(
     "mov.b32 $0, 0;",
 )  # fmt: skip
 LOAD_PAIRS = _load_pairs()
-MULTIPLY_BF16 = tl.constexpr(tuple(_multiply_pair(c, "bf16").value if c in (1, 2) else "" for c in range(3)))
-MULTIPLY_FP16 = tl.constexpr(tuple(_multiply_pair(c, "f16").value if c in (1, 2) else "" for c in range(3)))
+MULTIPLY_BF16 = tl.constexpr(tuple(_multiply_pair(c, "bf16").value for c in range(3)))
+MULTIPLY_FP16 = tl.constexpr(tuple(_multiply_pair(c, "f16").value for c in range(3)))
 ADD_SIDE_BF16, ADD_SIDE_FP16 = _add_side("bf16"), _add_side("f16")
 SUM_OF_FOUR = tl.constexpr((tl.float32,) * 4)
 EIGHT_WORDS = tl.constexpr((tl.int64,) * 8)
-SUM_TYPES = tl.constexpr(tuple((tl.float32,) * (8 * c) for c in range(3)))
+SUM_TYPES = tl.constexpr(tuple((tl.float32,) * (8 * c or 4) for c in range(3)))
 MULTIPLY_CONSTRAINTS = tl.constexpr(
-    tuple(",".join(["=&f"] * (8 * c) + ["l"] * 4 + ["r"] * 2 + ["l", "r"] * c) for c in range(3))
+    tuple(",".join(["=&f"] * (8 * c or 4) + ["l"] * 4 + ["r"] * 2 + ["l", "r"] * max(c, 1)) for c in range(3))
 )
 
 
@@ -389,17 +395,18 @@ def nf4_fragments_kernel(  # noqa: C901  its switches are compile-time constants
     x, words, code, absmax, nested_codes, nested_absmax, offsets, y, m, sizes, k_blocks, tiles, stride_x, projections,
     ranks, first_rank, side_b, side_scales, COUNT: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
     BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, HALF: tl.constexpr,
-    EARLY: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr,
+    EARLY: tl.constexpr, FEW: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """A program computes every tile of 16 outputs that is its own, for up to 8 * COLUMNS rows of x.
 
-    Tiles are counted through all matrices. EARLY: the kernel ahead may still be at work; it makes the projections,
-    or x where there are none.
+    Tiles are counted through all matrices. EARLY: the kernel ahead may still be at work; it makes the projections, or x
+    where there are none. FEW: at most 4 rows, for which half of the products do.
     """
     thread = assembly_int(THREAD, "=r,r", [0])
     lane, warp = thread & 31, thread >> 5
     g, t = lane >> 2, lane & 3
     steps = tl.cdiv(tl.cdiv(k_blocks, 4), WARPS)
+    form: tl.constexpr = 0 if FEW else COLUMNS
     tile, first = tl.program_id(0), warp * 4
     waiting = load_step(
         words, absmax, nested_absmax, tile, first, sizes, k_blocks, g, t, COUNT, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE
@@ -418,7 +425,7 @@ def nf4_fragments_kernel(  # noqa: C901  its switches are compile-time constants
         gdc_wait()
     inputs = tl.tuple(())
     for column in tl.static_range(COLUMNS):
-        row = tl.minimum(column * 8 + g, m - 1)
+        row = tl.minimum((column * 8 + g) >> FEW, m - 1)
         inputs = inputs + (x.to(tl.int64) + row.to(tl.int64) * stride_x * 2,)
     parity, ahead = 0, tile
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -441,19 +448,28 @@ def nf4_fragments_kernel(  # noqa: C901  its switches are compile-time constants
                 operands = [current[2 * pair], current[2 * pair + 1], current[4 + 2 * pair], current[5 + 2 * pair],
                             table, t >> 1]  # fmt: skip
                 for column in tl.static_range(COLUMNS):
-                    operands = operands + [inputs[column] + at, (column * 8 + g < m).to(tl.int32)]
+                    exists = (column * 8 + g) >> FEW < m
+                    if FEW:
+                        exists = exists & ((g & 1) == (t >> 1))
+                    operands = operands + [inputs[column] + at, exists.to(tl.int32)]
                 part = tl.inline_asm_elementwise(
-                    MULTIPLY_FP16[COLUMNS] if HALF else MULTIPLY_BF16[COLUMNS], MULTIPLY_CONSTRAINTS[COLUMNS],
-                    operands, dtype=SUM_TYPES[COLUMNS], is_pure=False, pack=1,
+                    MULTIPLY_FP16[form] if HALF else MULTIPLY_BF16[form], MULTIPLY_CONSTRAINTS[form], operands,
+                    dtype=SUM_TYPES[form], is_pure=False, pack=1,
                 )  # fmt: skip
                 first0, second0 = of_quad(scale0, 2 * pair), of_quad(scale0, 2 * pair + 1)
                 first1, second1 = of_quad(scale1, 2 * pair), of_quad(scale1, 2 * pair + 1)
+                if FEW:  # a row's sums are those of column 2 t
+                    total = (
+                        total[0] + first0 * part[0] + second0 * part[1], 0.0,
+                        total[2] + first1 * part[2] + second1 * part[3], 0.0,
+                    )  # fmt: skip
                 grown = tl.tuple(())
-                for i in tl.static_range(4 * COLUMNS):
+                for i in tl.static_range(0 if FEW else 4 * COLUMNS):
                     both, second = part[8 * (i // 4) + i % 4], part[8 * (i // 4) + 4 + i % 4]
                     value = total[i] + (first0 if i % 4 < 2 else first1) * (both - second)
                     grown = grown + (value + (second0 if i % 4 < 2 else second1) * second,)
-                total = grown
+                if not FEW:
+                    total = grown
         if RANK:  # every warp computes it, one counts it
             if EARLY:
                 gdc_wait()
@@ -464,7 +480,7 @@ def nf4_fragments_kernel(  # noqa: C901  its switches are compile-time constants
                 factor = tl.where(warp == s % WARPS, side_scale, 0.0)
                 b_row0, b_row1 = b_at + (row0 * RANK + 16 * s + 2 * t) * 2, b_at + (row1 * RANK + 16 * s + 2 * t) * 2
                 for column in tl.static_range(COLUMNS):
-                    at = tl.minimum(column * 8 + g, m - 1) * ranks + first_rank + which * RANK + 16 * s + 2 * t
+                    at = tl.minimum((column * 8 + g) >> FEW, m - 1) * ranks + first_rank + which * RANK + 16 * s + 2 * t
                     low = sum_parts(projections, at, m * ranks, HALF, PARTS)
                     high = sum_parts(projections, at + 8, m * ranks, HALF, PARTS)
                     part = tl.inline_asm_elementwise(
@@ -488,7 +504,7 @@ def nf4_fragments_kernel(  # noqa: C901  its switches are compile-time constants
                 value = 0.0
                 for other in tl.static_range(WARPS):
                     value += tl.inline_asm_elementwise(
-                        LOAD_SUM, "=f,r", [base + other * 512 + row * 32 + (batch & 7) * 4], dtype=tl.float32,
+                        LOAD_SUM, "=f,r", [base + other * 512 + row * 32 + ((batch << FEW) & 7) * 4], dtype=tl.float32,
                         is_pure=False, pack=1,
                     )  # fmt: skip
                 out = tile_row + row
@@ -511,7 +527,7 @@ def compile_examples(float_dtype: str) -> list[tuple]:
         signature = group_signature(kind, "*u8", nested, count) | {"x": f"*{kind}", "y": f"*{kind}"}
         signature |= dict.fromkeys(("m", "k_blocks", "tiles", "stride_x", "ranks", "first_rank"), "i32")
         constants = {"COUNT": count, "BLOCKSIZE": 64, "NESTED": nested, "NESTED_BLOCKSIZE": 256, "HALF": not nested}
-        constants |= {"COLUMNS": columns, "WARPS": 4, "RANK": 32, "PARTS": 8, "EARLY": False}
+        constants |= {"FEW": int(nested), "COLUMNS": columns, "WARPS": 4, "RANK": 32, "PARTS": 8, "EARLY": False}
         examples.append((nf4_fragments_kernel, signature, constants, {"num_warps": 4}))
     return examples
 
