@@ -216,6 +216,7 @@ PAIR_BF16 = assembly("cvt.rn.bf16x2.f32 $0, $2, $1;")
 PAIR_FP16 = assembly(  # for cards older than 8.0 too
     ".reg .b16 a, b;", "cvt.rn.f16.f32 a, $1;", "cvt.rn.f16.f32 b, $2;", "mov.b32 $0, {a, b};"
 )
+FETCH = assembly("prefetch.global.L2 [$1];", "prefetch.global.L2 [$2];", "mov.b32 $0, 0;")
 STAY = assembly("bar.warp.sync 0xffffffff;", "mov.b32 $0, 0;")  # loads before it are not moved behind it
 FROM_QUAD = assembly("shfl.sync.idx.b32 $0, $1, $2, 0x1c1f, 0xffffffff;")
 STORE_SUMS = assembly("st.shared.v2.f32 [$1], {$2, $3};", "st.shared.v2.f32 [$1 + 256], {$4, $5};", "mov.b32 $0, 0;")
@@ -433,6 +434,10 @@ def nf4_fragments_kernel(  # noqa: C901  its switches are compile-time constants
         n, shift, tile_row = pick(which, sizes, COUNT), pick(which, shifts, COUNT), (tile - before) * 16
         entries = nested_table + which * 1024
         total = (0.0,) * (4 * COLUMNS)
+        b_at, b_row0, b_row1 = x.to(tl.int64), tl.minimum(tile_row + g, n - 1), tl.minimum(tile_row + 8 + g, n - 1)
+        if RANK:  # needed at the end of the tile
+            b_at = pick_pointer(which, side_b, COUNT).to(tl.int64) + t * 4
+            assembly_int(FETCH, "=r,l,l", [b_at + b_row0 * (RANK * 2), b_at + b_row1 * (RANK * 2)])
         for step in range(steps):
             current, place = waiting, (step * WARPS + warp) * 4
             scale0 = finish_scale(current[8], current[9], shift, entries, place + t < k_blocks, NESTED)
@@ -473,19 +478,17 @@ def nf4_fragments_kernel(  # noqa: C901  its switches are compile-time constants
         if RANK:  # every warp computes it, one counts it
             if EARLY:
                 gdc_wait()
-            b_at = pick_pointer(which, side_b, COUNT).to(tl.int64)
             side_scale = pick(which, side_scales, COUNT)
-            row0, row1 = tl.minimum(tile_row + g, n - 1), tl.minimum(tile_row + 8 + g, n - 1)
             for s in tl.static_range(RANK // 16):
                 factor = tl.where(warp == s % WARPS, side_scale, 0.0)
-                b_row0, b_row1 = b_at + (row0 * RANK + 16 * s + 2 * t) * 2, b_at + (row1 * RANK + 16 * s + 2 * t) * 2
+                rows_of_b = [b_at + (b_row0 * RANK + 16 * s) * 2, b_at + (b_row1 * RANK + 16 * s) * 2]
                 for column in tl.static_range(COLUMNS):
                     at = tl.minimum((column * 8 + g) >> FEW, m - 1) * ranks + first_rank + which * RANK + 16 * s + 2 * t
                     low = sum_parts(projections, at, m * ranks, HALF, PARTS)
                     high = sum_parts(projections, at + 8, m * ranks, HALF, PARTS)
                     part = tl.inline_asm_elementwise(
                         ADD_SIDE_FP16 if HALF else ADD_SIDE_BF16, "=&f,=&f,=&f,=&f,l,l,r,r",
-                        [b_row0, b_row1, low, high], dtype=SUM_OF_FOUR, is_pure=False, pack=1,
+                        rows_of_b + [low, high], dtype=SUM_OF_FOUR, is_pure=False, pack=1,
                     )  # fmt: skip
                     grown = tl.tuple(())
                     for i in tl.static_range(4 * COLUMNS):

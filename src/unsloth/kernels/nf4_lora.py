@@ -33,8 +33,8 @@ from unsloth.kernels.dispatch import (
     overlaps_launches,
 )
 from unsloth.kernels.nf4 import NF4Weight
-from unsloth.kernels.nf4_fragments import LowRank, launch_together, multiply_fragments, takes_fragments
-from unsloth.kernels.nf4_matmul import arrange_for_tiles, multiply_tiles, nf4_linear, takes_tiles
+from unsloth.kernels.nf4_fragments import LowRank, launch_together, multiply_fragments
+from unsloth.kernels.nf4_matmul import arrange_for_tiles, multiply_tiles, nf4_linear, product_kernel
 from unsloth.kernels.side_by_side import side_by_side
 
 STEP = 512  # columns of x that a program multiplies at a time
@@ -130,10 +130,9 @@ def joined_product(
         return None
     if adapters is not None and adapters.a.dtype != x.dtype:
         return None
-    if all(takes_fragments(x, weight) for weight in weights):
-        return multiply_fragments
+    multiply = product_kernel(x, weights)
     powers = all(rank & (rank - 1) == 0 for rank in ranks)
-    return multiply_tiles if powers and all(takes_tiles(x, weight) for weight in weights) else None
+    return multiply if powers or multiply is multiply_fragments else None
 
 
 def _one_by_one(

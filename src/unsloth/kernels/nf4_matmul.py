@@ -2,20 +2,24 @@
 
     y[m, n] = sum over k of x[m, k] * code[nibble[n, k]] * scale[n, k // blocksize]
 
-With 16-bit activations, on cards with bfloat16 products, up to 16 rows of x go through the kernel of
-:mod:`unsloth.kernels.nf4_fragments`. Elsewhere up to :data:`MATVEC_ROWS` rows go through a matrix-vector kernel: values
-are decoded to float32 and multiplied there (with 16-bit activations, to within 2^-13 of a block's largest value), so
-nothing else is rounded before the output. Up to :data:`FUSED_ROWS` rows go through a kernel of tiles, which
-multiplies values, rounded to x's dtype, with x on the matrix units, a block of 64 columns at a time, and the sums with
-the block's scale in float32. It splits K over programs
-where N alone gives too few. Beyond that, and wherever a gradient is needed, W is dequantized first.
+With 16-bit activations, on cards with bfloat16 products, up to 8 rows of x (16 where a program has less than 160 KiB of
+shared memory) go through the kernel of :mod:`unsloth.kernels.nf4_fragments`. Elsewhere up to :data:`MATVEC_ROWS` rows
+go through a matrix-vector kernel: values are decoded to float32 and multiplied there (with 16-bit activations, to
+within 2^-13 of a block's largest value), so nothing else is rounded before the output.
+
+Up to :data:`FUSED_ROWS` rows go through a kernel of tiles, which multiplies values, rounded to x's dtype, with x on the
+matrix units, a block of 64 columns at a time, and the sums with the block's scale in float32. It splits K over programs
+where N alone gives too few. Where there is room for a table of pairs of values in shared memory, each thread looks up
+the values that the matrix units want from it, so nothing moves between threads; x's columns are put in the matching
+order before, by a launch of their own. Beyond that many rows, and wherever a gradient is needed, W is dequantized
+first.
 
 The layout of W is described in :mod:`unsloth.kernels.nf4`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -91,12 +95,11 @@ def nf4_linear(x: torch.Tensor, weight: NF4Weight, *, fast: bool = True) -> torc
     if wanted or not fits or rows > FUSED_ROWS or not can_launch(x):
         return nf4_linear_reference(x, weight) if not can_launch(x) else x @ dequantize_nf4(weight, dtype=x.dtype).T
     matrix = as_rows(x.detach())
-    if takes_fragments(matrix, weight):
-        (y,) = multiply_fragments(matrix, [weight])
-    elif rows <= MATVEC_ROWS:
+    multiply = product_kernel(matrix, [weight])
+    if rows <= MATVEC_ROWS and multiply is not multiply_fragments:
         y = _matvec(matrix, weight, words)
-    elif takes_tiles(matrix, weight):
-        (y,) = multiply_tiles(matrix, [weight])
+    elif multiply is not None:
+        (y,) = multiply(matrix, [weight])
     else:
         y = matrix @ dequantize_nf4(weight, dtype=x.dtype).T
     return y.view(*x.shape[:-1], n)
@@ -136,15 +139,14 @@ def tile_shape(
     32 rows of x. With the table, which takes 32 KiB of its own, the pipeline's part must be more than 48 KiB, for only
     then does Triton ask for more than that in all.
     """
-    batch = max(16, min(32 if room < 2**17 * 3 // 4 else 128, triton.next_power_of_2(rows)))
-    if takes_table(room):
-        batch = max(32, batch)
-        tile, blocks, warps, stages = 128, 1 if batch == 128 else 2, 8, 4
+    small, table = room < 96 * 2**10, takes_table(room)
+    batch = max(32 if table else 16, min(32 if small else 128, triton.next_power_of_2(rows)))
+    if table:  # two programs to a multiprocessor
+        tile, blocks, warps, stages = {32: (128, 2, 8, 4), 64: (64, 1, 4, 6), 128: (64, 1, 4, 4)}[batch]
     else:
-        tile, warps = (64, 4) if batch <= 32 else (128, 8)
-        blocks, stages = 1, 2 if room < 2**17 * 3 // 4 else 3
+        tile, blocks, warps, stages = 64, 1, 4, 2 if small else 3
     tiles, split = sum(triton.cdiv(n, tile) for n in sizes) * triton.cdiv(rows, batch), 1
-    wanted = (2 * processors if batch <= 32 else processors) * 3 // 4
+    wanted = processors * 6 // 5 if table or batch > 32 else 2 * processors
     while split < 8 and tiles * split < wanted and k // 64 >= 8 * split:
         split *= 2
     return batch, tile, blocks, split, warps, stages
@@ -168,6 +170,14 @@ def _matvec(x: torch.Tensor, weight: NF4Weight, words: torch.Tensor) -> torch.Te
     return y
 
 
+def product_kernel(x: torch.Tensor, weights: Sequence[NF4Weight]) -> Callable[..., list[torch.Tensor]] | None:
+    """:func:`multiply_fragments` or :func:`multiply_tiles`, whichever is faster for x [M, K], or None."""
+    few = x.shape[0] <= 8 or not takes_table(shared_memory(x.device))
+    if few and all(takes_fragments(x, weight) for weight in weights):
+        return multiply_fragments
+    return multiply_tiles if all(takes_tiles(x, weight) for weight in weights) else None
+
+
 def takes_tiles(x: torch.Tensor, weight: NF4Weight) -> bool:
     """Whether :func:`multiply_tiles` can take ``x`` [M, K]: at most :data:`FUSED_ROWS` rows of a 16-bit dtype."""
     whole = weight.shape[1] % 64 == 0 and weight.blocksize >= 64 and weight.words() is not None
@@ -184,7 +194,6 @@ def multiply_tiles(
     side: LowRank | None = None,
     arranged: torch.Tensor | None = None,
     shape: tuple[int, int, int, int, int, int] | None = None,
-    look: str = "table",
 ) -> list[torch.Tensor]:
     """``x @ W.T`` for each of ``weights``, which :func:`launch_together` and :func:`takes_tiles` accept.
 
@@ -192,9 +201,9 @@ def multiply_tiles(
         x: [M, K].
         weights: The quantized matrices [N_i, K].
         side: Added before the results are rounded, or None; its rank must be a power of two.
-        arranged: What :func:`arrange_for_tiles` gave for x; None calls it.
+        arranged: What :func:`arrange_for_tiles` gave for x before the kernel ran that made the side's projections,
+            for which alone the product then waits; None calls it.
         shape: Overrides :func:`tile_shape`.
-        look: How values are looked up on cards with room for a table.
 
     Returns:
         [M, N_i] of each, contiguous.
@@ -203,24 +212,23 @@ def multiply_tiles(
     sizes = [weight.shape[0] for weight in weights]
     room = shared_memory(x.device)
     table = takes_table(room)
-    if look == "table":
-        x = arrange_for_tiles(x) if arranged is None else arranged
-    elif x.data_ptr() % 16 or x.stride(0) % 16:
-        x = x.clone(memory_format=torch.contiguous_format)
+    x = arrange_for_tiles(x) if arranged is None else arranged
     batch, tile, blocks, split, warps, stages = shape or tile_shape(rows, sizes, k, processor_count(x.device), room)
     stages += table and capability(x.device) < (9, 0)  # where the pipeline holds one step less
     tiles = sum(triton.cdiv(n, tile) for n in sizes)
     y = torch.empty((split, rows * sum(sizes)), dtype=x.dtype if split == 1 else torch.float32, device=x.device)
     overlaps = overlaps_launches(x.device)
+    late = side is not None and (arranged is not None or not table)
     with launch_on(x):
         nf4_matmul_kernel[(tiles, triton.cdiv(rows, batch), split)](
-            x, tuple(w.packed if look == "bytes" else w.words() for w in weights), *group_arguments(weights), y, rows,
-            tuple(sizes), rows * sum(sizes), k // 64, triton.cdiv(k // 64, split), x.stride(0), *side_arguments(side),
+            x, tuple(weight.words() for weight in weights), *group_arguments(weights), y, rows, tuple(sizes),
+            rows * sum(sizes), k // 64, triton.cdiv(k // 64, split), x.stride(0), *side_arguments(side),
             COUNT=len(weights), RANK=0 if side is None else side.rank,
             PARTS=0 if side is None else side.projections.shape[0], BLOCKSIZE=weights[0].blocksize,
             NESTED=weights[0].nested, NESTED_BLOCKSIZE=weights[0].nested_blocksize, PLAIN=interpreting(),
-            LOOK_UP=look if table else look_up(weights[0], x.dtype), EARLY=overlaps, BATCH=batch, ROWS=tile,
-            BLOCKS=blocks, STAGES=stages, WARPS=warps, num_warps=warps, **({"launch_pdl": True} if overlaps else {}),
+            LOOK_UP="table" if table else look_up(weights[0], x.dtype), EARLY=overlaps, LATE=late, BATCH=batch,
+            ROWS=tile, BLOCKS=blocks, STAGES=stages, WARPS=warps, num_warps=warps,
+            **({"launch_pdl": True} if overlaps else {}),
         )  # fmt: skip
     return split_rows(y[0] if split == 1 else add_parts(y, x.dtype), rows, sizes)
 
@@ -271,10 +279,6 @@ def _pairs_of_word() -> tl.constexpr:
 
 
 PAIRS_OF_WORD = _pairs_of_word()
-PAIR_OF_BYTE = assembly(
-    ".reg .b32 base, at;", "mov.u32 base, nf4_pairs;", "mov.u32 at, %laneid;", "mad.lo.u32 at, at, 4, base;",
-    "mad.lo.u32 at, $1, 128, at;", "ld.shared.b32 $0, [at];",
-)  # fmt: skip
 NESTED_ENTRY = assembly(
     ".reg .b32 at;", "mov.u32 at, nf4_scales;", "mad.lo.u32 at, $1, 4, at;", "ld.shared.f32 $0, [at];"
 )
@@ -399,11 +403,6 @@ def decode_tile(words, code, dtype: tl.constexpr, LOOK_UP: tl.constexpr, table):
         even = tl.join(both_halves(p0, dtype), both_halves(p2, dtype))
         odd = tl.join(both_halves(p1, dtype), both_halves(p3, dtype))
         return tl.reshape(tl.permute(tl.join(even, odd), (0, 3, 4, 1, 2)), [words.shape[0], 64])
-    elif LOOK_UP == "bytes":
-        pair = tl.inline_asm_elementwise(
-            PAIR_OF_BYTE, "=r,r", [words.to(tl.int32)], dtype=tl.int32, is_pure=True, pack=1
-        )
-        return tl.reshape(both_halves(pair, dtype), [words.shape[0], 64])
     else:
         v0, v1, v2, v3, v4, v5, v6, v7 = decode_words(words, code, table, LOOK_UP)
         if LOOK_UP == "mixed":  # decode_words added 3 to the first four
@@ -435,14 +434,14 @@ def nf4_matmul_kernel(  # noqa: C901  its switches are compile-time constants
     x, words, code, absmax, nested_codes, nested_absmax, offsets, y, m, sizes, outputs, k_blocks, part_blocks,
     stride_x, projections, ranks, first_rank, side_b, side_scales, COUNT: tl.constexpr, RANK: tl.constexpr,
     PARTS: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
-    PLAIN: tl.constexpr, LOOK_UP: tl.constexpr, EARLY: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr,
+    PLAIN: tl.constexpr, LOOK_UP: tl.constexpr, EARLY: tl.constexpr, LATE: tl.constexpr, BATCH: tl.constexpr,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """One program computes a tile [ROWS, BATCH] of one part of the sum over K; y is [parts, outputs].
 
     A step is BLOCKS blocks of 64 columns. What their scales are made of is loaded a step before, so that no step waits
     for memory; words and x come by the pipeline. A block past the part's end counts as zeros of x. EARLY: the kernel
-    ahead may still be at work; it makes the projections, or x where there are none.
+    ahead may still be at work; LATE: it makes the projections alone, not x.
     """
     dtype: tl.constexpr = x.dtype.element_ty
     which, before, rows_before = find_matrix(tl.program_id(0), sizes, ROWS, COUNT)
@@ -457,8 +456,7 @@ def nf4_matmul_kernel(  # noqa: C901  its switches are compile-time constants
     stop = tl.minimum(start + part_blocks, k_blocks)
     ratio: tl.constexpr = BLOCKSIZE // 64
     first, last = row * k_blocks, k_blocks - 1
-    unit: tl.constexpr = 32 if LOOK_UP == "bytes" else 8
-    w_at = pick_pointer(which, words, COUNT) + (row * (k_blocks * unit))[:, None] + tl.arange(0, unit)[None, :]
+    w_at = pick_pointer(which, words, COUNT) + (row * (k_blocks * 8))[:, None] + tl.arange(0, 8)[None, :]
     x_at = x + batch[None, :].to(tl.int64) * stride_x + tl.arange(0, 64)[:, None]
     total = tl.zeros((ROWS, BATCH), tl.float32)
     waiting = tl.tuple(())
@@ -469,19 +467,19 @@ def nf4_matmul_kernel(  # noqa: C901  its switches are compile-time constants
     if NESTED:
         shift = tl.load(pick_pointer(which, offsets, COUNT))
     table = 0.0
-    if LOOK_UP == "table" or LOOK_UP == "bytes":
+    if LOOK_UP == "table":
         fill_table(code, dtype == tl.float16, 32 * WARPS)
         if NESTED:
             fill_nested((nested_code,), 32 * WARPS, 1)
         tl.debug_barrier()
     else:
         table = lane_table(code, LOOK_UP)
-    if EARLY and not RANK:
+    if EARLY and not LATE:
         gdc_wait()
     for step in tl.range(start, stop, BLOCKS, num_stages=STAGES):
         packed, activations, scales, following = tl.tuple(()), tl.tuple(()), tl.tuple(()), tl.tuple(())
         for i in tl.static_range(BLOCKS):
-            packed = packed + (tl.load(w_at + tl.minimum(step + i, last) * unit),)
+            packed = packed + (tl.load(w_at + tl.minimum(step + i, last) * 8),)
             if BLOCKS == 1:
                 activations = activations + (tl.load(x_at + step * 64),)
             else:
@@ -505,7 +503,7 @@ def nf4_matmul_kernel(  # noqa: C901  its switches are compile-time constants
                 tile = decode_tile(packed[i + 1], code, dtype, LOOK_UP, table)
             total += part * scales[i][:, None]
     if RANK:
-        if EARLY:
+        if EARLY and LATE:
             gdc_wait()
         rank = tl.arange(0, RANK)
         t_at = projections + (batch * ranks + first_rank + which * RANK)[None, :] + rank[:, None]
@@ -530,7 +528,7 @@ def nf4_matmul_kernel(  # noqa: C901  its switches are compile-time constants
 @triton.jit
 def nested_entry(index, nested_code, LOOK_UP: tl.constexpr, PLAIN: tl.constexpr):
     """Entries ``index`` of the scales' own code."""
-    if LOOK_UP == "table" or LOOK_UP == "bytes":
+    if LOOK_UP == "table":
         return tl.inline_asm_elementwise(NESTED_ENTRY, "=f,r", [index], dtype=tl.float32, is_pure=True, pack=1)
     else:
         return load_from(nested_code, index, False, PLAIN)
@@ -583,7 +581,7 @@ def compile_examples(float_dtype: str) -> list[tuple]:
         batch, tile, blocks, _, warps, stages = tile_shape(rows, [14336], 4096, 132, 2**18 if table else 2**16)
         stages += table  # as many as on cards before 9.0
         shape = {**constants, "COUNT": count, "NESTED": nested, "RANK": rank, "PARTS": 1, "PLAIN": False}
-        shape |= {"EARLY": False, "BATCH": batch, "ROWS": tile, "BLOCKS": blocks, "STAGES": stages}
+        shape |= {"EARLY": False, "LATE": False, "BATCH": batch, "ROWS": tile, "BLOCKS": blocks, "STAGES": stages}
         shape |= {"WARPS": warps, "LOOK_UP": "table" if table else "mixed"}
         types = group_signature(float_dtype, "*i32", nested, count) | {"x": ptr, "y": "*fp32"}
         types |= dict.fromkeys(("m", "outputs", "k_blocks", "part_blocks", "ranks", "first_rank"), "i32") | {
