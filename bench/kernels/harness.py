@@ -194,6 +194,23 @@ def backward(fn: Callable, inputs: Sequence[torch.Tensor], *extra: object) -> Ca
     return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
 
 
+def graphed(step: Callable[[], object]) -> Callable[[], object]:
+    """``step`` as a CUDA graph, or itself on the CPU."""
+    if not torch.cuda.is_available():
+        return step
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    kept = (graph, step)  # the graph reads tensors that only the step's closure holds
+    return lambda: kept[0].replay()
+
+
 def peer(build: Callable[[], dict[str, Callable[[], object]]]) -> dict[str, Callable[[], object]]:
     """The providers that ``build`` makes, or none where their package is not installed or needs a GPU."""
     if not torch.cuda.is_available():

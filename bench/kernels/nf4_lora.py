@@ -1,12 +1,13 @@
 """4-bit linears with adapters of rank 32 for a decoding step, as graphs: python bench/kernels/nf4_lora.py [--dry-run].
 
-Peers: our 4-bit products with torch's thin products beside them, with those of lora_rows, and bitsandbytes' products
+All products of four layers one after the other, whose weights no cache holds, then those of one input, where the
+peers are our 4-bit products with torch's thin products beside them, with those of lora_rows, and bitsandbytes' products
 with torch's.
 """
 
 import torch
 from bitsandbytes import functional, matmul_4bit
-from harness import Case, device, main
+from harness import Case, device, graphed, main
 
 from unsloth.kernels.lora_rows import lora_rows
 from unsloth.kernels.nf4 import NF4Weight
@@ -15,24 +16,7 @@ from unsloth.kernels.nf4_matmul import nf4_linear
 
 GROUPS = {"q/k/v": ((4096, 1024, 1024), 4096), "o": ((4096,), 4096), "gate/up": ((14336, 14336), 4096)}
 GROUPS["down"] = ((4096,), 14336)
-RANK, SCALE = 32, 0.5
-
-
-def graphed(step):
-    """``step`` as a CUDA graph, or itself on the CPU."""
-    if not torch.cuda.is_available():
-        return step
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    kept = (graph, step)  # the graph reads tensors that only the step's closure holds
-    return lambda: kept[0].replay()
+RANK, SCALE, LAYERS = 32, 0.5, 4
 
 
 def beside(x, products, adapters):
@@ -51,30 +35,52 @@ def rows_after(x, products, adapters):
     return outputs
 
 
+def random_group(outs, k):
+    """Quantized matrices of one input as bitsandbytes gives them, ours of the same, and their adapters."""
+    quantized = [
+        functional.quantize_4bit(
+            torch.randn(n, k, device=device(), dtype=torch.bfloat16), compress_statistics=True, quant_type="nf4"
+        )
+        for n in outs
+    ]
+    a = torch.randn(RANK * len(outs), k, device=device(), dtype=torch.bfloat16)
+    b = tuple(torch.randn(n, RANK, device=device(), dtype=torch.bfloat16) for n in outs)
+    weights = [NF4Weight.from_quant_state(*one) for one in quantized]
+    return quantized, weights, StackedAdapters(a, b, (SCALE,) * len(outs))
+
+
+def bytes_of(weights, adapters):
+    """What a product reads."""
+    packed = sum(w.packed.numel() + w.absmax.numel() for w in weights)
+    return packed + adapters.a.nbytes + sum(b.nbytes for b in adapters.b)
+
+
 def cases(small: bool) -> list[Case]:
+    groups = {"small": ((16, 24), 128)} if small else GROUPS
+    layers = [[(k, *random_group(outs, k)) for outs, k in groups.values()] for _ in range(LAYERS)]
     result = []
-    for name, (outs, k) in {"small": ((16, 24), 128)}.items() if small else GROUPS.items():
-        quantized = [
-            functional.quantize_4bit(
-                torch.randn(n, k, device=device(), dtype=torch.bfloat16), compress_statistics=True, quant_type="nf4"
-            )
-            for n in outs
-        ]
-        weights = [NF4Weight.from_quant_state(*one) for one in quantized]
-        a = torch.randn(RANK * len(outs), k, device=device(), dtype=torch.bfloat16)
-        b = tuple(torch.randn(n, RANK, device=device(), dtype=torch.bfloat16) for n in outs)
-        adapters = StackedAdapters(a, b, (SCALE,) * len(outs))
+    for rows in (1, 8, 32, 128):
+        xs = {k: torch.randn(rows, k, device=device(), dtype=torch.bfloat16) for _, k in groups.values()}
+
+        def all_layers(xs=xs):
+            return [nf4_lora_linears(xs[k], w, adapters) for layer in layers for k, _, w, adapters in layer]
+
+        size = sum(bytes_of(w, adapters) for layer in layers for _, _, w, adapters in layer)
+        result.append(
+            Case("nf4_lora", f"{LAYERS} layers, {rows} rows", {"ours": graphed(all_layers)}, size, reads_only=True)
+        )
+    for name, (k, quantized, weights, adapters) in zip(groups, layers[0], strict=True):
         ours = [lambda x, w=w: nf4_linear(x, w) for w in weights]
         theirs = [lambda x, p=p, s=s: matmul_4bit(x, p.t(), quant_state=s) for p, s in quantized]
         for rows in (1, 8, 32, 128):
             x = torch.randn(rows, k, device=device(), dtype=torch.bfloat16)
-            size = sum(w.packed.numel() + w.absmax.numel() for w in weights) + a.nbytes + sum(t.nbytes for t in b)
             found = {
                 "ours": graphed(lambda x=x, w=weights, s=adapters: nf4_lora_linears(x, w, s)),
                 "thin products beside": graphed(lambda x=x, p=ours, s=adapters: beside(x, p, s)),
                 "lora_rows after": graphed(lambda x=x, p=ours, s=adapters: rows_after(x, p, s)),
                 "bitsandbytes": graphed(lambda x=x, p=theirs, s=adapters: beside(x, p, s)),
             }
+            size = bytes_of(weights, adapters)
             result.append(Case("nf4_lora", f"{name}, {rows} rows", found, bytes=size, reads_only=True))
     return result
 

@@ -2,7 +2,7 @@
 
 import torch
 from bitsandbytes import functional, matmul_4bit
-from harness import Case, device, main
+from harness import Case, device, graphed, main
 
 from unsloth.kernels.nf4 import NF4Weight, dequantize_nf4
 from unsloth.kernels.nf4_matmul import nf4_linear
@@ -34,7 +34,22 @@ def cases(small: bool) -> list[Case]:
                     reads_only=True,
                 )
             )
-    return result
+    return result + [in_a_graph(rows, small) for rows in (1, 16, 32, 128)]
+
+
+def in_a_graph(rows: int, small: bool) -> Case:
+    """Twelve matrices one after the other in a graph, as in a decoding step: no cache holds them."""
+    n, k = (16, 128) if small else SHAPES[0]
+    x = torch.randn(rows, k, device=device(), dtype=torch.bfloat16)
+    weights = []
+    for _ in range(12):
+        matrix = torch.randn(n, k, device=device(), dtype=torch.bfloat16)
+        weights.append(
+            NF4Weight.from_quant_state(*functional.quantize_4bit(matrix, compress_statistics=True, quant_type="nf4"))
+        )
+    size = sum(weight.packed.numel() + weight.absmax.nbytes for weight in weights)
+    step = graphed(lambda: [nf4_linear(x, weight) for weight in weights])
+    return Case("nf4_matmul", f"12 in a graph, {rows} rows x {n}x{k}", {"ours": step}, size, reads_only=True)
 
 
 if __name__ == "__main__":

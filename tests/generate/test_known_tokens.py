@@ -71,7 +71,8 @@ def test_adapters_join_the_products_of_four_bit_weights(monkeypatch):
     calls = []
 
     def few(x, weights, adapters):
-        calls.append(x.shape[0])
+        if adapters is not None:
+            calls.append(x.shape[0])
         return "some kernel"
 
     monkeypatch.setattr(adapter_bank, "joined_product", few)

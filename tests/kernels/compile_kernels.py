@@ -3,7 +3,8 @@
 Each kernel module offers ``compile_examples(float_dtype)``, where float_dtype is "fp16" or "bf16", returning a list
 of ``(kernel, signature, constexprs)`` or ``(kernel, signature, constexprs, options)``: signature maps the names of
 the run-time arguments to Triton types ("*bf16", "i32", "fp32"), constexprs the names of the constexpr arguments to
-values, options are launch options such as num_warps. Prints one JSON line a compilation, and fails if a
+values, options are launch options such as num_warps; "i32:16" is a multiple
+of 16, a tuple of types a tuple. Prints one JSON line a compilation, and fails if a
 ``*_kernel`` of a module has no example (an empty list says that none of them is for this dtype's cards). Runs as a
 process of its own, since TRITON_INTERPRET=1 breaks compilation.
 """
@@ -11,6 +12,7 @@ process of its own, since TRITON_INTERPRET=1 breaks compilation.
 import importlib
 import json
 import pkgutil
+import re
 import sys
 import time
 
@@ -22,11 +24,27 @@ import unsloth.kernels
 
 
 def compile_example(target: GPUTarget, kernel, signature: dict, constexprs: dict, options: dict | None = None) -> dict:
-    """One compilation; pointers are declared 16-byte aligned, as torch's allocations are."""
-    types = {name: "constexpr" if name in constexprs else signature[name] for name in kernel.arg_names}
-    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if types[name].startswith("*")}
+    """One compilation; pointers are declared 16-byte aligned, as torch's allocations are.
+
+    Arrays that instructions declare come on top of the compiler's shared memory, which asks for more than 48 KiB in all
+    only where its own part is larger than that; a launch of anything else would be refused.
+    """
+    types: dict = {}
+    attrs: dict = {}
+    for i, name in enumerate(kernel.arg_names):
+        kind = "constexpr" if name in constexprs else signature[name]
+        places = [(i, j) for j in range(len(kind))] if isinstance(kind, tuple) else [(i,)]
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        for place, one in zip(places, kinds, strict=True):
+            if one.startswith("*") or one.endswith(":16"):
+                attrs[place] = [["tt.divisibility", 16]]
+        plain = tuple(one.removesuffix(":16") for one in kinds)
+        types[name] = plain if isinstance(kind, tuple) else plain[0]
     start = time.perf_counter()
     compiled = triton.compile(ASTSource(kernel, types, constexprs, attrs), target=target, options=options or {})
+    declared = sum(int(size) for size in re.findall(r"\.shared \.align \d+ \.b8 \w+\[(\d+)\]", compiled.asm["ptx"]))
+    if declared and declared + compiled.metadata.shared > 48 * 2**10 >= compiled.metadata.shared:
+        raise ValueError(f"{declared} bytes of shared memory declared beside {compiled.metadata.shared}")
     return {
         "kernel": kernel.__name__,
         "seconds": round(time.perf_counter() - start, 2),

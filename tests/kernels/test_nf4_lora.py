@@ -6,6 +6,7 @@ from test_nf4_matmul import quantize
 from unsloth.core.errors import ConfigError
 from unsloth.kernels.nf4 import dequantize_nf4_reference
 from unsloth.kernels.nf4_lora import StackedAdapters, nf4_lora_linears, project_few
+from unsloth.kernels.nf4_matmul import nf4_linear_reference
 
 
 def stack(outs, k, rank, device, dtype):
@@ -35,6 +36,23 @@ def test_equals_separate_products(device, rows, outs, k, rank, dtype):
         assert_close(ours[i], plain[i], truth(x, weight, adapters, i), f"y {i}")
 
 
+@pytest.mark.parametrize("rows", [1, 18])
+def test_matrices_that_no_launch_takes_together(device, rows):
+    """Of several ranks, and without double quantization here and there."""
+    outs, ranks, k = (33, 16, 20), (16, 32, 16), 128
+    weights = [quantize(n, k, device, nested=i != 1) for i, n in enumerate(outs)]
+    b = tuple(torch.randn(n, r, device=device).half() for n, r in zip(outs, ranks, strict=True))
+    adapters = StackedAdapters((torch.randn(sum(ranks), k, device=device) / 12).half(), b, (0.5, 1.0, 2.0))
+    x = torch.randn(rows, k, device=device).half()
+    ours, plain = nf4_lora_linears(x, weights, adapters), nf4_lora_linears(x, weights, adapters, fast=False)
+    alone = nf4_lora_linears(x, weights, None)
+    for i, (weight, a) in enumerate(zip(weights, adapters.a.split(ranks), strict=True)):
+        exact = x.double() @ dequantize_nf4_reference(weight, torch.float64).T
+        assert_close(alone[i], nf4_linear_reference(x, weight), exact, f"y {i}, no adapter")
+        exact += adapters.scales[i] * (x.double() @ a.double().T) @ b[i].double().T
+        assert_close(ours[i], plain[i], exact, f"y {i}")
+
+
 def test_without_adapters_and_shapes(device):
     weights = [quantize(24, 128, device)]
     x = torch.randn(2, 3, 128, device=device, dtype=torch.float16)
@@ -58,5 +76,7 @@ def test_bad_input(device):
     adapters = stack((24,), 128, 16, device, torch.float16)
     with pytest.raises(ConfigError, match="one adapter a matrix"):
         nf4_lora_linears(torch.randn(1, 128, device=device).half(), [quantize(24, 128, device)] * 2, adapters)
+    with pytest.raises(ConfigError, match="do not fit the weights"):
+        nf4_lora_linears(torch.randn(1, 64, device=device).half(), [quantize(24, 128, device)], None)
     with pytest.raises(ConfigError, match="do not fit together"):
         StackedAdapters(adapters.a[:8], adapters.b, adapters.scales)

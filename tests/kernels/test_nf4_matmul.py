@@ -4,7 +4,7 @@ from check_op import assert_close
 
 from unsloth.core.errors import ConfigError
 from unsloth.kernels.nf4 import NF4Weight, dequantize_nf4_reference
-from unsloth.kernels.nf4_matmul import multiply_tiles, nf4_linear, nf4_linear_reference
+from unsloth.kernels.nf4_matmul import PAIRS_OF_WORD, arrange, multiply_tiles, nf4_linear, nf4_linear_reference
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
@@ -42,14 +42,47 @@ def test_other_blocks(device, rows, blocksize, nested):
 
 
 @pytest.mark.parametrize("split", [1, 2, 8])
-@pytest.mark.parametrize(("batch", "tile", "warps"), [(16, 64, 4), (128, 128, 8)])
-def test_tiles_of_every_kind(device, batch, tile, warps, split):
-    """Parts of K without a block, tiles that hang over, scales that change within a row."""
+@pytest.mark.parametrize(("batch", "tile", "blocks", "warps"), [(16, 64, 1, 4), (64, 64, 2, 4), (128, 128, 4, 8)])
+def test_tiles_of_every_kind(device, batch, tile, blocks, warps, split):
+    """Parts of K without a block, steps and tiles that hang over, scales that change within a row."""
     weight = quantize(140, 64 * 9, device)
     x = torch.randn(37, 64 * 9, device=device).half()
-    y = multiply_tiles(x, weight, shape=(batch, tile, split, warps, 3))
+    (y,) = multiply_tiles(x, [weight], shape=(batch, tile, blocks, split, warps, 3))
     truth = x.double() @ dequantize_nf4_reference(weight, torch.float64).T
     assert_close(y, nf4_linear_reference(x, weight), truth, "y")
+
+
+def test_three_matrices_in_one_launch(device):
+    weights = [quantize(n, 192, device) for n in (70, 3, 33)]
+    x = torch.randn(19, 192, device=device).half()
+    for weight, y in zip(weights, multiply_tiles(x, weights, shape=(32, 32, 1, 2, 4, 3)), strict=True):
+        truth = x.double() @ dequantize_nf4_reference(weight, torch.float64).T
+        assert_close(y, nf4_linear_reference(x, weight), truth, "y")
+
+
+def test_a_word_decoded_from_the_table():
+    """The instructions that look up a word's pairs, and where decode_tile puts its values: where x's columns are."""
+    word, code = 0x7A3C01F8, torch.arange(16)
+    lines = [line.strip().rstrip(";") for line in PAIRS_OF_WORD.value.splitlines()]
+    picked = [int(line.split()[-1]) - 0x4440 for line in lines if line.startswith("prmt")]
+    values = [code[word >> shift & 15] for byte in picked for shift in (8 * byte + 4, 8 * byte)]
+    tile = torch.full((8, 4, 2), -1)  # word, byte, nibble
+    tile[0] = torch.stack(values).view(4, 2)
+    columns = torch.arange(64)[None].to(torch.int16)
+    order = columns.view(8, 4, 2).transpose(0, 1).reshape(64)
+    decoded = tile.transpose(0, 1).reshape(64)
+    nibbles = [word >> shift & 15 for byte in range(4) for shift in (8 * byte + 4, 8 * byte)]
+    for place, column in enumerate(order.tolist()):
+        assert decoded[place] == (nibbles[column] if column < 8 else -1)
+
+
+@pytest.mark.parametrize(("rows", "k"), [(1, 64), (3, 320), (2, 4160)])
+def test_columns_arranged(device, rows, k):
+    x = torch.randn(rows, k + 6, device=device).bfloat16()
+    expected = x[:, :k].reshape(rows, k // 64, 8, 4, 2).transpose(2, 3).reshape(rows, k)
+    assert torch.equal(arrange(x[:, :k]), expected)
+    odd = torch.randn(rows, k + 1, device=device).bfloat16()[:, 1:]
+    assert torch.equal(arrange(odd), arrange(odd.contiguous()))
 
 
 def test_many_rows_float32_and_odd_columns(device):

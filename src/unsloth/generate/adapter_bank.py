@@ -5,10 +5,11 @@ B times its adapter's scale. With m the mask (T, S R) that is 1 where a column b
 
     y = x W^T + bias + (m * (x A^T)) B^T
 
-A row without an adapter has a mask of zeros. With one adapter for all rows there is no mask; the few rows of a decoding
-step then go through products of four-bit weights that add the adapter's part before they round. Where there are many
-rows, the adapter's part is made first, and the product with W is added to it. The matrices are copies in the dtype of
-computation, made anew from the live tensors whenever those have changed.
+A row without an adapter has a mask of zeros. With one adapter for all rows, or none, there is no mask; the few rows of
+a decoding step then go through products of four-bit weights that add the adapter's part before they round, all in one
+launch where the weights are alike. Where there are many rows, the adapter's part is made first, and the product with W
+is added to it. The matrices are copies in the dtype of computation, made anew from the live tensors whenever those have
+changed.
 """
 
 from __future__ import annotations
@@ -68,11 +69,12 @@ class Site:
 
     def __call__(self, x: torch.Tensor, adapters: Selection, fast: bool = True) -> list[torch.Tensor]:
         """(T, out) of each projection for ``x`` (T, in)."""
-        if fast and adapters.used and adapters.mask is None and self.stacked is not None:
-            packed = [p.packed for p in self.projections if p.packed is not None]
-            if len(packed) == len(self.projections) and joined_product(x, packed, self.stacked) is not None:
-                outputs = nf4_lora_linears(x, packed, self.stacked)
-                return [p.add_bias(y) for p, y in zip(self.projections, outputs, strict=True)]
+        stacked = self.stacked if adapters.used else None
+        packed = [p.packed for p in self.projections if p.packed is not None]
+        alike = not adapters.used or (adapters.mask is None and stacked is not None)
+        if fast and alike and len(packed) == len(self.projections) and joined_product(x, packed, stacked) is not None:
+            outputs = nf4_lora_linears(x, packed, stacked)
+            return [p.add_bias(y) for p, y in zip(self.projections, outputs, strict=True)]
         products = [partial(projection.multiply, x, fast) for projection in self.projections]
         if self.a is None or not adapters.used:
             return side_by_side(products, x.device)

@@ -14,9 +14,17 @@ import torch
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from unsloth.core.errors import ConfigError
-from unsloth.kernels.dispatch import as_rows, can_launch, check_shape, check_tensors, launch_on
+from unsloth.kernels.dispatch import (
+    as_rows,
+    can_launch,
+    check_shape,
+    check_tensors,
+    launch_on,
+    overlaps_launches,
+)
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
@@ -49,7 +57,7 @@ def glu_forward(gate: torch.Tensor, up: torch.Tensor, activation: str, out: torc
         with launch_on(gate):
             glu_forward_kernel[(rows * triton.cdiv(n, block),)](
                 gate, up, out, n, gate.stride(0), up.stride(0), out.stride(0),
-                ACTIVATION=activation, BLOCK=block, num_warps=warps,
+                ACTIVATION=activation, EARLY=overlaps_launches(gate.device), BLOCK=block, num_warps=warps,
             )  # fmt: skip
     return out
 
@@ -160,9 +168,12 @@ def row_and_columns(n, BLOCK: tl.constexpr):
 
 @triton.jit
 def glu_forward_kernel(
-    gate, up, out, n, stride_gate, stride_up, stride_out, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
-):
+    gate, up, out, n, stride_gate, stride_up, stride_out, ACTIVATION: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program writes BLOCK columns of one row; neighbours in the grid are neighbours in memory."""
+    if EARLY:  # a product that waits for this may be launched
+        gdc_launch_dependents()
     row, col = row_and_columns(n, BLOCK)
     mask = col < n
     g = tl.load(gate + row * stride_gate + col, mask, other=0.0).to(tl.float32)
@@ -201,6 +212,6 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     for activation in ACTIVATIONS:
         block, warps = launch_shape(14336, activation)
         shape = {"ACTIVATION": activation, "BLOCK": block}
-        examples.append((glu_forward_kernel, forward, shape, {"num_warps": warps}))
+        examples.append((glu_forward_kernel, forward, {**shape, "EARLY": False}, {"num_warps": warps}))
         examples.append((glu_backward_kernel, backward, {**shape, "RECOMPUTE": True}, {"num_warps": warps}))
     return examples

@@ -20,16 +20,19 @@ instructions on them are written out. The layout of W is described in :mod:`unsl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
-from unsloth.kernels.dispatch import capability, interpreting, launch_on, processor_count
-from unsloth.kernels.nf4 import NF4Weight, assembly, scale_arguments, scale_signature
+from unsloth.kernels.dispatch import capability, interpreting, launch_on, overlaps_launches, processor_count
+from unsloth.kernels.nf4 import NF4Weight, assembly, scale_arguments
 
 MOST_ROWS = 16
+MOST_MATRICES = 3  # of one input in one launch
 
 
 def takes_fragments(x: torch.Tensor, weight: NF4Weight) -> bool:
@@ -41,64 +44,92 @@ def takes_fragments(x: torch.Tensor, weight: NF4Weight) -> bool:
     return half and aligned and whole and x.shape[0] <= MOST_ROWS and capability(x.device) >= (8, 0)
 
 
+def launch_together(weights: Sequence[NF4Weight]) -> bool:
+    """Whether one launch can multiply by all of these: up to three matrices alike in all but their rows."""
+    kinds = {(w.shape[1], w.blocksize, w.nested, w.nested_blocksize, w.quant_type) for w in weights}
+    return len(weights) <= MOST_MATRICES and len(kinds) == 1 and (len(weights) == 1 or weights[0].quant_type == "nf4")
+
+
 @dataclass(frozen=True)
 class LowRank:
-    """What is added to a product: ``scale * t @ b.T``.
+    """What is added to products with several matrices: ``scales[i] * t_i @ b[i].T``.
 
     Attributes:
-        projections: float32 [parts, M, R]; t is their sum over the parts, columns ``first`` to ``first + r``.
-        first: First column of t.
-        b: [N, r] of x's dtype, contiguous, r a multiple of 16.
-        scale: Its factor.
+        projections: float32 [parts, M, R]; [t_0, t_1, ...] is their sum over the parts, from column ``first`` on.
+        first: See there.
+        b: [N_i, r] of x's dtype, contiguous, of one r, a multiple of 16.
+        scales: Their factors.
     """
 
     projections: torch.Tensor
     first: int
-    b: torch.Tensor
-    scale: float
+    b: Sequence[torch.Tensor]
+    scales: Sequence[float]
+
+    @property
+    def rank(self) -> int:
+        """Rank r of each adapter."""
+        return self.b[0].shape[1]
 
 
 def multiply_fragments(
     x: torch.Tensor,
-    weight: NF4Weight,
+    weights: Sequence[NF4Weight],
     *,
     side: LowRank | None = None,
-    shape: tuple[int, int, int] | None = None,
-) -> torch.Tensor:
-    """``x @ W.T`` for x [M, K] that :func:`takes_fragments` accepts.
+    shape: tuple[int, int] | None = None,
+) -> list[torch.Tensor]:
+    """``x @ W.T`` for each of ``weights``, which :func:`launch_together` and :func:`takes_fragments` accept.
 
     Args:
         x: [M, K].
-        weight: The quantized matrix.
-        side: Added before the result is rounded, or None.
+        weights: The quantized matrices [N_i, K].
+        side: Added before the results are rounded, or None.
         shape: Overrides :func:`launch_shape`.
 
     Returns:
-        [M, N].
+        [M, N_i] of each, contiguous.
     """
-    rows, (n, k) = x.shape[0], weight.shape
-    y = torch.empty((rows, n), dtype=x.dtype, device=x.device)
-    tiles = triton.cdiv(n, 16)
-    warps, programs, depth = shape or launch_shape(rows, tiles, processor_count(x.device))
-    columns = triton.cdiv(rows, 8)
-    parts, _, ranks = (0, 0, 0) if side is None else side.projections.shape
+    rows, k = x.shape
+    sizes = [weight.shape[0] for weight in weights]
+    y = torch.empty(rows * sum(sizes), dtype=x.dtype, device=x.device)
+    tiles = sum(triton.cdiv(n, 16) for n in sizes)
+    warps, programs = shape or launch_shape(rows, tiles, processor_count(x.device))
+    overlaps = overlaps_launches(x.device)
     with launch_on(x):
         nf4_fragments_kernel[(min(tiles, programs * processor_count(x.device)),)](
-            x, weight.packed, *scale_arguments(weight), y, rows, n, k // 64, tiles, x.stride(0), y.stride(0),
-            None if side is None else side.projections, None if side is None else side.b,
-            0.0 if side is None else side.scale, parts, ranks, 0 if side is None else side.first,
-            RANK=0 if side is None else side.b.shape[1], BLOCKSIZE=weight.blocksize, NESTED=weight.nested,
-            NESTED_BLOCKSIZE=weight.nested_blocksize,
-            HALF=x.dtype == torch.float16, COLUMNS=columns, WARPS=warps, DEPTH=depth, num_warps=warps,
+            x, tuple(weight.packed for weight in weights), *group_arguments(weights), y, rows, tuple(sizes), k // 64,
+            tiles, x.stride(0), *side_arguments(side), COUNT=len(weights), RANK=0 if side is None else side.rank,
+            PARTS=0 if side is None else side.projections.shape[0], BLOCKSIZE=weights[0].blocksize,
+            NESTED=weights[0].nested, NESTED_BLOCKSIZE=weights[0].nested_blocksize, HALF=x.dtype == torch.float16,
+            EARLY=overlaps, FEW=int(rows <= 4), COLUMNS=triton.cdiv(rows, 8), WARPS=warps, num_warps=warps,
+            **({"launch_pdl": True} if overlaps else {}),
         )  # fmt: skip
-    return y
+    return split_rows(y, rows, sizes)
 
 
-def launch_shape(rows: int, tiles: int, processors: int) -> tuple[int, int, int]:
-    """Warps of a program (1, 2, 4 or 8), programs a multiprocessor, and how many steps ahead words are loaded."""
-    if tiles < 4 * processors:  # more warps where tiles are few
-        return 8, 3 if rows <= 8 else 2, 1
-    return 4, 4 if rows <= 8 else 3, 1
+def group_arguments(weights: Sequence[NF4Weight]) -> tuple:
+    """The kernels' arguments that say how to decode: a code, and absmax, nested_code, ... of each matrix."""
+    _, *rest = zip(*(scale_arguments(weight) for weight in weights), strict=True)
+    return (weights[0].code, *rest)
+
+
+def side_arguments(side: LowRank | None) -> tuple:
+    """The kernels' arguments of ``side``: projections, their columns, the first of them, the B, their scales."""
+    if side is None:
+        return None, 0, 0, (), ()
+    return side.projections, side.projections.shape[2], side.first, tuple(side.b), tuple(side.scales)
+
+
+def split_rows(y: torch.Tensor, rows: int, sizes: Sequence[int]) -> list[torch.Tensor]:
+    """The matrices [rows, n] that lie in ``y`` one after the other."""
+    parts = y.split([rows * n for n in sizes])
+    return [part.view(rows, n) for part, n in zip(parts, sizes, strict=True)]
+
+
+def launch_shape(rows: int, tiles: int, processors: int) -> tuple[int, int]:
+    """Warps of a program (1, 2, 4 or 8), and programs a multiprocessor."""
+    return (8, 2) if rows <= 8 and tiles < 2 * processors else (4, 4)  # more warps where tiles are few
 
 
 def _load_pairs() -> tl.constexpr:
@@ -119,8 +150,12 @@ def _multiply_pair(columns: int, kind: str) -> tl.constexpr:
     Outputs, for each column: c0 to c3 of the first sum's fragment, then of the second's. Inputs: 16 bytes of row g,
     16 of row g + 8, this lane's place in the table, whether the lane's bytes belong to the second block, then for each
     column the address of x's values and whether the row exists (where it does not, nobody reads the sums).
+
+    No column: up to 4 rows of x in one, each there twice, once for each block. The lanes of one block have no x (it
+    does not "exist") for the other's, so that c0 and c2 are the first block's sums, c1 and c3 the second's.
     """
-    first = 8 * columns
+    few, columns = columns == 0, max(columns, 1)
+    first = 4 if few else 8 * columns
     lines = [".reg .pred later, p;", ".reg .f32 zero;", f".reg .b32 w<8>, a<4>, x<{16 * columns}>, y<2>;"]
     lines += ["mov.f32 zero, 0f00000000;", f"setp.ne.u32 later, ${first + 5}, 0;"]
     lines += [f"mov.b64 {{w{2 * i}, w{2 * i + 1}}}, ${first + i};" for i in range(4)]
@@ -140,8 +175,10 @@ def _multiply_pair(columns: int, kind: str) -> tl.constexpr:
             lines.append(f"ld.shared.b32 a{register}, [a{register}];")
         for column in range(columns):
             pair = [f"x{16 * column + 2 * step + i}" for i in range(2)]
-            lines += [f"selp.b32 y{i}, {pair[i]}, 0, later;" for i in range(2)]
-            for part, (b0, b1) in enumerate((pair, ("y0", "y1"))):
+            products = [pair] if few else [pair, ["y0", "y1"]]
+            if not few:
+                lines += [f"selp.b32 y{i}, {pair[i]}, 0, later;" for i in range(2)]
+            for part, (b0, b1) in enumerate(products):
                 sums = ", ".join(f"${8 * column + 4 * part + i}" for i in range(4))
                 before = "zero, zero, zero, zero" if step == 0 else sums
                 lines.append(
@@ -167,17 +204,19 @@ def _add_side(kind: str) -> tl.constexpr:
 
 
 THREAD = assembly("mov.u32 $0, %tid.x;")
-TABLE = assembly(".shared .align 128 .b8 table[32768];", "mov.u32 $0, table;")
+# Without a scope of their own, so that later instructions know them by name.
+TABLE = tl.constexpr(".shared .align 128 .b8 nf4_pairs[32768];\nmov.u32 $0, nf4_pairs;")
+NESTED_TABLE = tl.constexpr(".shared .align 16 .b8 nf4_scales[3072];\nmov.u32 $0, nf4_scales;")
 SUMS = tl.constexpr(
     tuple(assembly(f".shared .align 128 .b8 sums[{warps * 1024}];", "mov.u32 $0, sums;").value for warps in range(9))
 )
-NESTED_TABLE = assembly(".shared .align 16 .b8 nested[1024];", "mov.u32 $0, nested;")
 STORE_ONE = assembly("st.shared.f32 [$1], $2;", "mov.b32 $0, 0;")
 FILL = assembly("st.shared.v4.b32 [$1], {$2, $2, $2, $2};", "mov.b32 $0, 0;")
 PAIR_BF16 = assembly("cvt.rn.bf16x2.f32 $0, $2, $1;")
 PAIR_FP16 = assembly(  # for cards older than 8.0 too
     ".reg .b16 a, b;", "cvt.rn.f16.f32 a, $1;", "cvt.rn.f16.f32 b, $2;", "mov.b32 $0, {a, b};"
 )
+FETCH = assembly("prefetch.global.L2 [$1];", "prefetch.global.L2 [$2];", "mov.b32 $0, 0;")
 STAY = assembly("bar.warp.sync 0xffffffff;", "mov.b32 $0, 0;")  # loads before it are not moved behind it
 FROM_QUAD = assembly("shfl.sync.idx.b32 $0, $1, $2, 0x1c1f, 0xffffffff;")
 STORE_SUMS = assembly("st.shared.v2.f32 [$1], {$2, $3};", "st.shared.v2.f32 [$1 + 256], {$4, $5};", "mov.b32 $0, 0;")
@@ -191,14 +230,14 @@ STORE_FP16 = assembly(
     "mov.b32 $0, 0;",
 )  # fmt: skip
 LOAD_PAIRS = _load_pairs()
-MULTIPLY_BF16 = tl.constexpr(tuple(_multiply_pair(c, "bf16").value if c in (1, 2) else "" for c in range(3)))
-MULTIPLY_FP16 = tl.constexpr(tuple(_multiply_pair(c, "f16").value if c in (1, 2) else "" for c in range(3)))
+MULTIPLY_BF16 = tl.constexpr(tuple(_multiply_pair(c, "bf16").value for c in range(3)))
+MULTIPLY_FP16 = tl.constexpr(tuple(_multiply_pair(c, "f16").value for c in range(3)))
 ADD_SIDE_BF16, ADD_SIDE_FP16 = _add_side("bf16"), _add_side("f16")
 SUM_OF_FOUR = tl.constexpr((tl.float32,) * 4)
 EIGHT_WORDS = tl.constexpr((tl.int64,) * 8)
-SUM_TYPES = tl.constexpr(tuple((tl.float32,) * (8 * c) for c in range(3)))
+SUM_TYPES = tl.constexpr(tuple((tl.float32,) * (8 * c or 4) for c in range(3)))
 MULTIPLY_CONSTRAINTS = tl.constexpr(
-    tuple(",".join(["=&f"] * (8 * c) + ["l"] * 4 + ["r"] * 2 + ["l", "r"] * c) for c in range(3))
+    tuple(",".join(["=&f"] * (8 * c or 4) + ["l"] * 4 + ["r"] * 2 + ["l", "r"] * max(c, 1)) for c in range(3))
 )
 
 
@@ -224,12 +263,62 @@ def fill_table(code, HALF: tl.constexpr, THREADS: tl.constexpr):
 
 
 @triton.jit
-def sum_parts(projections, at, parts, stride, HALF: tl.constexpr):
-    """Two neighbouring entries of the projections, summed over the parts, as a pair of 16-bit numbers."""
+def fill_nested(nested_codes, THREADS: tl.constexpr, COUNT: tl.constexpr):
+    """Copy the scales' own codes, one after the other; returns their address in shared memory."""
+    table = assembly_int(NESTED_TABLE, "=r,r", [0])
+    thread = assembly_int(THREAD, "=r,r", [0])
+    for i in tl.static_range(COUNT):
+        for start in tl.static_range(0, 256, THREADS):
+            entry = (start + thread) & 255
+            value = tl.load(nested_codes[i] + entry)
+            assembly_int(STORE_ONE, "=r,r,f", [table + i * 1024 + entry * 4, value])
+    return table
+
+
+@triton.jit
+def pick(which, values, COUNT: tl.constexpr):
+    """``values[which]``."""
+    found = values[0]
+    for i in tl.static_range(1, COUNT):
+        found = tl.where(which == i, values[i], found)
+    return found
+
+
+@triton.jit
+def pick_pointer(which, pointers, COUNT: tl.constexpr):
+    """``pointers[which]``, for pointers to 16 aligned bytes."""
+    if COUNT == 1:
+        return pointers[0]
+    else:
+        address = pointers[0].to(tl.int64)
+        for i in tl.static_range(1, COUNT):
+            address = tl.where(which == i, pointers[i].to(tl.int64), address)
+        return tl.multiple_of(address.to(pointers[0].dtype), 16)
+
+
+@triton.jit
+def find_matrix(tile, sizes, TILE: tl.constexpr, COUNT: tl.constexpr):
+    """Which matrix a tile of all matrices' rows is of, that matrix' first tile, and the rows before it."""
+    which, first, before, end, rows = 0, 0, 0, 0, 0
+    for i in tl.static_range(COUNT - 1):
+        end += tl.cdiv(sizes[i], TILE)
+        rows += sizes[i]
+        later = tile >= end
+        which = tl.where(later, i + 1, which)
+        first = tl.where(later, end, first)
+        before = tl.where(later, rows, before)
+    return which, first, before
+
+
+@triton.jit
+def sum_parts(projections, at, stride, HALF: tl.constexpr, PARTS: tl.constexpr):
+    """Entries ``at`` (even) and ``at + 1`` of the projections, summed over the parts, as a pair of 16-bit numbers."""
+    pairs = projections.to(tl.int64).to(tl.pointer_type(tl.int64))
     first, second = 0.0, 0.0
-    for part in range(parts):
-        first += tl.load(projections + part * stride + at)
-        second += tl.load(projections + part * stride + at + 1)
+    for part in tl.static_range(PARTS):
+        pair = tl.load(pairs + (part * stride + at) // 2)
+        first += pair.to(tl.int32).to(tl.float32, bitcast=True)
+        second += (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     return assembly_int(PAIR_FP16 if HALF else PAIR_BF16, "=r,f,f", [first, second])
 
 
@@ -261,14 +350,19 @@ def load_codes(
 
 @triton.jit
 def load_step(
-    words, absmax, nested_absmax, tile, first, n, k_blocks, g, t, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
-    NESTED_BLOCKSIZE: tl.constexpr,
+    words, absmax, nested_absmax, tile, first, sizes, k_blocks, g, t, COUNT: tl.constexpr, BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
 ):  # fmt: skip
     """Words (8) and what scales are made of (4) of four blocks in two rows of a tile (or of any tile)."""
-    row0, row1 = tl.minimum(tile * 16 + g, n - 1), tl.minimum(tile * 16 + 8 + g, n - 1)
-    found = load_pairs(words, row0, row1, first, k_blocks, t)
-    code0, nested0 = load_codes(absmax, nested_absmax, row0, first, k_blocks, t, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE)
-    code1, nested1 = load_codes(absmax, nested_absmax, row1, first, k_blocks, t, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE)
+    which, before, _ = find_matrix(tile, sizes, 16, COUNT)
+    row, n = (tile - before) * 16 + g, pick(which, sizes, COUNT)
+    row0, row1 = tl.minimum(row, n - 1), tl.minimum(row + 8, n - 1)
+    found = load_pairs(pick_pointer(which, words, COUNT), row0, row1, first, k_blocks, t)
+    absmax, nested = pick_pointer(which, absmax, COUNT), nested_absmax[0]
+    if NESTED:
+        nested = pick_pointer(which, nested_absmax, COUNT)
+    code0, nested0 = load_codes(absmax, nested, row0, first, k_blocks, t, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE)
+    code1, nested1 = load_codes(absmax, nested, row1, first, k_blocks, t, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE)
     return found + (code0, nested0, code1, nested1)
 
 
@@ -299,52 +393,59 @@ def of_quad(value, lane: tl.constexpr):
 
 @triton.jit
 def nf4_fragments_kernel(  # noqa: C901  its switches are compile-time constants
-    x, words, code, absmax, nested_code, nested_absmax, offset, y, m, n, k_blocks, tiles, stride_x, stride_y,
-    projections, side_b, side_scale, parts, ranks, first_rank, RANK: tl.constexpr,
+    x, words, code, absmax, nested_codes, nested_absmax, offsets, y, m, sizes, k_blocks, tiles, stride_x, projections,
+    ranks, first_rank, side_b, side_scales, COUNT: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
     BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, HALF: tl.constexpr,
-    COLUMNS: tl.constexpr, WARPS: tl.constexpr, DEPTH: tl.constexpr,
+    EARLY: tl.constexpr, FEW: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """A program computes every tile of 16 outputs that is its own, for up to 8 * COLUMNS rows of x."""
+    """A program computes every tile of 16 outputs that is its own, for up to 8 * COLUMNS rows of x.
+
+    Tiles are counted through all matrices. EARLY: the kernel ahead may still be at work; it makes the projections, or x
+    where there are none. FEW: at most 4 rows, for which half of the products do.
+    """
     thread = assembly_int(THREAD, "=r,r", [0])
     lane, warp = thread & 31, thread >> 5
     g, t = lane >> 2, lane & 3
     steps = tl.cdiv(tl.cdiv(k_blocks, 4), WARPS)
+    form: tl.constexpr = 0 if FEW else COLUMNS
     tile, first = tl.program_id(0), warp * 4
-    waiting = tl.tuple(())  # what DEPTH steps will need, the next one first
-    for _ in tl.static_range(DEPTH):
-        waiting = waiting + load_step(
-            words, absmax, nested_absmax, tile, first, n, k_blocks, g, t, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE
-        )
-        tile, first = next_step(tile, first, warp, steps, WARPS)
-    shift, nested_table = 0.0, 0
+    waiting = load_step(
+        words, absmax, nested_absmax, tile, first, sizes, k_blocks, g, t, COUNT, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE
+    )
+    tile, first = next_step(tile, first, warp, steps, WARPS)
+    shifts, nested_table = (0.0,) * COUNT, 0
     if NESTED:
-        shift = tl.load(offset)
-        nested_table = assembly_int(NESTED_TABLE, "=r,r", [0])
-        for start in tl.static_range(0, 256, 32 * WARPS):
-            entry = (start + thread) & 255
-            assembly_int(STORE_ONE, "=r,r,f", [nested_table + entry * 4, tl.load(nested_code + entry)])
+        shifts = tl.tuple(())
+        for i in tl.static_range(COUNT):
+            shifts = shifts + (tl.load(offsets[i]),)
+        nested_table = fill_nested(nested_codes, 32 * WARPS, COUNT)
     table = fill_table(code, HALF, 32 * WARPS) + lane * 4
     sums = tl.inline_asm_elementwise(SUMS[WARPS], "=r,r", [0], dtype=tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()
+    if EARLY and not RANK:
+        gdc_wait()
     inputs = tl.tuple(())
     for column in tl.static_range(COLUMNS):
-        row = tl.minimum(column * 8 + g, m - 1)
+        row = tl.minimum((column * 8 + g) >> FEW, m - 1)
         inputs = inputs + (x.to(tl.int64) + row.to(tl.int64) * stride_x * 2,)
-    thin = tl.tuple(())
-    for column in tl.static_range(COLUMNS):
-        for i in tl.static_range(RANK // 8):
-            at = tl.minimum(column * 8 + g, m - 1) * ranks + first_rank + 8 * i + 2 * t
-            thin = thin + (sum_parts(projections, at, parts, m * ranks, HALF),)
     parity, ahead = 0, tile
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        which, before, rows_before = find_matrix(tile, sizes, 16, COUNT)
+        n, shift, tile_row = pick(which, sizes, COUNT), pick(which, shifts, COUNT), (tile - before) * 16
+        entries = nested_table + which * 1024
         total = (0.0,) * (4 * COLUMNS)
+        b_at, b_row0, b_row1 = x.to(tl.int64), tl.minimum(tile_row + g, n - 1), tl.minimum(tile_row + 8 + g, n - 1)
+        if RANK:  # needed at the end of the tile
+            b_at = pick_pointer(which, side_b, COUNT).to(tl.int64) + t * 4
+            assembly_int(FETCH, "=r,l,l", [b_at + b_row0 * (RANK * 2), b_at + b_row1 * (RANK * 2)])
         for step in range(steps):
             current, place = waiting, (step * WARPS + warp) * 4
-            scale0 = finish_scale(current[8], current[9], shift, nested_table, place + t < k_blocks, NESTED)
-            scale1 = finish_scale(current[10], current[11], shift, nested_table, place + t < k_blocks, NESTED)
-            waiting = waiting[12:] + load_step(
-                words, absmax, nested_absmax, ahead, first, n, k_blocks, g, t, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE
-            )
+            scale0 = finish_scale(current[8], current[9], shift, entries, place + t < k_blocks, NESTED)
+            scale1 = finish_scale(current[10], current[11], shift, entries, place + t < k_blocks, NESTED)
+            waiting = load_step(
+                words, absmax, nested_absmax, ahead, first, sizes, k_blocks, g, t, COUNT, BLOCKSIZE, NESTED,
+                NESTED_BLOCKSIZE,
+            )  # fmt: skip
             ahead, first = next_step(ahead, first, warp, steps, WARPS)
             assembly_int(STAY, "=r,r", [0])
             for pair in tl.static_range(2):
@@ -352,33 +453,47 @@ def nf4_fragments_kernel(  # noqa: C901  its switches are compile-time constants
                 operands = [current[2 * pair], current[2 * pair + 1], current[4 + 2 * pair], current[5 + 2 * pair],
                             table, t >> 1]  # fmt: skip
                 for column in tl.static_range(COLUMNS):
-                    operands = operands + [inputs[column] + at, (column * 8 + g < m).to(tl.int32)]
+                    exists = (column * 8 + g) >> FEW < m
+                    if FEW:
+                        exists = exists & ((g & 1) == (t >> 1))
+                    operands = operands + [inputs[column] + at, exists.to(tl.int32)]
                 part = tl.inline_asm_elementwise(
-                    MULTIPLY_FP16[COLUMNS] if HALF else MULTIPLY_BF16[COLUMNS], MULTIPLY_CONSTRAINTS[COLUMNS],
-                    operands, dtype=SUM_TYPES[COLUMNS], is_pure=False, pack=1,
+                    MULTIPLY_FP16[form] if HALF else MULTIPLY_BF16[form], MULTIPLY_CONSTRAINTS[form], operands,
+                    dtype=SUM_TYPES[form], is_pure=False, pack=1,
                 )  # fmt: skip
                 first0, second0 = of_quad(scale0, 2 * pair), of_quad(scale0, 2 * pair + 1)
                 first1, second1 = of_quad(scale1, 2 * pair), of_quad(scale1, 2 * pair + 1)
+                if FEW:  # a row's sums are those of column 2 t
+                    total = (
+                        total[0] + first0 * part[0] + second0 * part[1], 0.0,
+                        total[2] + first1 * part[2] + second1 * part[3], 0.0,
+                    )  # fmt: skip
                 grown = tl.tuple(())
-                for i in tl.static_range(4 * COLUMNS):
+                for i in tl.static_range(0 if FEW else 4 * COLUMNS):
                     both, second = part[8 * (i // 4) + i % 4], part[8 * (i // 4) + 4 + i % 4]
                     value = total[i] + (first0 if i % 4 < 2 else first1) * (both - second)
                     grown = grown + (value + (second0 if i % 4 < 2 else second1) * second,)
-                total = grown
-        for s in tl.static_range(RANK // 16):  # every warp computes it, one counts it
-            factor = tl.where(warp == s % WARPS, side_scale, 0.0)
-            b_row0 = side_b.to(tl.int64) + (tl.minimum(tile * 16 + g, n - 1) * RANK + 16 * s + 2 * t) * 2
-            b_row1 = side_b.to(tl.int64) + (tl.minimum(tile * 16 + 8 + g, n - 1) * RANK + 16 * s + 2 * t) * 2
-            for column in tl.static_range(COLUMNS):
-                part = tl.inline_asm_elementwise(
-                    ADD_SIDE_FP16 if HALF else ADD_SIDE_BF16, "=&f,=&f,=&f,=&f,l,l,r,r",
-                    [b_row0, b_row1, thin[column * (RANK // 8) + 2 * s], thin[column * (RANK // 8) + 2 * s + 1]],
-                    dtype=SUM_OF_FOUR, is_pure=False, pack=1,
-                )  # fmt: skip
-                grown = tl.tuple(())
-                for i in tl.static_range(4 * COLUMNS):
-                    grown = grown + (total[i] + factor * part[i % 4] if i // 4 == column else total[i],)
-                total = grown
+                if not FEW:
+                    total = grown
+        if RANK:  # every warp computes it, one counts it
+            if EARLY:
+                gdc_wait()
+            side_scale = pick(which, side_scales, COUNT)
+            for s in tl.static_range(RANK // 16):
+                factor = tl.where(warp == s % WARPS, side_scale, 0.0)
+                rows_of_b = [b_at + (b_row0 * RANK + 16 * s) * 2, b_at + (b_row1 * RANK + 16 * s) * 2]
+                for column in tl.static_range(COLUMNS):
+                    at = tl.minimum((column * 8 + g) >> FEW, m - 1) * ranks + first_rank + which * RANK + 16 * s + 2 * t
+                    low = sum_parts(projections, at, m * ranks, HALF, PARTS)
+                    high = sum_parts(projections, at + 8, m * ranks, HALF, PARTS)
+                    part = tl.inline_asm_elementwise(
+                        ADD_SIDE_FP16 if HALF else ADD_SIDE_BF16, "=&f,=&f,=&f,=&f,l,l,r,r",
+                        rows_of_b + [low, high], dtype=SUM_OF_FOUR, is_pure=False, pack=1,
+                    )  # fmt: skip
+                    grown = tl.tuple(())
+                    for i in tl.static_range(4 * COLUMNS):
+                        grown = grown + (total[i] + factor * part[i % 4] if i // 4 == column else total[i],)
+                    total = grown
         for column in tl.static_range(COLUMNS):
             base = sums + parity * (WARPS * 512)
             assembly_int(
@@ -392,12 +507,12 @@ def nf4_fragments_kernel(  # noqa: C901  its switches are compile-time constants
                 value = 0.0
                 for other in tl.static_range(WARPS):
                     value += tl.inline_asm_elementwise(
-                        LOAD_SUM, "=f,r", [base + other * 512 + row * 32 + (batch & 7) * 4], dtype=tl.float32,
+                        LOAD_SUM, "=f,r", [base + other * 512 + row * 32 + ((batch << FEW) & 7) * 4], dtype=tl.float32,
                         is_pure=False, pack=1,
                     )  # fmt: skip
-                out = tile * 16 + row
+                out = tile_row + row
                 wanted = ((start + thread < 128) & (out < n) & (batch < m)).to(tl.int32)
-                to = y.to(tl.int64) + (batch.to(tl.int64) * stride_y + out) * 2
+                to = y.to(tl.int64) + (rows_before * m + batch * n + out).to(tl.int64) * 2
                 assembly_int(STORE_FP16 if HALF else STORE_BF16, "=r,l,f,r", [to, value, wanted])
             parity = 1 - parity
 
@@ -409,14 +524,19 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     """
     if float_dtype != "bf16":
         return []
-    signature = scale_signature() | {"x": "*bf16", "words": "*u8", "y": "*bf16"}
-    signature |= dict.fromkeys(("m", "n", "k_blocks", "tiles", "stride_x", "stride_y"), "i32")
-    signature |= {"projections": "*fp32", "side_b": "*bf16", "side_scale": "fp32"}
-    signature |= dict.fromkeys(("parts", "ranks", "first_rank"), "i32")
     examples = []
-    for columns, nested in ((1, True), (2, False)):
-        constants = {"BLOCKSIZE": 64, "NESTED": nested, "NESTED_BLOCKSIZE": 256, "HALF": not nested}
-        constants |= {"COLUMNS": columns, "WARPS": 4, "RANK": 32, "DEPTH": 2}
-        types = signature if nested else {**signature, "x": "*fp16", "y": "*fp16", "side_b": "*fp16", "absmax": "*fp32"}
-        examples.append((nf4_fragments_kernel, types, constants, {"num_warps": 4}))
+    for columns, nested, count in ((1, True, 3), (2, False, 1)):
+        kind = "bf16" if nested else "fp16"
+        signature = group_signature(kind, "*u8", nested, count) | {"x": f"*{kind}", "y": f"*{kind}"}
+        signature |= dict.fromkeys(("m", "k_blocks", "tiles", "stride_x", "ranks", "first_rank"), "i32")
+        constants = {"COUNT": count, "BLOCKSIZE": 64, "NESTED": nested, "NESTED_BLOCKSIZE": 256, "HALF": not nested}
+        constants |= {"FEW": int(nested), "COLUMNS": columns, "WARPS": 4, "RANK": 32, "PARTS": 8, "EARLY": False}
+        examples.append((nf4_fragments_kernel, signature, constants, {"num_warps": 4}))
     return examples
+
+
+def group_signature(float_dtype: str, words: str, nested: bool, count: int) -> dict[str, str | tuple[str, ...]]:
+    """Types of the arguments that describe ``count`` matrices and what is added to their products."""
+    kinds = {"words": words, "absmax": "*u8" if nested else "*fp32", "nested_codes": "*fp32", "nested_absmax": "*fp32"}
+    kinds |= {"offsets": "*fp32", "side_b": f"*{float_dtype}", "side_scales": "fp32", "sizes": "i32"}
+    return {name: (kind,) * count for name, kind in kinds.items()} | {"code": "*fp32", "projections": "*fp32"}

@@ -115,7 +115,8 @@ def rms_norm_forward(
     with launch_on(x):
         rms_norm_forward_kernel[(triton.cdiv(rows, tile),)](
             x, residual, weight, y, h, rows, n, x.stride(0), row_stride(residual), y.stride(0),
-            eps, offset, ADD=residual is not None, WEIGHT=weight is not None, ROWS=tile, BLOCK=block, num_warps=warps,
+            eps, offset, ADD=residual is not None, WEIGHT=weight is not None, EARLY=overlaps_launches(x.device),
+            ROWS=tile, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return y, h
 
@@ -200,9 +201,11 @@ class _RMSNorm(torch.autograd.Function):
 @triton.jit(do_not_specialize=["rows"])  # one compilation for every number of rows
 def rms_norm_forward_kernel(
     x, residual, weight, y, h, rows, n, stride_x, stride_r, stride_y, eps, offset,
-    ADD: tl.constexpr, WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ADD: tl.constexpr, WEIGHT: tl.constexpr, EARLY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program normalizes ROWS rows, each held whole in registers; h is contiguous."""
+    if EARLY:  # a product that waits for this may be launched
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (col < n)
@@ -257,7 +260,7 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     backward |= dict.fromkeys(("rows", "n", "stride_dy", "stride_h", "stride_dh"), i32) | {"eps": f32, "offset": f32}
     shape = {"ROWS": tile, "BLOCK": block, "WEIGHT": True, "ADD": True}
     return [
-        (rms_norm_forward_kernel, forward, shape, {"num_warps": warps}),
+        (rms_norm_forward_kernel, forward, {**shape, "EARLY": False}, {"num_warps": warps}),
         (
             rms_norm_backward_kernel,
             backward,
