@@ -1,6 +1,7 @@
 """Teach a small model to answer an order with the kitchen ticket instead of chatter, by preferences alone.
 
-python examples/preference.py [dpo|orpo|kto|simpo] [--smoke]; --smoke trains two steps.
+python examples/preference.py [dpo|orpo|kto|simpo] [--smoke] [--seed=1]; --smoke trains two steps. The seed decides on
+the adapter's first weights and on the order of the pairs.
 """
 
 import sys
@@ -13,6 +14,7 @@ from unsloth import FastLanguageModel
 from unsloth.data import demo
 
 smoke = "--smoke" in sys.argv
+seed = next((int(part.removeprefix("--seed=")) for part in sys.argv if part.startswith("--seed=")), 3407)
 method = next((name for name in sys.argv[1:] if not name.startswith("-")), "dpo")
 output = tempfile.mkdtemp(prefix="preference-") if smoke else f"outputs/preference-{method}"
 
@@ -47,7 +49,9 @@ METHODS = {  # trainer, and what is particular to it
 name, particular = METHODS[method]
 heldout = pairs(demo.heldout_rows(), HELDOUT_CHATTER)[: 2 if smoke else None]
 model, tokenizer = FastLanguageModel.from_pretrained("embedded:SmolLM2-135M-Instruct", max_seq_length=256)
-model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=32, use_gradient_checkpointing=False)
+model = FastLanguageModel.get_peft_model(
+    model, r=16, lora_alpha=32, use_gradient_checkpointing=False, random_state=seed
+)
 settings = {
     "max_steps": 2 if smoke else 12,
     "per_device_train_batch_size": 1 if smoke else 4,
@@ -55,6 +59,7 @@ settings = {
     "logging_steps": 1,
     "save_strategy": "no",
     "report_to": "none",
+    "seed": seed,
 }
 trainer = getattr(unsloth, f"{name}Trainer")(
     model=model,

@@ -44,7 +44,7 @@ def test_without_a_size_it_looks_at_this_machine(estimate):
     assert code == 0 and "free on" in shown
 
 
-@pytest.mark.parametrize("method", ["dpo", "kto", "simpo"])
+@pytest.mark.parametrize("method", ["dpo", "kto", "simpo", "reward"])
 def test_methods_that_learn_from_preferences(estimate, method):
     code, shown = estimate("--memory", "200MB", "--set", f"training.method={method}")
     assert code == 0 and "A step of 8 x" in shown and "Largest batch with" in shown

@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -197,7 +197,7 @@ def test_the_memory_policy_of_either_section_holds(run_file, monkeypatch, sectio
     assert run.adapter.use_gradient_checkpointing == (False if kept else "unsloth")
 
 
-@pytest.mark.parametrize("method", ["dpo", "kto", "orpo", "simpo"])
+@pytest.mark.parametrize("method", ["dpo", "kto", "orpo", "simpo", "reward"])
 def test_preferences_from_a_file(run_file, tmp_path, monkeypatch, capsys, method):
     rows = [{"prompt": f"Say {i}:", "chosen": f" yes {i}", "rejected": f" no, never {i}"} for i in range(10)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -211,7 +211,8 @@ def test_preferences_from_a_file(run_file, tmp_path, monkeypatch, capsys, method
     assert "[[·yes·0<|im_end|>" in shown and ("[[·no,·never·0<|im_end|>" in shown) == (method != "kto")
     assert command(monkeypatch, "train", file) == 0
     assert "held-out loss" in capsys.readouterr().out
-    AutoPeftModelForCausalLM.from_pretrained(tmp_path / "outputs/adapter")
+    kind = AutoPeftModelForSequenceClassification if method == "reward" else AutoPeftModelForCausalLM
+    kind.from_pretrained(tmp_path / "outputs/adapter", **({"num_labels": 1} if method == "reward" else {}))
 
 
 @pytest.mark.parametrize(
@@ -222,7 +223,7 @@ def test_preferences_from_a_file(run_file, tmp_path, monkeypatch, capsys, method
             "dataset_text_field is not a key",
         ),
         ({"training": {"method": "orpo", "cpo_alpha": 0.5}}, "training.method: cpo or simpo"),
-        ({"training": {"method": "ppo"}}, "must be one of sft, dpo, grpo, kto, orpo, cpo, simpo"),
+        ({"training": {"method": "ppo"}}, "must be one of sft, dpo, grpo, kto, reward, orpo, cpo, simpo"),
         ({"training": {"method": "dpo", "beta": "high"}}, "must be a number"),
         ({"training": {"beta": 0.1}}, "belongs to training.method: dpo or grpo or kto or orpo or cpo or simpo"),
         ({"training": {"method": "dpo"}}, "data.responses_only has no meaning with training.method dpo"),

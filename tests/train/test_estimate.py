@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, Qwen3Config
+from transformers import AutoModelForSequenceClassification, LlamaConfig, Qwen3Config
 
 from unsloth import (
     CPOConfig,
@@ -22,10 +22,10 @@ from unsloth import (
     ORPOConfig,
     ORPOTrainer,
     RewardConfig,
+    RewardTrainer,
     SFTConfig,
     SFTTrainer,
 )
-from unsloth.core.errors import ConfigError
 from unsloth.memory.budget import Budget
 from unsloth.models.adapters import AdapterOptions
 from unsloth.models.load import LoadOptions
@@ -108,6 +108,7 @@ PREFERENCE = {
     "orpo": (ORPOTrainer, ORPOConfig, "16bit"),
     "cpo, whole logits": (CPOTrainer, CPOConfig, "16bit"),
     "dpo, all weights": (DPOTrainer, DPOConfig, "full"),
+    "reward": (RewardTrainer, RewardConfig, "4bit"),
 }
 
 
@@ -115,8 +116,9 @@ PREFERENCE = {
 def test_the_estimate_of_preference_training_is_what_is_allocated(tiny, tmp_path, method):
     trainer, config, precision = PREFERENCE[method]
     folder, length, batch = tiny(), 160, 3
+    head = {"auto_model": AutoModelForSequenceClassification, "num_labels": 1} if method == "reward" else {}
     model, tokenizer = FastLanguageModel.from_pretrained(
-        str(folder), max_seq_length=256, dtype=torch.float32, fast_layers=False, **{SWITCHES[precision]: True}
+        str(folder), max_seq_length=256, dtype=torch.float32, fast_layers=False, **{SWITCHES[precision]: True}, **head
     )
     model = FastLanguageModel.get_peft_model(model, r=8, use_gradient_checkpointing=False)
 
@@ -217,11 +219,6 @@ def test_the_estimate_of_grpo_on_a_gpu(tmp_path, case):
     assert sampling / 2**30 == pytest.approx(measured[0], rel=0.1)
     assert sum(found.parts().values()) / 2**30 == pytest.approx(measured[1], rel=0.1)
     assert found.total == max(sampling, sum(found.parts().values()))
-
-
-def test_a_reward_model_is_refused(tiny):
-    with pytest.raises(ConfigError, match="reward model"):
-        estimate(LoadOptions(str(tiny()), 256), AdapterOptions(), RewardConfig())
 
 
 @pytest.mark.parametrize("precision", ["4bit", "16bit", "full"])

@@ -4,7 +4,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl.trainer.reward_trainer import RewardTrainer as TRLTrainer
 
-from unsloth import RewardConfig, RewardTrainer
+from unsloth import FastLanguageModel, RewardConfig, RewardTrainer
 from unsloth.core.errors import ConfigError, DataError
 
 ROWS = [
@@ -49,6 +49,25 @@ def test_it_learns_to_score(tiny, tokenizer, tmp_path):
     after = trainer.evaluate(ROWS)
     assert after["eval_accuracy"] == 1 and after["eval_margin"] > before["eval_margin"] + 0.5
     assert after["eval_loss"] < before["eval_loss"]
+
+
+@pytest.mark.parametrize("how", ["load_in_4bit", "load_in_16bit", "full_finetuning"])
+def test_a_language_model_becomes_a_reward_model(tiny, tokenizer, tmp_path, how):
+    head = {"auto_model": AutoModelForSequenceClassification, "num_labels": 1}
+    made = [FastLanguageModel.from_pretrained(str(tiny()), dtype=torch.float32, **{how: True}, **head) for _ in "ab"]
+    assert torch.equal(*(model.score.weight for model, _ in made))  # which no file had
+    model = FastLanguageModel.get_peft_model(made[0][0], r=4)
+    args = config(tmp_path, learning_rate=1e-2)
+    trainer = RewardTrainer(model=model, tokenizer=tokenizer, train_dataset=ROWS, eval_dataset=ROWS, args=args)
+    trainer.train()
+    assert trainer.evaluate()["eval_accuracy"] == 1
+    model.save_pretrained(tmp_path / "made")
+    if how == "full_finetuning":
+        tokenizer.save_pretrained(tmp_path / "made")
+    again, _ = FastLanguageModel.from_pretrained(str(tmp_path / "made"), dtype=torch.float32, **{how: True}, **head)
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        assert (again.eval()(ids).logits - model.eval()(ids).logits).abs().max() < 1e-4
 
 
 def test_margins_are_asked_for(tiny, tokenizer, tmp_path):

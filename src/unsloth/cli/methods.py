@@ -25,6 +25,7 @@ from unsloth.train.kto import KTOConfig, KTOTrainer
 from unsloth.train.orpo import ORPOConfig, ORPOTrainer
 from unsloth.train.preference import options_of
 from unsloth.train.prompt_rows import encode_prompt, prompt_rows
+from unsloth.train.reward import RewardConfig, RewardTrainer
 from unsloth.train.sft import SFTTrainer
 
 _TEXT_ONLY = ("text_field", "responses_only", "instruction_part", "response_part")
@@ -124,6 +125,7 @@ METHODS = {
     "dpo": Method(DPOTrainer, DPOConfig, partial(_preferences, prepare_pairs)),
     "grpo": Method(GRPOTrainer, GRPOConfig, _prompts),
     "kto": Method(KTOTrainer, KTOConfig, partial(_preferences, prepare_rated)),
+    "reward": Method(RewardTrainer, RewardConfig, partial(_preferences, prepare_pairs)),
     "orpo": Method(ORPOTrainer, ORPOConfig, partial(_preferences, prepare_pairs)),
     "cpo": Method(CPOTrainer, CPOConfig, partial(_preferences, prepare_pairs)),
     "simpo": Method(

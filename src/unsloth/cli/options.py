@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoModelForSequenceClassification
+
 from unsloth.cli.methods import method_of
 from unsloth.cli.run_config import RunConfig
 from unsloth.core.errors import ConfigError
@@ -20,7 +22,8 @@ _OUTPUT = "outputs"
 
 def model_arguments(config: RunConfig, trust_remote_code: bool) -> dict[str, Any]:
     """Arguments for ``FastLanguageModel.from_pretrained``."""
-    return {**config.model, "trust_remote_code": trust_remote_code}
+    head = {"auto_model": AutoModelForSequenceClassification, "num_labels": 1} if config.method == "reward" else {}
+    return {**config.model, **head, "trust_remote_code": trust_remote_code}
 
 
 def load_options(config: RunConfig, trust_remote_code: bool) -> load.LoadOptions:
@@ -29,7 +32,8 @@ def load_options(config: RunConfig, trust_remote_code: bool) -> load.LoadOptions
     Raises:
         ConfigError: A value out of range.
     """
-    known = {name: value for name, value in config.model.items() if name in load.LoadOptions.__dataclass_fields__}
+    given = model_arguments(config, trust_remote_code)
+    known = {name: value for name, value in given.items() if name in load.LoadOptions.__dataclass_fields__}
     mixed = known.pop("float32_mixed_precision", True)
     return load.LoadOptions(
         **{
@@ -37,7 +41,6 @@ def load_options(config: RunConfig, trust_remote_code: bool) -> load.LoadOptions
             "dtype": load.parse_dtype(known.get("dtype")),
             "precision": load.choose_precision(*(config.model.get(switch) for switch in _SWITCHES)),
             "float32_mixed_precision": mixed is not False,
-            "trust_remote_code": trust_remote_code,
         }
     )
 

@@ -73,6 +73,7 @@ TRAINING = {
         *_PREFERENCE,
         ClassSource("unsloth", "train/kto.py", "KTOConfig"),
     ),
+    "reward": (_PLAIN, _TRL, ClassSource("trl", "trainer/reward_config.py", "RewardConfig"), *_PREFERENCE),
     "orpo": (*_PAIRED, ClassSource("unsloth", "train/orpo.py", "ORPOConfig")),
     "cpo": _CPO,
     "simpo": _CPO,

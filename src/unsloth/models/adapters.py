@@ -49,7 +49,7 @@ class AdapterOptions:
         modules_to_save: Modules to train in full and to save with the adapter.
         init_lora_weights: PEFT's initialization schemes.
         loftq_config: PEFT's LoftQ configuration.
-        task_type: PEFT's task type.
+        task_type: PEFT's task type; the default stands for ``"SEQ_CLS"`` where the model classifies sequences.
         use_gradient_checkpointing: Memory policy while training.
         random_state: Seed of the initial values.
     """
@@ -107,6 +107,7 @@ def add(model: PreTrainedModel, options: AdapterOptions) -> PeftModel | PreTrain
             "DoRA on 8-bit weights does not work on the CPU, where PEFT's forward pass destroys their scales",
             do="Load in 4 or 16 bits, or leave use_dora out.",
         )
+    classifies = options.task_type == "CAUSAL_LM" and record.is_classifier(model)  # PEFT trains its head, then
     targets, full = _targets(model, options.target_modules)
     saved = list(dict.fromkeys([*(options.modules_to_save or ()), *full]))
     config = LoraConfig(
@@ -123,7 +124,7 @@ def add(model: PreTrainedModel, options: AdapterOptions) -> PeftModel | PreTrain
         ensure_weight_tying=bool(full) and _is_tied(model),
         init_lora_weights=options.init_lora_weights,  # type: ignore[arg-type]
         loftq_config=options.loftq_config or {},
-        task_type=options.task_type,
+        task_type="SEQ_CLS" if classifies else options.task_type,
     )
     set_seed(options.random_state)
     for parameter in model.parameters():

@@ -21,6 +21,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    set_seed,
 )
 
 from unsloth.core import device, settings
@@ -207,9 +208,11 @@ def _load_base(
         "output_loading_info": True,
         **more,
     }
+    if options.auto_model is not None:
+        set_seed(options.random_state)  # for a head that the files may not have
     with allocator.freed_at_once():
         model, info = _from_pretrained(found, form, options, arguments)
-    _check_complete(found, info)
+    _check_complete(found, info, model)
     if form.precision in ("4bit", "8bit"):
         _check_shapes(found, model)
     if form.stored == "bitsandbytes":
@@ -306,10 +309,16 @@ def _unknown_argument(options: LoadOptions, error: TypeError) -> ConfigError | N
     )
 
 
-def _check_complete(found: source.Source, info: Mapping[str, Any]) -> None:
-    """Refuse a model some of whose tensors were not in its files, and would be random."""
+def _check_complete(found: source.Source, info: Mapping[str, Any], model: PreTrainedModel) -> None:
+    """Refuse a model some of whose tensors were not in its files, and would be random.
+
+    A classifier's head is no part of a language model's files, and may be.
+    """
     missing = sorted(info.get("missing_keys") or ())
     if not missing:
+        return
+    if record.is_classifier(model) and not any(name.startswith(f"{model.base_model_prefix}.") for name in missing):
+        logger.info("'%s' has no %s: it is new, and has to be trained", found.name, ", ".join(missing))
         return
     if settings.allow_uninitialized_weights():
         logger.warning("%d tensors of '%s' are missing and were initialized at random", len(missing), found.name)

@@ -63,6 +63,11 @@ def transformers_model(model: torch.nn.Module) -> PreTrainedModel:
     return inner
 
 
+def is_classifier(model: torch.nn.Module) -> bool:
+    """Whether ``model`` gives scores of whole sequences instead of logits of tokens."""
+    return type(transformers_model(model)).__name__.endswith("ForSequenceClassification")
+
+
 def attach(model: PreTrainedModel, record: LoadRecord) -> None:
     """Store ``record`` on the model (again, with other values, if need be)."""
     setattr(model, _ATTRIBUTE, record)

@@ -15,9 +15,8 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from transformers import PretrainedConfig
+from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
-from unsloth.core.errors import ConfigError
 from unsloth.generate.options import EngineOptions
 from unsloth.kernels.logprobs import logprobs
 from unsloth.layers import host_embedding
@@ -36,7 +35,7 @@ from unsloth.train.rollouts import cache_pages, page_bytes
 from unsloth.train.token_logprobs import head_options
 
 Training = SFTConfig | DPOConfig | KTOConfig | PairedArguments | GRPOConfig | RewardConfig
-"""The configurations of all trainers; a run of any but the last is estimated."""
+"""The configurations of all trainers whose runs are estimated."""
 
 # The fused head works through the logits in tiles of at most this size, in float32.
 _TILE_TOKENS, _TILE_VOCABULARY = 4096, 32768
@@ -166,12 +165,11 @@ def estimate(
 
     Raises:
         UnslothError: The model's configuration cannot be read, or the adapter does not fit it.
-        ConfigError: A reward model is to be trained, whose head is another.
     """
-    if isinstance(training, RewardConfig):
-        raise ConfigError("the memory of training a reward model is not estimated", got=type(training).__name__)
     length = sequence_length or longest_sequence(training, options)
     with _quietly():
+        if isinstance(training, RewardConfig):
+            options = replace(options, auto_model=AutoModelForSequenceClassification)
         built = built or skeleton.build(config or read_config(options), options, adapter)
     loaded = record.require(built.model)
     follows = training._checkpointing_follows_model
@@ -188,6 +186,7 @@ def estimate(
         autocast=_autocast(training, loaded.dtype),
         fused_head=training.fused_head if training.fused_head is not None else on_gpu or logprobs_of_answers,
         copied=adapter is None and _copies_model(training),
+        scores=isinstance(training, RewardConfig),
         shared=_shared(training, length) if on_gpu else 0,
         scored=min(length - 1, training.max_completion_length or length)
         if isinstance(training, GRPOConfig)
@@ -260,6 +259,7 @@ class _Step:
         copied: Whether a frozen copy of the model is the reference.
         shared: Tokens that sequences have in common, and that are computed once.
         scored: Of a sequence, the last tokens whose log-probabilities are computed, where not all are.
+        scores: Whether the model gives one score a sequence.
     """
 
     batch_size: int
@@ -272,6 +272,7 @@ class _Step:
     copied: bool
     shared: int
     scored: int
+    scores: bool = False
 
     @property
     def sequences(self) -> int:
@@ -457,6 +458,8 @@ def _forward(model: torch.nn.Module, inputs: dict[str, torch.Tensor], step: _Ste
     """The loss of a batch, computed as the trainer does."""
     with torch.autocast("cpu", dtype=step.autocast, enabled=step.autocast is not None):
         inner = record.transformers_model(model)
+        if step.scores:
+            return model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False).logits.float().sum()
         if step.answers:
             return _logprobs(inner, inputs, step)
         if step.fused_head:

@@ -40,7 +40,9 @@ class RewardTrainer(PreferenceTrainer, TRLTrainer):
     says by how much the chosen answer is better.
 
     Args:
-        model: A sequence classification model of transformers with ``num_labels=1``, with or without a PEFT adapter.
+        model: A sequence classification model with ``num_labels=1``, of ``FastLanguageModel.from_pretrained(...,
+            auto_model=AutoModelForSequenceClassification, num_labels=1)`` or of transformers, with or without an
+            adapter.
         args: A ``RewardConfig``, or plain ``TrainingArguments``.
         data_collator: Replaces TRL's collator.
         train_dataset: Pairs: a data set or a list of mappings, see :mod:`unsloth.data.preference`.
@@ -72,11 +74,11 @@ class RewardTrainer(PreferenceTrainer, TRLTrainer):
     ) -> None:
         given = accept(TRLTrainer, RewardConfig, model, args, (tokenizer, processing_class), peft_config, more)
         inner = record.transformers_model(given.model)
-        if not type(inner).__name__.endswith("ForSequenceClassification") or inner.config.num_labels != 1:
+        if not record.is_classifier(inner) or inner.config.num_labels != 1:
             raise ConfigError(
                 "a reward model has one output",
                 got=f"{type(inner).__name__} with {inner.config.num_labels} labels",
-                do="Load it with AutoModelForSequenceClassification.from_pretrained(..., num_labels=1).",
+                do="Load it with auto_model=AutoModelForSequenceClassification, num_labels=1.",
             )
         self.prepare_for(given)
         with masters.preserved(given.model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,13 @@ import bitsandbytes
 import torch
 from peft import PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -48,7 +55,7 @@ def build(
     *,
     fast_layers: bool = True,
 ) -> Skeleton:
-    """The model that ``options`` would load, with the adapter, as shapes.
+    """The model that ``options`` would load, with the adapter, as shapes; one that classifies, with one score.
 
     Args:
         config: The model's configuration.
@@ -64,8 +71,11 @@ def build(
     weights_dtype = torch.float32 if precision == "full" and options.float32_mixed_precision else dtype
     AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
     AttentionMaskInterface.register(_ATTENTION, _mask)
+    auto: Any = options.auto_model or AutoModelForCausalLM
+    if auto is AutoModelForSequenceClassification:
+        config = _of_reward_model(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
+        model = auto.from_config(
             config,
             dtype=weights_dtype,
             attn_implementation=_ATTENTION,
@@ -94,6 +104,15 @@ def build(
     with shapes:
         _give_shapes(adapted)
     return Skeleton(adapted, shapes, planned, blocks)
+
+
+def _of_reward_model(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy for a model with one score, and a token of padding, which a trainer takes from the tokenizer."""
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    text = config.get_text_config()
+    text.pad_token_id = 0 if text.pad_token_id is None else text.pad_token_id
+    return config
 
 
 def precision_of(config: PretrainedConfig, options: load.LoadOptions) -> record.Precision:
