@@ -16,7 +16,7 @@ import torch
 from unsloth.layers import block_graphs
 from unsloth.memory import checkpointing
 from unsloth.memory.budget import Budget
-from unsloth.models import families
+from unsloth.models import families, modes
 from unsloth.models.plan import plan
 from unsloth.models.spec import resolve_targets
 
@@ -138,6 +138,9 @@ def test_one_shape_stands_until_it_has_not_come_for_long():
     keeper.release()
     assert recorded(made) == 0 and not keeper._bytes()
     assert tiny.worst(run(model, tokens=7), run(other, tokens=7)) < 1e-6
+    assert recorded(made) == 2
+    modes.for_inference(model)
+    assert not keeper.shapes and not keeper._bytes()
 
 
 def test_positions_of_this_batch_count():

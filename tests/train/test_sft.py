@@ -7,6 +7,7 @@ from trl.trainer.sft_config import SFTConfig as TRLConfig
 from unsloth import FastLanguageModel, SFTConfig, SFTTrainer, train_on_responses_only
 from unsloth.core.errors import ConfigError, DataError, TrainingError
 from unsloth.data.masking import IGNORED
+from unsloth.layers.lazy_logits import LazyLogits
 
 
 def adapted(folder, **options):
@@ -283,3 +284,16 @@ def test_rows_are_laid_end_to_end_by_default_where_that_costs_nothing(tiny, conv
     assert len(calls) == 12 and all(shape[0] == 1 for shape in calls)
     again(compute_metrics=lambda found: {})
     assert len(calls) == 12 and all(shape[0] == 2 for shape in calls)
+
+
+def test_logits_stay_away_where_outputs_are_converted(tiny, conversations, tmp_path, monkeypatch):
+    def refuse(self):
+        raise AssertionError("the whole logits were computed")
+
+    monkeypatch.setattr(LazyLogits, "materialize", refuse)
+    model, tokenizer = adapted(tiny())
+    args = config(tmp_path, bf16=True, use_cpu=True, fused_head=True, max_steps=2)
+    trainer = SFTTrainer(model=model, tokenizer=tokenizer, train_dataset=conversations[:8], args=args)
+    trainer.train()
+    logged = [entry["mean_token_accuracy"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 2 and all(isinstance(value, float) and 0 <= value <= 1 for value in logged)

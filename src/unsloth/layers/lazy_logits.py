@@ -181,7 +181,10 @@ def _record(func: Any, args: Any, kwargs: Any) -> LazyLogits | None:
     step = _step(func, numbers, lazy is args[0])
     if step is None:
         return None
-    return LazyLogits(lazy.origin, (*lazy._steps, step), torch.float32 if step[0] == "float" else lazy.dtype)
+    recorded = LazyLogits(lazy.origin, (*lazy._steps, step), torch.float32 if step[0] == "float" else lazy.dtype)
+    if step[0] in ("float", "contiguous"):  # as accelerate does with every output: the same predictions
+        recorded.correct = lazy.correct
+    return recorded
 
 
 def _step(func: Any, numbers: list[float], lazy_first: bool) -> tuple[str, float, _Step] | None:

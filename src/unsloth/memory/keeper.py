@@ -160,6 +160,12 @@ class Keeper:
             self._standing.pop(gone, None)
             self._stood.pop(gone, None)
 
+    def forget(self) -> None:
+        """Drop everything that stays from pass to pass: graphs with their memory, and dequantized weights."""
+        self.release()
+        self.shapes.clear()
+        self._held, self._settled = {}, {}
+
     def _release_idle(self, batch: tuple[Any, ...]) -> bool:
         """Release what stands for shapes other than ``batch`` that have not come for a while; whether there are any."""
         idle = [b for b, last in self._stood.items() if b != batch and self._passes - last > _IDLE_PASSES]

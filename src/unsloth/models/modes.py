@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch
 
+from unsloth.layers import fused_head
 from unsloth.memory import checkpointing
 from unsloth.models import record
 
@@ -13,8 +14,14 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 def for_inference(model: Model) -> Model:
-    """Prepare ``model`` for ``generate``: evaluation mode, key-value cache on, no checkpointing. Returns it."""
+    """Prepare ``model`` for ``generate``: evaluation mode, key-value cache on, no checkpointing. Returns it.
+
+    What training holds from step to step (recorded layers with their memory, dequantized weights) is given back.
+    """
     inner = record.transformers_model(model)
+    keeper = fused_head.keeper_of(inner)
+    if keeper is not None:
+        keeper.forget()
     checkpointing.apply(inner, False)
     inner.config.use_cache = True
     model.eval()
