@@ -3,6 +3,8 @@ import torch
 
 from unsloth import FastLanguageModel, GRPOConfig, GRPOTrainer
 from unsloth.core.errors import ConfigError
+from unsloth.memory import gauge
+from unsloth.models import plan
 
 ROWS = [{"prompt": f"Say {i}:"} for i in range(16)]
 # An update of six batches of two completions, on completions of two generations of four batches and back
@@ -88,3 +90,17 @@ def test_passes_are_even_and_no_larger_than_they_may_be(tiny, tmp_path):
     assert trained(tiny, tmp_path, None, **SPREAD, max_steps=1)[0].passes == [2] * 6  # by default, only on a GPU
     with pytest.raises(ConfigError, match="tokens_per_pass"):
         GRPOConfig(**settings(tmp_path, tokens_per_pass=-1))
+
+
+def test_by_default_a_pass_is_as_large_as_memory_allows(tiny, tmp_path, monkeypatch):
+    """What a GPU does: blocks that train as one function, and a reading of its memory."""
+    made = plan.plan
+    monkeypatch.setattr(plan, "plan", lambda model, **options: made(model, **{**options, "whole": True}))
+    trainer, _ = trained(tiny, tmp_path, None, **SPREAD, max_steps=1)
+    free = {"bytes": 2**34}
+    monkeypatch.setattr(gauge, "read", lambda device: gauge.Reading(free["bytes"], 0, 0))
+    assert trainer._fits(30000)
+    free["bytes"] = 2**20
+    assert not trainer._fits(30000)
+    monkeypatch.setattr(plan, "installed", lambda model: None)
+    assert not trainer._fits(1)  # nothing is known of other blocks

@@ -73,10 +73,12 @@ class LargerPasses(TRLTrainer):
 
     def _most_tokens(self) -> int:
         """Of a pass; 0 where batches stay apart."""
-        given, on_gpu = self.args.tokens_per_pass, self.accelerator.device.type == "cuda"
         if self.accelerator.num_processes > 1:
             return 0
-        return (TOKENS if on_gpu else 0) if given is None else given
+        if self.args.tokens_per_pass is not None:
+            return self.args.tokens_per_pass
+        known = self._packing and self._policy.packs  # otherwise memory goes by other rules
+        return TOKENS if known and self.accelerator.device.type == "cuda" else 0
 
     def _fits(self, tokens: int) -> bool:
         """Whether a pass of so many takes no more memory than it may."""
@@ -92,11 +94,14 @@ class LargerPasses(TRLTrainer):
         return block_memory.fits(blocks, policy, tokens, model.dtype.itemsize, vocabulary, free)
 
     def _rows_at_once(self, ids: torch.Tensor, batch_size: int | None) -> int:
-        """Rows of ``ids`` that go through the model together where nothing is differentiated."""
+        """Rows of ``ids`` that go through the model together where nothing is differentiated.
+
+        A quarter of the tokens, since the inner values of a whole layer exist at once there.
+        """
         rows, width = ids.shape
         if batch_size is None or torch.is_grad_enabled():
             return batch_size or rows
-        return max(batch_size, self._most_tokens() // max(width, 1))
+        return max(batch_size, self._most_tokens() // 4 // max(width, 1))
 
     def _tokens(self, batches: Sequence[Batch]) -> list[int]:
         """Of each, as they go through the model."""
