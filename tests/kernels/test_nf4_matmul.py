@@ -4,7 +4,15 @@ from check_op import assert_close
 
 from unsloth.core.errors import ConfigError
 from unsloth.kernels.nf4 import NF4Weight, dequantize_nf4_reference
-from unsloth.kernels.nf4_matmul import PAIRS_OF_WORD, arrange, multiply_tiles, nf4_linear, nf4_linear_reference
+from unsloth.kernels.nf4_matmul import (
+    PAIRS_OF_WORD,
+    arrange,
+    multiply_tiles,
+    nf4_linear,
+    nf4_linear_reference,
+    takes_table,
+    tile_shape,
+)
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
@@ -50,6 +58,17 @@ def test_tiles_of_every_kind(device, batch, tile, blocks, warps, split):
     (y,) = multiply_tiles(x, [weight], shape=(batch, tile, blocks, split, warps, 3))
     truth = x.double() @ dequantize_nf4_reference(weight, torch.float64).T
     assert_close(y, nf4_linear_reference(x, weight), truth, "y")
+
+
+def test_shapes_of_tiles():
+    """K is split where N alone leaves multiprocessors idle; little shared memory takes small tiles and no table."""
+    h100, turing = (132, 227 * 2**10), (40, 64 * 2**10)
+    assert tile_shape(20, [14336], 4096, *h100)[3] == 2 and tile_shape(100, [14336, 14336], 4096, *h100)[3] == 1
+    assert tile_shape(100, [4096], 14336, *h100)[3] == 4 and tile_shape(20, [8], 64, *h100)[3] == 1
+    for rows in (9, 33, 65, 128):
+        assert tile_shape(rows, [4096], 4096, *h100)[0] >= rows
+        assert tile_shape(rows, [4096], 4096, *turing)[0] <= 32
+    assert takes_table(h100[1]) and not takes_table(turing[1])
 
 
 def test_three_matrices_in_one_launch(device):
