@@ -3,7 +3,7 @@ import torch
 from check_op import assert_close
 
 from unsloth.core.errors import ConfigError
-from unsloth.kernels.lora_rows import lora_rows, lora_rows_reference, project_rows
+from unsloth.kernels.lora_rows import gate_rows, gate_rows_reference, lora_rows, lora_rows_reference, project_rows
 
 
 def make(device, rows=5, k=200, sizes=(70, 33, 64), rank=16, adapters=2, dtype=torch.float32):
@@ -57,6 +57,21 @@ def test_first_product_made_before(device, rows, k):
     lora_rows(x, a, b, outputs, mask, low=low)
     for ours, own in zip(outputs, run(lora_rows, x, a, b, y, mask), strict=True):
         assert torch.equal(ours, own)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize(("rows", "rank", "adapters"), [(5, 16, 2), (70, 48, 1)])
+def test_gated_unit(device, dtype, activation, rows, rank, adapters):
+    x, a, b, y, mask = make(device, rows, sizes=(70, 70), rank=rank, adapters=adapters, dtype=dtype)
+    low = project_rows(x, a)
+    for own in (mask, None):
+        ours = gate_rows(low, b, y, own, activation)
+        plain = gate_rows_reference(low, b, y, own, activation)
+        wide = [None if own is None else own.double(), activation]
+        rounded = low.sum(0)[None].to(dtype).double()
+        truth = gate_rows_reference(rounded, [m.double() for m in b], [t.double() for t in y], *wide)
+        assert_close(ours, plain, truth, "h")
 
 
 def test_columns_of_wider_tensors_and_many_rows(device):

@@ -23,9 +23,11 @@ import torch
 
 from unsloth.core.errors import AdapterError
 from unsloth.generate.weights import Projection
-from unsloth.kernels.lora_rows import ROWS, fits, lora_rows, low_rank, project_rows
+from unsloth.kernels.geglu import geglu
+from unsloth.kernels.lora_rows import ROWS, fits, gate_rows, lora_rows, low_rank, project_rows
 from unsloth.kernels.nf4_lora import StackedAdapters, joined_product, nf4_lora_linears
 from unsloth.kernels.side_by_side import side_by_side
+from unsloth.kernels.swiglu import swiglu
 
 _STEP = 16  # ranks are rounded up to it, so that rows stay aligned
 
@@ -89,6 +91,19 @@ class Site:
             outputs = side_by_side(products, x.device)
         lora_rows(x, self.a, self.b, outputs, adapters.mask, low=low, fast=fast)
         return outputs
+
+    def gated(self, x: torch.Tensor, adapters: Selection, activation: str, fast: bool = True) -> torch.Tensor:
+        """``act(gate) * up`` (T, out) of two projections, or of one with the rows of both."""
+        apart = all(p.packed is None for p in self.projections) and len(self.projections) == 2
+        if apart and fast and adapters.used and self.a is not None and fits(x, self.a, self.b):
+            products = [partial(projection.multiply, x, fast) for projection in self.projections]
+            low, *outputs = side_by_side([partial(project_rows, x, self.a), *products], x.device)
+            return gate_rows(low, self.b, outputs, adapters.mask, activation)
+        outputs = self(x, adapters, fast)
+        gate, up = outputs[0].chunk(2, -1) if len(outputs) == 1 else outputs
+        if activation == "silu":
+            return swiglu(gate, up, fast=fast)
+        return geglu(gate, up, tanh=activation == "gelu_tanh", fast=fast)
 
 
 class AdapterBank:

@@ -18,11 +18,9 @@ from transformers import PreTrainedModel
 from unsloth.core.errors import PlanError
 from unsloth.generate.adapter_bank import AdapterBank, Selection, Site
 from unsloth.generate.weights import Projection, read_projection, saved_module
-from unsloth.kernels.geglu import geglu
 from unsloth.kernels.layer_norm import layer_norm_reference
 from unsloth.kernels.qk_norm_rope import qk_norm_rope
 from unsloth.kernels.rope import rope
-from unsloth.kernels.swiglu import swiglu
 from unsloth.layers.norm import NormOptions, add_and_normalize, normalize
 from unsloth.models import spec
 
@@ -223,12 +221,7 @@ class Decoder:
         return self.fast and q.is_cuda and rms and all(w.dim() == 1 and w.dtype == q.dtype for w in weights)
 
     def _mlp(self, layer: Layer, x: torch.Tensor, adapters: Selection) -> torch.Tensor:
-        outputs = layer.gate_up(x, adapters, self.fast)
-        gate, up = outputs[0].chunk(2, -1) if len(outputs) == 1 else outputs
-        if self._activation == "silu":
-            y = swiglu(gate, up, fast=self.fast)
-        else:
-            y = geglu(gate, up, tanh=self._activation == "gelu_tanh", fast=self.fast)
+        y = layer.gate_up.gated(x, adapters, self._activation, self.fast)
         return layer.down(y, adapters, self.fast)[0]
 
     def _read_layer(self, block: Any, i: int) -> Layer:

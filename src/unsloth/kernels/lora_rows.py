@@ -1,7 +1,7 @@
 """Low-rank updates of one input's projections, for the few rows of a decoding step, added to their outputs.
 
     low = x A^T            A holds the A of every projection and adapter, rank by rank
-    y_i += (m * low_i) B_i^T
+    y_i += (m * low_i) B_i^T                       or, of a gated unit, act(y_0 + ...) * (y_1 + ...) in one pass
 
 m is the mask (rows, adapters) that says which adapter a row has, each adapter's columns side by side; without it every
 row has every one. The first product is shared among programs along K, and their sums are added while the second reads
@@ -22,6 +22,8 @@ import triton.language as tl
 
 from unsloth.core.errors import ConfigError
 from unsloth.kernels import dispatch
+from unsloth.kernels.glu import activate
+from unsloth.kernels.glu_adapters import gated_activation_reference
 from unsloth.kernels.rounding import must_round, nearest
 
 ROWS = 128
@@ -104,6 +106,60 @@ def project_rows(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     return low
 
 
+def gate_rows(
+    low: torch.Tensor,
+    b: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor],
+    mask: torch.Tensor | None,
+    activation: str,
+    *,
+    fast: bool = True,
+) -> torch.Tensor:
+    """``act(gate) * up`` of two outputs with their updates; the updates are not rounded before they are used.
+
+    Args:
+        low: What :func:`project_rows` gave.
+        b: B of gate and up, (N, W) each.
+        outputs: (T, N) of each without its update, adjacent columns, of the dtype of ``b``.
+        mask: See :func:`lora_rows`.
+        activation: One of :data:`unsloth.kernels.glu.ACTIVATIONS`.
+        fast: False takes the plain-torch reference.
+
+    Returns:
+        (T, N).
+    """
+    (splits, rows, ranks), (gate, up) = low.shape, outputs
+    n, width = b[0].shape
+    if not fast or not dispatch.can_launch(*b, *outputs):
+        return gate_rows_reference(low, b, outputs, mask, activation)
+    h = torch.empty(rows, n, dtype=gate.dtype, device=gate.device)
+    tile, adapters = _row_tile(rows), 1 if mask is None else mask.shape[1]
+    block_n = 64 if rows <= 32 else 128
+    with dispatch.launch_on(gate):
+        lora_gate_kernel[(triton.cdiv(n, block_n), triton.cdiv(rows, tile))](
+            low, mask, *b, gate, up, h, n, gate.stride(0), up.stride(0), rows, ranks, width, width // adapters,
+            adapters, ACTIVATION=activation, SPLITS=splits, MASKED=mask is not None, UPCAST=dispatch.interpreting(),
+            ROUND=must_round(gate.dtype), BLOCK_T=tile, BLOCK_N=block_n, BLOCK_W=32 if width > 16 else 16,
+            num_warps=4 if block_n == 64 else 8, num_stages=1,
+        )  # fmt: skip
+    return h
+
+
+def gate_rows_reference(
+    low: torch.Tensor,
+    b: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor],
+    mask: torch.Tensor | None,
+    activation: str,
+) -> torch.Tensor:
+    """The formula in plain torch; ``low`` and ``b`` are multiplied in the dtype of ``b``, added in float32 at least."""
+    wide = dispatch.compute_dtype(outputs[0].dtype)
+    sums = []
+    for y, part, m in zip(outputs, _masked(low.sum(0).to(b[0].dtype), 2, mask), b, strict=True):
+        sums.append(y.to(wide) + part.to(wide) @ m.to(wide).T)
+    return gated_activation_reference(sums[0], sums[1], activation).to(outputs[0].dtype)
+
+
 def _row_tile(rows: int) -> int:
     return min(MOST_TILE, max(16, triton.next_power_of_2(rows)))
 
@@ -132,9 +188,12 @@ def lora_rows_reference(
 
 def low_rank(x: torch.Tensor, a: torch.Tensor, outputs: int, mask: torch.Tensor | None) -> Sequence[torch.Tensor]:
     """``m * low_i`` (T, W) of each output."""
-    low = x.to(a.dtype) @ a.T
+    return _masked(x.to(a.dtype) @ a.T, outputs, mask)
+
+
+def _masked(low: torch.Tensor, outputs: int, mask: torch.Tensor | None) -> Sequence[torch.Tensor]:
     if mask is not None:
-        columns = low.view(x.shape[0], outputs, mask.shape[1], -1)
+        columns = low.view(low.shape[0], outputs, mask.shape[1], -1)
         low = (columns * mask[:, None, :, None].to(low.dtype)).flatten(1)
     return low.chunk(outputs, 1)
 
@@ -163,17 +222,16 @@ def lora_shrink_kernel(
 
 
 @triton.jit
-def add_update(
+def updated(
     low, mask, b, y, n_first, n, y_stride, first, rows, ranks, width, rank, adapters, SPLITS: tl.constexpr,
     MASKED: tl.constexpr, UPCAST: tl.constexpr, ROUND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile (BLOCK_T, BLOCK_N) of one output; ``first`` is its first column of ``low``."""
+    """A tile (BLOCK_T, BLOCK_N) of one output with its update; ``first`` is the output's first column of ``low``."""
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = n_first + tl.arange(0, BLOCK_N)
-    place = y + t[:, None] * y_stride + c[None, :]
     live = (t[:, None] < rows) & (c[None, :] < n)
-    total = tl.load(place, live, other=0.0).to(tl.float32)
+    total = tl.load(y + t[:, None] * y_stride + c[None, :], live, other=0.0).to(tl.float32)
     for start in range(0, width, BLOCK_W):
         w = start + tl.arange(0, BLOCK_W)
         inside = (t[:, None] < rows) & (w[None, :] < width)
@@ -188,7 +246,45 @@ def add_update(
         if UPCAST:
             part, right = part.to(tl.float32), right.to(tl.float32)
         total = tl.dot(part, right, total, input_precision="ieee")
-    tl.store(place, nearest(total, ROUND), live)
+    return total
+
+
+@triton.jit
+def add_update(
+    low, mask, b, y, n_first, n, y_stride, first, rows, ranks, width, rank, adapters, SPLITS: tl.constexpr,
+    MASKED: tl.constexpr, UPCAST: tl.constexpr, ROUND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Add a tile (BLOCK_T, BLOCK_N) of one output."""
+    total = updated(
+        low, mask, b, y, n_first, n, y_stride, first, rows, ranks, width, rank, adapters, SPLITS, MASKED, UPCAST,
+        ROUND, BLOCK_T, BLOCK_N, BLOCK_W,
+    )  # fmt: skip
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    c = n_first + tl.arange(0, BLOCK_N)
+    tl.store(y + t[:, None] * y_stride + c[None, :], nearest(total, ROUND), (t[:, None] < rows) & (c[None, :] < n))
+
+
+@triton.jit(do_not_specialize=["rows", "adapters"])
+def lora_gate_kernel(
+    low, mask, b0, b1, gate, up, h, n, gate_stride, up_stride, rows, ranks, width, rank, adapters,
+    ACTIVATION: tl.constexpr, SPLITS: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr, ROUND: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """One program computes one tile of the contiguous h."""
+    n_first = tl.program_id(0) * BLOCK_N
+    g = updated(
+        low, mask, b0, gate, n_first, n, gate_stride, 0, rows, ranks, width, rank, adapters, SPLITS, MASKED, UPCAST,
+        ROUND, BLOCK_T, BLOCK_N, BLOCK_W,
+    )  # fmt: skip
+    u = updated(
+        low, mask, b1, up, n_first, n, up_stride, width, rows, ranks, width, rank, adapters, SPLITS, MASKED, UPCAST,
+        ROUND, BLOCK_T, BLOCK_N, BLOCK_W,
+    )  # fmt: skip
+    value, _ = activate(g, ACTIVATION)
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    c = n_first + tl.arange(0, BLOCK_N)
+    tl.store(h + t[:, None] * n + c[None, :], nearest(value * u, ROUND), (t[:, None] < rows) & (c[None, :] < n))
 
 
 @triton.jit(do_not_specialize=["rows", "adapters", "end0", "end1", "n0", "n1", "n2"])
@@ -224,11 +320,21 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     names = [name for name in lora_expand_kernel.arg_names if not name.isupper()]
     expand = dict.fromkeys(names, "i32") | {"low": "*fp32", "mask": f"*{float_dtype}"}
     expand |= {name: f"*{float_dtype}" for name in ("b0", "b1", "b2", "y0", "y1", "y2")}
+    names = [name for name in lora_gate_kernel.arg_names if not name.isupper()]
+    gate = dict.fromkeys(names, "i32") | {"low": "*fp32"}
+    gate |= {name: f"*{float_dtype}" for name in ("mask", "b0", "b1", "gate", "up", "h")}
     for tile, block_n, splits in ((16, 64, 8), (32, 256, 16)):
-        shape = {"UPCAST": False, "BLOCK_T": tile, "BLOCK_R": tile, "BLOCK_K": 256 if tile == 16 else 128}
+        shape: dict[str, object] = {
+            "UPCAST": False,
+            "BLOCK_T": tile,
+            "BLOCK_R": tile,
+            "BLOCK_K": 256 if tile == 16 else 128,
+        }
         examples.append((lora_shrink_kernel, shrink, shape, {"num_warps": 4, "num_stages": 3}))
         shape = {"SPLITS": splits, "MASKED": tile == 16, "UPCAST": False, "ROUND": False, "BLOCK_T": tile}
         shape |= {"BLOCK_N": block_n, "BLOCK_W": 32}
         warps = 4 if block_n == 64 else 8
         examples.append((lora_expand_kernel, expand, shape, {"num_warps": warps, "num_stages": 1}))
+        shape = {**shape, "ACTIVATION": "silu", "BLOCK_N": min(block_n, 128)}
+        examples.append((lora_gate_kernel, gate, shape, {"num_warps": warps, "num_stages": 1}))
     return examples
