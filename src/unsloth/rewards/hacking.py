@@ -110,7 +110,7 @@ def find_memory(function: SandboxedFunction, calls: Sequence[Sequence[Any]]) -> 
     function.ready().unwrap()
     for number, arguments in enumerate(calls):
         first, value = _timed(function, arguments)
-        second, repeated = _timed(function, arguments)
+        second, repeated = _repeat(function, arguments)
         if by_chance[number]:
             findings.append(f"call {number}: two new processes give different results")
         elif not (equal(value, alone[number]) and equal(repeated, alone[number])):
@@ -129,9 +129,15 @@ def _stays_quicker(function: SandboxedFunction, arguments: Sequence[Any]) -> boo
     for _ in range(2):
         function.restart()
         function.ready().unwrap()
-        if not _is_quicker(_timed(function, arguments)[0], _timed(function, arguments)[0]):
+        if not _is_quicker(_timed(function, arguments)[0], _repeat(function, arguments)[0]):
             return False
     return True
+
+
+def _repeat(function: SandboxedFunction, arguments: Sequence[Any]) -> tuple[float, Any]:
+    """The least time of three calls, which a busy machine can only add to, and the first one's value."""
+    first, *others = [_timed(function, arguments) for _ in range(3)]
+    return min(first[0], *(seconds for seconds, _ in others)), first[1]
 
 
 def no_globals(
