@@ -1,4 +1,4 @@
-"""LoRA on the linears of one 8B layer: q/k/v, one 4,096-square linear and the MLP; 4,096 tokens, rank 32, bfloat16.
+"""LoRA on the linears of one 8B layer: q/k/v and one 4,096-square linear; 4,096 tokens, rank 32, bfloat16.
 
 "bare products" are the base weights' products alone (forward; forward and input gradient), the floor that the bar of
 15% refers to. "graph" providers replay captured graphs, so that launches from Python do not count. Peers: the reference
@@ -9,7 +9,6 @@ import torch
 from harness import Case, compiled, device, main
 
 from unsloth.kernels.lora_linear import lora_linears, lora_linears_reference
-from unsloth.kernels.lora_mlp import lora_mlp, lora_mlp_reference
 from unsloth.kernels.lora_weights import Adapter, PaddedWeight, padded_rank
 
 RANK, SCALE = 32, 0.5
@@ -70,14 +69,6 @@ def bare_linears(x, weights, backward):
     return step
 
 
-def bare_mlp(x, weights, backward):
-    """The three products, on whatever data; with ``backward`` their input gradients."""
-    first = bare_linears(x, weights[:2], backward)
-    h = torch.randn(len(x), weights[2].shape[1], device=device(), dtype=torch.bfloat16)
-    second = bare_linears(h, weights[2:], backward)
-    return lambda: (first(), second())
-
-
 def captured(step):
     """``step`` as a CUDA graph: the kernels without what Python and autograd cost to launch them; itself on a CPU."""
     if not torch.cuda.is_available():
@@ -114,10 +105,10 @@ def providers(ours, buffered, plain, reference, bare, x, adapters, backward):
     }
 
 
-def build(small: bool) -> list[Case]:
-    """q/k/v, o, MLP; forward, forward and backward."""
-    cases = []
-    tokens, hidden, inner, keys = (8, 64, 96, 32) if small else (4096, 4096, 14336, 1024)
+def cases(small: bool) -> list[Case]:
+    """q/k/v, o; forward, forward and backward."""
+    result = []
+    tokens, hidden, keys = (8, 64, 32) if small else (4096, 4096, 1024)
     groups = {"qkv": [(hidden, hidden), (keys, hidden), (keys, hidden)], "o": [(hidden, hidden)]}
     for name, shapes in groups.items():
         buffer, x, weights, adapters = inputs(tokens, shapes)
@@ -135,25 +126,9 @@ def build(small: bool) -> list[Case]:
                 backward,
             )
             case = f"{name} {'forward+backward' if backward else 'forward'}"
-            cases.append(Case("lora_linear", case, found, flops=flops * (1 + backward)))
-    shapes = [(inner, hidden), (inner, hidden), (hidden, inner)]
-    buffer, x, weights, adapters = inputs(tokens, shapes)
-    gate_up, down = PaddedWeight.from_dense(weights[:2], 2 * RANK), PaddedWeight.from_dense(weights[2:], RANK)
-    for backward in (False, True):
-        found = providers(
-            lambda: lora_mlp(x, gate_up, down, adapters),
-            lambda: lora_mlp(x, gate_up, down, adapters, buffer=buffer),
-            lambda: lora_mlp(x, weights[:2], weights[2], adapters),
-            lambda: lora_mlp_reference(x, weights[:2], weights[2], adapters),
-            bare_mlp(x, weights, backward),
-            x,
-            adapters,
-            backward,
-        )
-        case = f"mlp {'forward+backward' if backward else 'forward'}"
-        cases.append(Case("lora_mlp", case, found, flops=6 * tokens * hidden * inner * (1 + backward)))
-    return cases
+            result.append(Case("lora_linear", case, found, flops=flops * (1 + backward)))
+    return result
 
 
 if __name__ == "__main__":
-    main("lora_linear", build)
+    main("lora_linear", cases)
