@@ -299,6 +299,23 @@ def test_passes_without_gradients_replay_forwards_once_training_is_recorded():
     assert Recorder.made == 8
 
 
+def test_in_inference_mode_nothing_is_replayed_or_remembered():
+    (model, made), (other, _) = make(), make(graphs=False)
+    positions = torch.tensor(BRANCHES[0] * 4)[None]
+    ids = torch.randint(3, 256, positions.shape, generator=torch.Generator().manual_seed(1))
+    for seed in range(4):
+        run(model, seed, positions=positions, rows=1)
+    with torch.no_grad():
+        expected = other(input_ids=ids, position_ids=positions.clone(), use_cache=False).logits
+    with torch.inference_mode():
+        for given in (positions, positions.clone(), positions.clone()):
+            found = model(input_ids=ids, position_ids=given, use_cache=False).logits
+            assert (found - expected).abs().max() < 1e-5
+        model(input_ids=ids, use_cache=False)
+    assert not any(shape.readings for shape in keeper_of(made).shapes.values())
+    assert tiny.worst(run(model, 1, positions=positions, rows=1), run(other, 1, positions=positions, rows=1)) < 1e-6
+
+
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["down_proj"]])
 def test_adapters_on_some_layers_only(targets):
     (model, made), (other, _) = make(targets=targets), make(targets=targets, graphs=False)

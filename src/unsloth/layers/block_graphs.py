@@ -313,6 +313,8 @@ def find_reading(parts: Parts, x: torch.Tensor, shape: torch.Size) -> Reading | 
     known = parts.keeper.shapes.get(((*shape, parts.visible.room()), x.dtype, x.device))
     if known is None or known.shared is None or not _may_record(parts, x):
         return None
+    if x.is_inference() or torch.is_inference_mode_enabled():  # such tensors do not tell whether they were changed
+        return None
     signature = _signature(parts, ())
     which = parts.number, any(linear.adapter is not None for linear in parts.linears())
     reading = known.readings.get(which)

@@ -53,9 +53,10 @@ def documents_of(position_ids: torch.Tensor, batch: int) -> Documents:
     """The documents in ``position_ids`` (B or 1, T): one starts wherever a position is not the one before plus one.
 
     See the module for branches. Found once a batch, which makes a GPU wait once; all layers find the result on the
-    tensor itself.
+    tensor itself, but in torch's inference mode, whose tensors do not tell whether they were changed.
     """
-    known = getattr(position_ids, _ATTRIBUTE, None)
+    lasts = not torch.is_inference_mode_enabled() and not position_ids.is_inference()
+    known = getattr(position_ids, _ATTRIBUTE, None) if lasts else None
     if known is not None and known.version == position_ids._version and known.number.shape[0] == batch:
         return known
     positions = position_ids.expand(batch, -1)
@@ -67,14 +68,15 @@ def documents_of(position_ids: torch.Tensor, batch: int) -> Documents:
     begins = torch.where(first % positions.shape[1] == 0, 0, positions.flatten()[first])
     longest, latest = torch.stack([cu_seqlens.diff().max(), begins.max()]).tolist()
     found = Documents(
-        version=position_ids._version,
+        version=position_ids._version if lasts else 0,
         cu_seqlens=cu_seqlens,
         longest=longest,
         single=len(first) == batch,
         number=starts.flatten().cumsum(0).view_as(positions),
         branches=_branches(bounds.tolist(), begins.tolist(), cu_seqlens) if latest > 0 else None,
     )
-    setattr(position_ids, _ATTRIBUTE, found)
+    if lasts:
+        setattr(position_ids, _ATTRIBUTE, found)
     return found
 
 
