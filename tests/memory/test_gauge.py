@@ -62,3 +62,23 @@ def test_a_longer_batch_than_any_before_keeps_little_again():
     assert places(keeper) == [Place.KEEP] * 4
     longer = LayerSizes(least=2 * GIB, fixed=0, rest=8 * GIB, working=4 * GIB)
     assert places(keeper, longer) == [Place.RECOMPUTE] * 4
+
+
+def test_weights_are_held_as_the_longest_batches_allow():
+    short = LayerSizes(least=GIB, fixed=0, rest=4 * GIB, working=2 * GIB, weights=8 * GIB)
+    long = LayerSizes(least=2 * GIB, fixed=0, rest=8 * GIB, working=4 * GIB, weights=8 * GIB)
+    keeper = keeper_with([Reading(92 * GIB, 10 * GIB, 20 * GIB)])
+
+    def holding(sizes, batch):
+        for i in range(4):
+            keeper.decide(i, "unsloth", sizes, 0, DEVICE, batch)
+            keeper.held(i)
+        return keeper.assignment.holding
+
+    assert holding(short, (1,)) == 0  # nothing is known yet
+    assert holding(short, (1,)) == 4
+    assert holding(long, (2,)) == 0  # longer than any before
+    assert holding(long, (2,)) == 3
+    assert holding(short, (1,)) == 3 and holding(long, (2,)) == 3  # and not dequantized anew from batch to batch
+    keeper.forget()
+    assert holding(short, (1,)) == 4

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ class Keeper:
         self._standing: dict[tuple[Any, ...], dict[int, int]] = {}
         self._stood: dict[tuple[Any, ...], int] = {}
         self._passes = 0
+        self._may_hold = layers
 
     def __reduce__(self) -> tuple:
         return Keeper, (self.layers, self.captures)
@@ -103,6 +104,11 @@ class Keeper:
                 room = self._room(budget, sizes, later, device, batch)
                 new = assign(self.layers, sizes, room.size, host, keep=room.known)
             self.assignment = self._steady(batch, asked, new, room)
+            if self._asked is None or self._asked[0] != policy:
+                self._may_hold = self.layers
+            if room.known:  # as few as the longest batch leaves room for: weights are of all batches
+                self._may_hold = min(self._may_hold, self.assignment.holding)
+                self.assignment = replace(self.assignment, holding=self._may_hold)
             self._asked, self._batch = asked, batch
             self._held = {i: held for i, held in self._held.items() if i < self.assignment.holding}
             self._prepare(host, sizes, device)
@@ -164,7 +170,7 @@ class Keeper:
         """Drop everything that stays from pass to pass: graphs with their memory, and dequantized weights."""
         self.release()
         self.shapes.clear()
-        self._held, self._settled = {}, {}
+        self._held, self._settled, self._may_hold = {}, {}, self.layers
 
     def _release_idle(self, batch: tuple[Any, ...]) -> bool:
         """Release what stands for shapes other than ``batch`` that have not come for a while; whether there are any."""
