@@ -18,7 +18,7 @@ smoke, working = "--smoke" in sys.argv, "--working" in sys.argv
 seed = int(sys.argv[sys.argv.index("--seed") + 1]) if "--seed" in sys.argv else 1
 output = tempfile.mkdtemp(prefix="grpo-") if smoke else f"outputs/grpo-sums-{seed}"
 WORKING, ANSWER = ("<working>", "</working>"), ("<answer>", "</answer>")
-shots, updates, completions, longest = (24, 36, 48, 48) if working else (8, 50, 64, 12)
+shots, updates, completions, longest = (10, 30, 64, 40) if working else (8, 50, 64, 12)
 if smoke:
     shots, updates, completions = 2, 2, 8
 FORM = re.compile((r"<working>[^<]*</working>" if working else "") + r"<answer>(\d+)</answer>")
@@ -92,7 +92,7 @@ trainer = GRPOTrainer(
         per_device_train_batch_size=completions,
         num_generations=8,
         max_completion_length=longest,
-        learning_rate=2e-4,
+        learning_rate=1e-4 if working else 2e-4,
         **common,
     ),
 )
