@@ -93,9 +93,12 @@ def measure(
     model: torch.nn.Module, label: str, shape: random_llama.Shape, case: Case, name: str, *, residents: bool
 ) -> Row | None:
     """One update."""
+    gc.collect()
+    train.watch_memory()  # graphs of an earlier way are gone with it
+    of_others = train.recorded_mib()
     way = Way(name)
     way.enter(model)
-    optimizer, of_others = make_states(model, way), train.recorded_mib()
+    optimizer = make_states(model, way)
     gc.collect()
     on_gpu = DEVICE.type == "cuda"
     static = torch.cuda.memory_allocated() if on_gpu else 0

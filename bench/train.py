@@ -151,6 +151,8 @@ def measure_steps(model: torch.nn.Module, way: Way, case: Case, vocabulary: int,
     """Median tokens a second, and the peaks of memory, over whole updates after those that warm up."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = way.optimizer(trained)
+    gc.collect()
+    watch_memory()  # graphs of an earlier way are gone with it
     speeds, static, of_others = [], 0.0, recorded_mib()
     warm_up = options.updates_before(way, case)
     for seed in range(warm_up + options.steps):
