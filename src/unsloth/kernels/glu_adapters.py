@@ -369,22 +369,28 @@ def _forward_tile(h: torch.Tensor, rank: int) -> dict[str, int]:
     block_r = max(16, triton.next_power_of_2(rank))
     if h.dtype.itemsize > 2:
         return {"BLOCK_M": 32, "BLOCK_I": 32, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 2}
-    shape = {"BLOCK_M": 64, "BLOCK_I": 64, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 3}
-    return shape | ({"maxnreg": 128} if block_r <= 32 else {})  # four programs a multiprocessor
+    shape = {"BLOCK_M": 64, "BLOCK_I": 128, "BLOCK_R": block_r, "num_warps": 8, "num_stages": 3}
+    return shape | ({"maxnreg": 128} if block_r <= 32 else {})  # two programs a multiprocessor
 
 
 def _backward_tile(dh: torch.Tensor, ranks: tuple[int, int, int]) -> tuple[dict[str, int], int]:
-    """Tile and launch options, and among how many programs the rows are shared: as few as fill whole rounds."""
+    """Tile and launch options, and among how many programs the rows are shared.
+
+    Ranks are padded to the 64 rows of Hopper's products, whose operands come from shared memory: narrower products
+    would have the activation in a layout of their own. Shares are the fewest that (nearly) fill whole rounds of
+    programs, since each of them leaves a sum to be added.
+    """
     block_d, block_g = (max(16, triton.next_power_of_2(min(r, _MOST_RANK))) for r in (ranks[0], max(ranks[1:])))
-    shape = {"BLOCK_M": 64, "BLOCK_I": 64, "BLOCK_D": block_d, "BLOCK_G": block_g, "num_warps": 8, "num_stages": 3}
+    shape = {"BLOCK_M": 32, "BLOCK_I": 64, "BLOCK_D": 64, "BLOCK_G": 64, "num_warps": 8, "num_stages": 3}
     resident = dispatch.processor_count(dh.device)
     if dh.dtype.itemsize > 2:
-        shape |= {"BLOCK_M": 32, "BLOCK_I": 32, "num_warps": 4, "num_stages": 2}
-    elif max(block_d, block_g) <= 32:
+        shape |= {"BLOCK_I": 32, "BLOCK_D": block_d, "BLOCK_G": block_g, "num_warps": 4, "num_stages": 2}
+    else:
         shape["maxnreg"] = 128  # two programs a multiprocessor
         resident *= 2
     programs = triton.cdiv(dh.shape[1], shape["BLOCK_I"])
-    return shape, min(range(1, 9), key=lambda splits: triton.cdiv(programs * splits, resident) / splits)
+    rounds = [triton.cdiv(programs * splits, resident) / splits for splits in range(1, 9)]
+    return shape, 1 + next(i for i, share in enumerate(rounds) if share <= 1.25 * min(rounds))
 
 
 def compile_examples(float_dtype: str) -> list[tuple]:
