@@ -249,7 +249,7 @@ def glu_forward(
                 h.stride(0),
                 ACTIVATION=kind,
                 ADAPT=adapt,
-                UPCAST=dispatch.interpreting(),
+                UPCAST=_exactly(h),
                 ROUND=must_round(h.dtype),
                 **shape,
             )
@@ -323,7 +323,7 @@ def glu_backward(
             ACTIVATION=kind,
             ADAPT=adapt,
             WRITE_H=not adapt,
-            UPCAST=dispatch.interpreting(),
+            UPCAST=_exactly(dh),
             ROUND=must_round(dh.dtype),
             **shape,
         )
@@ -363,6 +363,11 @@ def _kind(activation: str) -> int:
     if activation not in ACTIVATIONS:
         raise ConfigError("Unknown activation", got=activation, do=f"Use one of {sorted(ACTIVATIONS)}.")
     return ACTIVATIONS[activation]
+
+
+def _exactly(h: torch.Tensor) -> bool:
+    """Whether products and exponentials are those of float32: for float32, and in the interpreter."""
+    return dispatch.interpreting() or h.dtype == torch.float32
 
 
 def _forward_tile(h: torch.Tensor, rank: int) -> dict[str, int]:
