@@ -359,7 +359,7 @@ def plot() -> Path:
     figure, axes = pyplot.subplots(1, len(cases), figsize=(5 * len(cases), 4.5), squeeze=False)
     for axis, (shape, case) in zip(axes[0], cases, strict=True):
         for (*place, way, options), row in newest.items():
-            if tuple(place) == (shape, case):
+            if tuple(place) == (shape, case) and row["allocated_mib"]:
                 x, y = float(row["allocated_mib"]) / 1024, float(row["tokens_per_s"])
                 axis.scatter(x, y, label=f"{way} {options}".strip())
         axis.set(title=f"{shape}, {case}", xlabel="peak allocated, GiB", ylabel="tokens/s")
