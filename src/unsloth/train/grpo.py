@@ -9,8 +9,6 @@ compared.
 
 from __future__ import annotations
 
-import copy
-import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +18,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl.trainer.callbacks import SyncRefModelCallback
-from trl.trainer.grpo_config import GRPOConfig as TRLConfig
 from trl.trainer.grpo_trainer import GRPOTrainer as TRLTrainer
 from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
@@ -41,7 +38,7 @@ from unsloth.train.environments import (
     placeholder_rows,
     tools_accepted,
 )
-from unsloth.train.grpo_config import GRPOConfig
+from unsloth.train.grpo_config import GRPOConfig, choose_engine, reopened
 from unsloth.train.larger_passes import LargerPasses
 from unsloth.train.loop import ModelLoop
 from unsloth.train.packed_rows import pack
@@ -104,7 +101,7 @@ class GRPOTrainer(Phases, LargerPasses, Environments, ModelLoop, TRLTrainer):
         peft_config: PeftConfig | None = None,
         **more: Any,
     ) -> None:
-        given = accept(TRLTrainer, GRPOConfig, model, _own(args), (tokenizer, processing_class), peft_config, more)
+        given = accept(TRLTrainer, GRPOConfig, model, reopened(args), (tokenizer, processing_class), peft_config, more)
         args = given.args
         head = record.transformers_model(given.model).get_output_embeddings()
         if isinstance(head, BaseTunerLayer):
@@ -126,7 +123,7 @@ class GRPOTrainer(Phases, LargerPasses, Environments, ModelLoop, TRLTrainer):
         with_tools = bool(given.more.get("tools") or given.more.get("environment_factory"))
         if with_tools or talk is not None:
             check_prompts(rows)
-        engine = _choose_engine(args)
+        engine = choose_engine(args)
         args.use_vllm = engine == "vllm"
         beta, args.beta = args.beta, 0.0  # TRL would copy the adapter, or load the model again, as the reference
         reference = reference_of(given.model) if beta else None  # before TRL puts its head around the model
@@ -580,27 +577,3 @@ class GRPOTrainer(Phases, LargerPasses, Environments, ModelLoop, TRLTrainer):
         self._step, self._buffered_inputs = 0, None  # of this run, until the checkpoint says otherwise
         self._forget_passes()
         super()._load_optimizer_and_scheduler(checkpoint)
-
-
-def _own(args: TrainingArguments | None) -> TrainingArguments | None:
-    """TRL's configuration with what it has worked out of other fields left open again."""
-    if isinstance(args, TRLConfig) and not isinstance(args, GRPOConfig):
-        args = copy.copy(args)
-        args.generation_batch_size = None
-        args.vllm_importance_sampling_correction = args.vllm_importance_sampling_correction and None
-        args.vllm_importance_sampling_mode = "token_truncate"
-    return args
-
-
-def _choose_engine(args: GRPOConfig) -> str | None:
-    """The name in ``rollout_engine``, or what ``vllm_mode`` says; None for our engine where it can be used."""
-    wanted = args.rollout_engine
-    if wanted is None and args.use_vllm and args.vllm_mode == "server":
-        wanted = "vllm"
-    if wanted == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise ConfigError(
-            "vLLM is not installed", got='rollout_engine="vllm"', do="Leave it out: the engine here samples as well."
-        )
-    if wanted is None and args.use_vllm:
-        logger.info('use_vllm: completions are sampled by the engine here; rollout_engine="vllm" asks for vLLM')
-    return wanted

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import TrainingArguments
 from trl.trainer.grpo_config import GRPOConfig as TRLConfig
 
 from unsloth.core.errors import ConfigError
@@ -180,3 +183,27 @@ def _check(args: Any) -> None:
         )
     if isinstance(args.reward_weights, Mapping):
         raise ConfigError("reward_weights must be a list", got=args.reward_weights, do="One number a function.")
+
+
+def reopened(args: TrainingArguments | None) -> TrainingArguments | None:
+    """TRL's configuration with what it has worked out of other fields left open again."""
+    if isinstance(args, TRLConfig) and not isinstance(args, GRPOConfig):
+        args = copy.copy(args)
+        args.generation_batch_size = None
+        args.vllm_importance_sampling_correction = args.vllm_importance_sampling_correction and None
+        args.vllm_importance_sampling_mode = "token_truncate"
+    return args
+
+
+def choose_engine(args: GRPOConfig) -> str | None:
+    """The name in ``rollout_engine``, or what ``vllm_mode`` says; None for our engine where it can be used."""
+    wanted = args.rollout_engine
+    if wanted is None and args.use_vllm and args.vllm_mode == "server":
+        wanted = "vllm"
+    if wanted == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "vLLM is not installed", got='rollout_engine="vllm"', do="Leave it out: the engine here samples as well."
+        )
+    if wanted is None and args.use_vllm:
+        logger.info('use_vllm: completions are sampled by the engine here; rollout_engine="vllm" asks for vLLM')
+    return wanted
