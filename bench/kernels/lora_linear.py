@@ -6,7 +6,7 @@ as PEFT writes it, and torch.compile of it.
 """
 
 import torch
-from harness import Case, compiled, device, main
+from harness import Case, compiled, device, graphed, main
 
 from unsloth.kernels.lora_linear import lora_linears, lora_linears_reference
 from unsloth.kernels.lora_weights import Adapter, PaddedWeight, padded_rank
@@ -69,39 +69,18 @@ def bare_linears(x, weights, backward):
     return step
 
 
-def captured(step):
-    """``step`` as a CUDA graph: the kernels without what Python and autograd cost to launch them; itself on a CPU."""
-    if not torch.cuda.is_available():
-        return step
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    kept = [graph, step]  # the graph reads tensors that only the step's closure holds
-
-    def replay():
-        kept[0].replay()
-
-    return replay
-
-
 def providers(ours, buffered, plain, reference, bare, x, adapters, backward):
     """By name; ``ours`` with padded weights, ``ours plain`` with plain ones, ``in buffer`` without the copy of x."""
     wrap = (lambda op: both_ways(op, x, adapters)) if backward else forward_only
     return {
         "ours": wrap(ours),
-        "ours graph": captured(wrap(ours)),
-        "in buffer graph": captured(wrap(buffered)),
+        "ours graph": graphed(wrap(ours)),
+        "in buffer graph": graphed(wrap(buffered)),
         "ours plain": wrap(plain),
         "compiled": wrap(compiled(reference)),
         "reference": wrap(reference),
         "bare products": bare,
-        "bare graph": captured(bare),
+        "bare graph": graphed(bare),
     }
 
 
