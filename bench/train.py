@@ -437,12 +437,22 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def refuse_after_liger(ways: list[str]) -> None:
+    """Liger's kernels stay in a model: what is measured after them, in any case, would be theirs."""
+    first = next((at for at, way in enumerate(ways) if way.startswith("liger")), len(ways))
+    later = [way for way in ways[first:] if not way.startswith("liger")]
+    if later:
+        raise SystemExit(f"bench train: {', '.join(later)} after liger, which stays in the model; give liger last")
+
+
 def main() -> None:
     """Entry point."""
     given = parse()
     if given.plot:
         print(plot())
         return
+    asked = [text.partition("=")[2] or ",".join(given.ways) for text in given.cases]
+    refuse_after_liger([way for ways in asked for way in ways.split(",")])
     begin = time.perf_counter()
     if not given.segments:
         print(f"segments grow: {grow_segments()}")
