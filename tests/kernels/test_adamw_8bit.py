@@ -79,13 +79,14 @@ def test_it_follows_adamw(device, fast):
     assert (parameters[0] - exact[0]).norm() < 0.02 * moved
 
 
-def test_the_states_are_those_of_bitsandbytes(device):
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_the_states_are_those_of_bitsandbytes(device, decay):
     parameters, moments = problem(device, torch.float32, [(64, 96)])
     theirs = torch.nn.Parameter(parameters[0].clone())
     from bitsandbytes.optim import AdamW8bit
 
-    optimizer = AdamW8bit([theirs], lr=0.01, weight_decay=0.1, min_8bit_size=1)
-    for step in steps(4):
+    optimizer = AdamW8bit([theirs], lr=0.01, weight_decay=decay, min_8bit_size=1)
+    for step in steps(4, weight_decay=decay):
         theirs.grad = torch.randn_like(theirs)
         adamw_8bit(parameters, [theirs.grad.clone()], moments, codes(device), step)
         optimizer.step()
@@ -96,8 +97,10 @@ def test_the_states_are_those_of_bitsandbytes(device):
     ):
         expected = dequantize(state["state" + name], state["absmax" + name], table)
         assert (dequantize(ours, scale, table) - expected).norm() <= 0.02 * expected.norm()
-    # the two round some values to different neighbours in the table
-    assert ((parameters[0] - theirs).abs() > 1e-5).float().mean() <= 0.05
+    # On a GPU it decays what the step has moved, the paper and torch what was there before: lr * decay of the four
+    # steps of lr or less lies between the two. And they round some values to different neighbours in the table.
+    tolerance = 1e-5 + 4 * 0.01 * 0.01 * decay
+    assert ((parameters[0] - theirs).abs() > tolerance).float().mean() <= 0.05
 
 
 def test_what_cannot_be_updated_together_is_refused(device):

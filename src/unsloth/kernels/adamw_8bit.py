@@ -50,10 +50,15 @@ class AdamWStep:
 
     @property
     def scalars(self) -> tuple[float, ...]:
-        """The factors of the formula: b1, b2, r / (1 - b1^t), 1 / sqrt(1 - b2^t), eps, 1 - r * decay."""
+        """The factors of the formula: b1, 1 - b1, b2, 1 - b2, r / (1 - b1^t), 1 / sqrt(1 - b2^t), eps, 1 - r * decay.
+
+        Each is rounded to float32 once: 1 - b2 of a rounded b2 = 0.999 would be off by 1.3e-5 of itself.
+        """
         return (
             self.beta1,
+            1 - self.beta1,
             self.beta2,
+            1 - self.beta2,
             self.learning_rate / (1 - self.beta1**self.step),
             (1 - self.beta2**self.step) ** -0.5,
             self.eps,
@@ -176,10 +181,10 @@ def adamw_reference(
     parameter: torch.Tensor, gradient: torch.Tensor, m: torch.Tensor, v: torch.Tensor, step: AdamWStep
 ) -> None:
     """AdamW in plain torch, for one parameter with float32 moments of its shape; all three change in place."""
-    beta1, beta2, rate, correction, eps, keep = step.scalars
+    beta1, rest1, beta2, rest2, rate, correction, eps, keep = step.scalars
     g = gradient.float()
-    m.mul_(beta1).add_((1 - beta1) * g)
-    v.mul_(beta2).add_((1 - beta2) * g * g)
+    m.mul_(beta1).add_(rest1 * g)
+    v.mul_(beta2).add_(rest2 * g * g)
     parameter.copy_(keep * parameter.float() - rate * (m / (v.sqrt() * correction + eps)))
 
 
@@ -254,8 +259,9 @@ def store_moment(
 
 @triton.jit
 def adamw_8bit_kernel(
-    addresses, gradients, tensor, first_block, sizes, codes, mids, starts, beta1, beta2, rate, correction, eps, keep,
-    P: tl.constexpr, G: tl.constexpr, STEPS: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    addresses, gradients, tensor, first_block, sizes, codes, mids, starts, beta1, rest1, beta2, rest2, rate,
+    correction, eps, keep, P: tl.constexpr, G: tl.constexpr, STEPS: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program updates ROWS blocks of one tensor."""
     program = tl.program_id(0)
@@ -276,10 +282,10 @@ def adamw_8bit_kernel(
     g = tl.load(gradient + at, mask, other=0.0).to(tl.float32)
     m_old = tl.load(codes + tl.load(first + at, mask, other=0).to(tl.int32), mask, other=0.0)
     v_old = tl.load(codes + 256 + tl.load(second + at, mask, other=0).to(tl.int32), mask, other=0.0)
-    m = beta1 * (m_old * tl.load(first_scale + block, block < blocks, other=0.0)[:, None]) + (1 - beta1) * g
-    v = beta2 * (v_old * tl.load(second_scale + block, block < blocks, other=0.0)[:, None]) + (1 - beta2) * g * g
+    m = beta1 * (m_old * tl.load(first_scale + block, block < blocks, other=0.0)[:, None]) + rest1 * g
+    v = beta2 * (v_old * tl.load(second_scale + block, block < blocks, other=0.0)[:, None]) + rest2 * g * g
     p = tl.load(parameter + at, mask, other=0.0).to(tl.float32)
-    p = keep * p - rate * tl.div_rn(m, tl.sqrt(v) * correction + eps)
+    p = keep * p - rate * tl.div_rn(m, tl.sqrt_rn(v) * correction + eps)
     tl.store(parameter + at, p.to(P), mask)
     store_moment(m, first, first_scale, mids, starts, at, mask, block, blocks, STEPS, KEYS)
     store_moment(v, second, second_scale, mids + 256, starts + 2 * KEYS, at, mask, block, blocks, STEPS, KEYS)
@@ -289,7 +295,7 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     """Kernels with the argument types and options they are launched with, for compilation without a GPU."""
     signature = {"addresses": "*i64", "gradients": "*i64", "tensor": "*i32", "first_block": "*i32", "sizes": "*i64"}
     signature |= dict.fromkeys(("codes", "mids"), "*fp32") | {"starts": "*u8"}
-    signature |= dict.fromkeys(("beta1", "beta2", "rate", "correction", "eps", "keep"), "fp32")
+    signature |= dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "rate", "correction", "eps", "keep"), "fp32")
     shape = {"STEPS": 1, "KEYS": KEYS, "ROWS": _ROWS, "BLOCK": BLOCK}
     dtype = {"fp16": tl.float16, "bf16": tl.bfloat16}.get(float_dtype, tl.float32)
     return [
