@@ -13,6 +13,7 @@ import csv
 import datetime
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ import triton
 RESULTS = Path(__file__).parents[1] / "results"
 _SLEEP_CYCLES = 4_000_000  # about 2 ms at 1.9 GHz
 _FLUSH_BYTES = 256 * 2**20
+_SECONDS = 0.5  # of repetitions of one provider, if that is 7 at least
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,19 @@ class Row:
 
 
 def median_ms(fn: Callable[[], object], repetitions: int = 40, warmup: int = 5, reads_only: bool = False) -> float:
-    """Median GPU time of ``fn`` in milliseconds, with a cold L2 and launches queued ahead."""
+    """Median GPU time of ``fn`` in milliseconds, with a cold L2 and launches queued ahead.
+
+    What takes long is repeated less often, 7 times at least.
+    """
     flush = torch.zeros(_FLUSH_BYTES // 4, device="cuda")
-    for _ in range(warmup):
+    fn()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    fn()
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - begin
+    repetitions = max(7, min(repetitions, int(_SECONDS / seconds)))
+    for _ in range(min(warmup, repetitions) - 2):
         fn()
     torch.cuda.synchronize()
     pairs = []
