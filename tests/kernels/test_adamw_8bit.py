@@ -7,15 +7,17 @@ import triton.language as tl
 
 from unsloth.core.errors import ConfigError
 from unsloth.kernels.adamw_8bit import (
-    KEYS,
+    TABLES,
     AdamWStep,
-    Launch,
     Moments,
     adamw_8bit,
     adamw_8bit_reference,
     dequantize,
+    fill_tables,
+    make_tables,
     nearest,
 )
+from unsloth.kernels.dispatch import interpreting
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
@@ -122,24 +124,36 @@ def test_torch_knows_that_the_parameters_have_changed(device, fast):
 
 
 @triton.jit
-def nearest_kernel(share, mids, starts, out, STEPS: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr):
+def nearest_kernel(
+    share, tables, out, SIGNED: tl.constexpr, SIZE: tl.constexpr, PLAIN: tl.constexpr, BLOCK: tl.constexpr
+):
     """The indices of BLOCK shares."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + at, nearest(tl.load(share + at), mids, starts, STEPS, KEYS))
+    tables = fill_tables(tables, SIZE, 128, PLAIN)
+    tl.store(out + at, nearest(tl.load(share + at), tables, SIGNED, PLAIN))
 
 
 @pytest.mark.parametrize("table", [0, 1])
 def test_every_share_finds_the_nearest_number_of_the_table(device, table):
-    launch = Launch([torch.zeros(4, device=device)], codes(device))
-    mids = launch.mids[table]
-    edges = torch.cat([mids[:255], 2.0 ** -torch.arange(40.0, device=device)]).clamp(-1, 1)
+    code = codes(device)
+    mids = (code[table, 1:] + code[table, :-1]) / 2
+    edges = torch.cat([mids, 2.0 ** -torch.arange(40.0, device=device)]).clamp(-1, 1)
     below, above = (torch.nextafter(edges, torch.full_like(edges, x)).clamp(-1, 1) for x in (-2.0, 2.0))
     random = torch.rand(4096 - 4 * len(edges), device=device) * 2 - 1
     share = torch.cat([edges, -edges, below, above, random])
     share = share.abs() if table else share
     out = torch.empty(4096, dtype=torch.int32, device=device)
-    nearest_kernel[(4,)](share, mids, launch.starts[table], out, STEPS=launch.steps, KEYS=KEYS, BLOCK=1024)
-    assert torch.equal(out.long(), torch.bucketize(share, mids[:255]))
+    nearest_kernel[(4,)](
+        share, make_tables(code), out, SIGNED=not table, SIZE=TABLES, PLAIN=interpreting(), BLOCK=1024, num_warps=4
+    )
+    assert torch.equal(out.long(), torch.bucketize(share, mids))
+
+
+def test_tables_that_are_too_fine_are_refused():
+    fine = torch.linspace(-1, 1, 256).repeat(2, 1)
+    fine[0, 128:] = 0.5 + 1e-6 * torch.arange(128)
+    with pytest.raises(ConfigError, match="finer"):
+        make_tables(fine)
 
 
 def test_not_a_number_stays_inside_the_table(device):

@@ -25,15 +25,26 @@ import triton
 import triton.language as tl
 
 from unsloth.core.errors import ConfigError
-from unsloth.kernels.dispatch import FLOAT_DTYPES, can_launch, launch_on
+from unsloth.kernels.approximate import reciprocal
+from unsloth.kernels.dispatch import FLOAT_DTYPES, can_launch, interpreting, launch_on, processor_count
+from unsloth.kernels.nf4 import assembly
 
 BLOCK = 256
 """Values that share one scale."""
 
-_ROWS = 8  # blocks of one program
-_SHIFT = 16  # a share's key is its exponent and the first seven bits of its mantissa
+_ROWS, _WARPS = 8, 8  # blocks of one tile: each is a warp's
+_PROGRAMS = 4  # of one multiprocessor
 _SMALLEST = 103 << 23  # bits of 2^-24: all smaller shares have the first key
-KEYS = ((127 << 23) - _SMALLEST >> _SHIFT) + 1
+_SHIFTS = (17, 16)  # a share's key is its exponent and the first six (of v seven) bits of its mantissa
+_KEYS = [((127 << 23) - _SMALLEST >> shift) + 1 for shift in _SHIFTS]
+TABLES = -(-(512 + 2 * _KEYS[0] + _KEYS[1]) // 256) * 256
+"""Entries of :func:`make_tables`."""
+
+SMALLEST_NORMAL = tl.constexpr(2.0**-126)
+SHARED = tl.constexpr(f".shared .align 16 .b8 adamw_tables[{4 * TABLES}];\nmov.u32 $0, adamw_tables;")
+THREAD = assembly("mov.u32 $0, %tid.x;")
+STORE = assembly("st.shared.b32 [$1], $2;", "mov.b32 $0, 0;")
+LOAD = assembly("ld.shared.b32 $0, [$1];")
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -89,10 +100,7 @@ class Launch:
         tensor: int32 [programs], the tensor that a program works on.
         first_block: int32 [programs], its first block of that tensor.
         sizes: int64 [tensors], values of each tensor.
-        mids: float32 [2, 256], what lies halfway between neighbours of the tables, then infinity.
-        starts: uint8 [2, 2 * KEYS], for the key of every positive, then of every negative share: how many mids are
-            below all shares that have it.
-        steps: Most mids that lie between two keys.
+        tables: int32 [TABLES], see :func:`make_tables`.
     """
 
     def __init__(self, parameters: Sequence[torch.Tensor], codes: torch.Tensor) -> None:
@@ -102,10 +110,7 @@ class Launch:
         starts = torch.cat([torch.arange(count) for count in counts]) * _ROWS
         self.tensor, self.first_block = owners.to(device, torch.int32), starts.to(device, torch.int32)
         self.sizes = torch.tensor([parameter.numel() for parameter in parameters]).to(device)
-        mids = (codes[:, 1:] + codes[:, :-1]) / 2
-        self.mids = torch.nn.functional.pad(mids, (0, 1), value=float("inf"))
-        self.starts, self.steps = _starts(mids.cpu())
-        self.starts = self.starts.to(device)
+        self.tables = make_tables(codes)
         self._addresses: list[int] = []
         self._table = self.sizes
 
@@ -156,11 +161,12 @@ def adamw_8bit(
         return
     launch = launch or Launch(parameters, codes)
     with launch_on(parameters[0]):
-        adamw_8bit_kernel[(len(launch.tensor),)](
-            launch.table(parameters, moments), torch.tensor(places).to(parameters[0].device), launch.tensor,
-            launch.first_block, launch.sizes, codes, launch.mids, launch.starts, *step.scalars,
-            P=_TRITON_DTYPES[parameters[0].dtype], G=_TRITON_DTYPES[gradients[0].dtype], STEPS=launch.steps, KEYS=KEYS,
-            ROWS=_ROWS, BLOCK=BLOCK, num_warps=8,
+        tiles, device = len(launch.tensor), parameters[0].device
+        adamw_8bit_kernel[(min(tiles, _PROGRAMS * processor_count(device)),)](
+            launch.table(parameters, moments), torch.tensor(places).to(device), launch.tensor, launch.first_block,
+            launch.sizes, launch.tables, *step.scalars, tiles, P=_TRITON_DTYPES[parameters[0].dtype],
+            G=_TRITON_DTYPES[gradients[0].dtype], SIZE=TABLES, PLAIN=interpreting(), ROWS=_ROWS, BLOCK=BLOCK,
+            WARPS=_WARPS, num_warps=_WARPS,
         )  # fmt: skip
     # torch did not see the writes, and copies of the parameters elsewhere are renewed by their version
     torch.autograd.graph.increment_version(parameters)
@@ -197,23 +203,41 @@ def quantize(values: torch.Tensor, index: torch.Tensor, scale: torch.Tensor, cod
     """Write ``values`` [N] into an 8-bit state, each as the nearest number of the table."""
     padded = torch.nn.functional.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
     largest = padded.abs().amax(1)
-    shares = torch.where(largest[:, None] > 0, padded / largest[:, None], 0.0).flatten()[: len(values)]
+    shares = (padded * (1 / largest.clamp(min=2.0**-126))[:, None]).flatten()[: len(values)]
     index.copy_(torch.bucketize(shares, (code[1:] + code[:-1]) / 2).view(index.shape))
     scale.copy_(largest)
 
 
-def _starts(mids: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """``Launch.starts`` and ``Launch.steps`` of mids [2, 255] on the CPU."""
-    edges = (torch.arange(KEYS, dtype=torch.int32) * 2**_SHIFT + _SMALLEST).view(torch.float32)
-    low = torch.cat([torch.zeros(1), edges[1:]])
-    high = torch.cat([edges[1:], torch.ones(1)])
-    starts, steps = [], 1
-    for row in mids:
-        for first, last in ((low, high), (-high, -low)):
-            start = torch.bucketize(first, row, right=first is not low)
-            steps = max(steps, int((torch.bucketize(last, row) - start).max()))
-            starts.append(start)
-    return torch.stack(starts).view(2, -1).to(torch.uint8), steps
+def make_tables(codes: torch.Tensor) -> torch.Tensor:
+    """What the kernel looks up, int32 [TABLES]: 256 float32 numbers of m, 256 of v, then an entry for each key.
+
+    A key is the first bits of a share of the largest value: its exponent and six (of v seven) bits of its mantissa, so
+    that at most one of the 255 points halfway between neighbours of the table ("mids") lies among the shares that have
+    it. The index is how many mids are below the share: those below all shares of its key, and one more if the remaining
+    bits are above those of the mid among them. With both in one entry, one sum tells: (start << rest) + the largest
+    rest - the mid's rest, to which the share's rest is added, carries into the start. Shares below zero have keys of
+    their own, and all bits of their rest inverted, for they ascend the other way.
+
+    Raises:
+        ConfigError: Tables with more than one mid to a key.
+    """
+    mids = ((codes[:, 1:] + codes[:, :-1]) / 2).cpu()
+    parts = [codes[0].cpu().view(torch.int32), codes[1].cpu().view(torch.int32)]
+    for row, shift, keys, below in ((0, _SHIFTS[0], _KEYS[0], False), (0, _SHIFTS[0], _KEYS[0], True),
+                                    (1, _SHIFTS[1], _KEYS[1], False)):  # fmt: skip
+        own = mids[row][(mids[row] < 0) == below]
+        bits = own.abs().view(torch.int32)
+        key = (bits - _SMALLEST) >> shift
+        if key.min() < 0 or key.max() >= keys or len(key.unique()) != len(key):
+            raise ConfigError("adamw_8bit: the tables are finer than the kernel can tell", do="Pass fast=False.")
+        largest = (1 << shift) - 1
+        rest = (bits & largest) ^ (largest if below else 0)
+        counts = torch.zeros(keys, dtype=torch.int64).index_fill_(0, key.long(), 1)
+        before = counts.cumsum(0) - counts  # mids of smaller shares, by size
+        start = len(own) - before - counts if below else int((mids[row] < 0).sum()) + before
+        entries = start << shift
+        parts.append(entries.index_add_(0, key.long(), (largest - rest).long()).to(torch.int32))
+    return torch.nn.functional.pad(torch.cat(parts), (0, TABLES - sum(map(len, parts)))).to(codes.device)
 
 
 def _check(parameters: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> None:
@@ -232,73 +256,136 @@ def _check(parameters: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
 
 
 @triton.jit
-def nearest(share, mids, starts, STEPS: tl.constexpr, KEYS: tl.constexpr):
-    """Index of the table's number that is nearest to each ``share``: how many of the 255 ``mids`` are below it.
-
-    The first bits of a float tell that but for the STEPS mids that may share them.
-    """
-    bits = tl.abs(share).to(tl.int32, bitcast=True)
-    key = (tl.minimum(tl.maximum(bits, 0x33800000), 0x3F800000) - 0x33800000) >> 16  # NaN stays inside the table
-    index = tl.load(starts + key + tl.where(share < 0.0, KEYS, 0)).to(tl.int32)
-    for _ in tl.static_range(STEPS):
-        index += (share > tl.load(mids + index)).to(tl.int32)
-    return index
+def fill_tables(tables, SIZE: tl.constexpr, THREADS: tl.constexpr, PLAIN: tl.constexpr):
+    """Copy the tables into shared memory, whose address it returns; PLAIN leaves them where they are."""
+    if PLAIN:
+        return tables
+    else:
+        shared = tl.inline_asm_elementwise(SHARED, "=r,r", [0], dtype=tl.int32, is_pure=False, pack=1)
+        thread = tl.inline_asm_elementwise(THREAD, "=r,r", [0], dtype=tl.int32, is_pure=False, pack=1)
+        for start in tl.static_range(0, SIZE, THREADS):
+            entry = tl.load(tables + start + thread)
+            operands = [shared + (start + thread) * 4, entry]
+            tl.inline_asm_elementwise(STORE, "=r,r,r", operands, dtype=tl.int32, is_pure=False, pack=1)
+        tl.debug_barrier()
+        return shared
 
 
 @triton.jit
-def store_moment(
-    value, index_pointer, scale_pointer, mids, starts, at, mask, block, blocks, STEPS: tl.constexpr, KEYS: tl.constexpr
-):
-    """Quantize a tile [ROWS, BLOCK], one block to a row, and store it with its scales."""
-    largest = tl.max(tl.abs(value), 1)
-    divisor = tl.where(largest > 0, largest, 1.0)
-    index = nearest(tl.div_rn(value, divisor[:, None]), mids, starts, STEPS, KEYS)
-    tl.store(index_pointer + at, index.to(tl.uint8), mask)
-    tl.store(scale_pointer + block, largest, block < blocks)
+def look_up(tables, at, PLAIN: tl.constexpr):
+    """Entries ``at`` of the tables."""
+    if PLAIN:
+        return tl.load(tables + at)
+    else:
+        return tl.inline_asm_elementwise(LOAD, "=r,r", [tables + at * 4], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def nearest(share, tables, SIGNED: tl.constexpr, PLAIN: tl.constexpr):
+    """Index of the number that is nearest to each ``share`` (see :func:`make_tables`); NaN gives some index."""
+    FIRST: tl.constexpr = 512 if SIGNED else 512 + 2 * ((24 << 6) + 1)
+    SHIFT: tl.constexpr = 17 if SIGNED else 16
+    MASK: tl.constexpr = (1 << SHIFT) - 1
+    size = tl.minimum(tl.maximum(tl.abs(share), 5.960464477539063e-08), 1.0).to(tl.int32, bitcast=True)
+    at = FIRST - (0x33800000 >> SHIFT) + (size >> SHIFT)
+    if SIGNED:
+        below = share.to(tl.int32, bitcast=True) >> 31  # all bits where the sign is set
+        return look_up(tables, at + (below & ((24 << 6) + 1)), PLAIN) + ((size ^ below) & MASK) >> SHIFT
+    else:
+        return look_up(tables, at, PLAIN) + (size & MASK) >> SHIFT
+
+
+@triton.jit
+def largest_of_blocks(value):
+    """The largest absolute values [ROWS] of a tile [2, ROWS, BLOCK / 2], one block to a row."""
+    return tl.max(tl.max(tl.abs(value), 2), 0)
+
+
+@triton.jit
+def inverse(scale):
+    """1 / scale, as a factor of a tile."""
+    return tl.div_rn(1.0, tl.maximum(scale, SMALLEST_NORMAL))[None, :, None]
+
+
+@triton.jit
+def update_tile(
+    parameter, gradient, first, second, first_scale, second_scale, block, size, tables, beta1, rest1, beta2, rest2,
+    rate, correction, eps, keep, FULL: tl.constexpr, PLAIN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Update these blocks of a tensor of ``size`` values; FULL where all of them are whole.
+
+    A thread has four neighbours of each half of a block, which is what one load takes of float32, so that little moves
+    between threads but the blocks' largest values.
+    """
+    inside = tl.arange(0, 2)[:, None, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, None, :]
+    at = tl.max_contiguous(block[None, :, None] * BLOCK + inside, (1, 1, 4))
+    if FULL:  # masks would split the loads into those of single values
+        mask, other, known = None, None, None
+    else:
+        mask, other, known = at < size, 0, block * BLOCK < size
+    g = tl.load(gradient + at, mask, other).to(tl.float32)
+    p = tl.load(parameter + at, mask, other).to(tl.float32)
+    m_index = tl.load(first + at, mask, other).to(tl.int32)
+    v_index = tl.load(second + at, mask, other).to(tl.int32)
+    m_scale = tl.load(first_scale + block, known, other)[None, :, None]
+    v_scale = tl.load(second_scale + block, known, other)[None, :, None]
+    m = look_up(tables, m_index, PLAIN).to(tl.float32, bitcast=True) * m_scale
+    v = look_up(tables, 256 + v_index, PLAIN).to(tl.float32, bitcast=True) * v_scale
+    m = beta1 * m + rest1 * g
+    v = beta2 * v + rest2 * g * g
+    if not FULL:
+        m, v = tl.where(mask, m, 0.0), tl.where(mask, v, 0.0)
+    p = keep * p - rate * (m * reciprocal(tl.sqrt(v) * correction + eps, PLAIN))
+    tl.store(parameter + at, p.to(parameter.dtype.element_ty), mask)
+
+    m_scale, v_scale = largest_of_blocks(m), largest_of_blocks(v)
+    tl.store(first + at, nearest(m * inverse(m_scale), tables, True, PLAIN).to(tl.uint8), mask)
+    tl.store(second + at, nearest(v * inverse(v_scale), tables, False, PLAIN).to(tl.uint8), mask)
+    tl.store(first_scale + block, m_scale, known)
+    tl.store(second_scale + block, v_scale, known)
 
 
 @triton.jit
 def adamw_8bit_kernel(
-    addresses, gradients, tensor, first_block, sizes, codes, mids, starts, beta1, rest1, beta2, rest2, rate,
-    correction, eps, keep, P: tl.constexpr, G: tl.constexpr, STEPS: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    addresses, gradients, tensor, first_block, sizes, tables, beta1, rest1, beta2, rest2, rate, correction, eps, keep,
+    tiles, P: tl.constexpr, G: tl.constexpr, SIZE: tl.constexpr, PLAIN: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """One program updates ROWS blocks of one tensor."""
-    program = tl.program_id(0)
-    which = tl.load(tensor + program).to(tl.int64)
-    size = tl.load(sizes + which)
-    row = addresses + which * 5
-    parameter = tl.multiple_of(tl.load(row).to(tl.pointer_type(P)), 16)
-    gradient = tl.multiple_of(tl.load(gradients + which).to(tl.pointer_type(G)), 16)
-    first = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(tl.uint8)), 16)
-    second = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.uint8)), 16)
-    first_scale = tl.load(row + 3).to(tl.pointer_type(tl.float32))
-    second_scale = tl.load(row + 4).to(tl.pointer_type(tl.float32))
-
-    blocks = tl.cdiv(size, BLOCK)
-    block = tl.load(first_block + program).to(tl.int64) + tl.arange(0, ROWS)
-    at = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    mask = at < size
-    g = tl.load(gradient + at, mask, other=0.0).to(tl.float32)
-    m_old = tl.load(codes + tl.load(first + at, mask, other=0).to(tl.int32), mask, other=0.0)
-    v_old = tl.load(codes + 256 + tl.load(second + at, mask, other=0).to(tl.int32), mask, other=0.0)
-    m = beta1 * (m_old * tl.load(first_scale + block, block < blocks, other=0.0)[:, None]) + rest1 * g
-    v = beta2 * (v_old * tl.load(second_scale + block, block < blocks, other=0.0)[:, None]) + rest2 * g * g
-    p = tl.load(parameter + at, mask, other=0.0).to(tl.float32)
-    p = keep * p - rate * tl.div_rn(m, tl.sqrt_rn(v) * correction + eps)
-    tl.store(parameter + at, p.to(P), mask)
-    store_moment(m, first, first_scale, mids, starts, at, mask, block, blocks, STEPS, KEYS)
-    store_moment(v, second, second_scale, mids + 256, starts + 2 * KEYS, at, mask, block, blocks, STEPS, KEYS)
+    """One program updates tile after tile of ROWS blocks of one tensor."""
+    tables = fill_tables(tables, SIZE, 32 * WARPS, PLAIN)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        which = tl.load(tensor + tile).to(tl.int64)
+        size = tl.load(sizes + which)
+        row = addresses + which * 5
+        parameter = tl.multiple_of(tl.load(row).to(tl.pointer_type(P)), 16)
+        gradient = tl.multiple_of(tl.load(gradients + which).to(tl.pointer_type(G)), 16)
+        first = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(tl.uint8)), 16)
+        second = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.uint8)), 16)
+        first_scale = tl.load(row + 3).to(tl.pointer_type(tl.float32))
+        second_scale = tl.load(row + 4).to(tl.pointer_type(tl.float32))
+        start = tl.load(first_block + tile).to(tl.int64)
+        block = start + tl.arange(0, ROWS)
+        if (start + ROWS) * BLOCK <= size:
+            update_tile(
+                parameter, gradient, first, second, first_scale, second_scale, block, size, tables, beta1, rest1, beta2,
+                rest2, rate, correction, eps, keep, True, PLAIN, BLOCK,
+            )  # fmt: skip
+        else:
+            update_tile(
+                parameter, gradient, first, second, first_scale, second_scale, block, size, tables, beta1, rest1, beta2,
+                rest2, rate, correction, eps, keep, False, PLAIN, BLOCK,
+            )  # fmt: skip
 
 
 def compile_examples(float_dtype: str) -> list[tuple]:
     """Kernels with the argument types and options they are launched with, for compilation without a GPU."""
     signature = {"addresses": "*i64", "gradients": "*i64", "tensor": "*i32", "first_block": "*i32", "sizes": "*i64"}
-    signature |= dict.fromkeys(("codes", "mids"), "*fp32") | {"starts": "*u8"}
-    signature |= dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "rate", "correction", "eps", "keep"), "fp32")
-    shape = {"STEPS": 1, "KEYS": KEYS, "ROWS": _ROWS, "BLOCK": BLOCK}
+    signature |= {"tables": "*i32", "tiles": "i32"}
+    scalars = ("beta1", "rest1", "beta2", "rest2", "rate", "correction", "eps", "keep")
+    signature |= dict.fromkeys(scalars, "fp32")
+    shape = {"SIZE": TABLES, "PLAIN": False, "ROWS": _ROWS, "BLOCK": BLOCK, "WARPS": _WARPS}
     dtype = {"fp16": tl.float16, "bf16": tl.bfloat16}.get(float_dtype, tl.float32)
     return [
-        (adamw_8bit_kernel, signature, {"P": kind, "G": kind, **shape}, {"num_warps": 8})
+        (adamw_8bit_kernel, signature, {"P": kind, "G": kind, **shape}, {"num_warps": _WARPS})
         for kind in (tl.float32, dtype)
     ]
