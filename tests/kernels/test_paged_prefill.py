@@ -48,6 +48,12 @@ def test_shapes(device, heads, kv_heads, dim, page):
     check(make(device, ((3, 4), (20, 0)), heads, kv_heads, dim, page))
 
 
+@pytest.mark.parametrize("page", [16, 64])
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_keys_that_all_tokens_of_a_tile_see(device, page, softcap):
+    check(make(device, ((20, 63), (3, 64), (17, 200), (70, 0)), page=page), softcap=softcap)
+
+
 def test_layouts_eight_bits_and_nothing(device):
     q, k, v, table, tiles = make(device)
     check(

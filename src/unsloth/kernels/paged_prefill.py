@@ -22,7 +22,7 @@ import triton.language as tl
 
 from unsloth.core.errors import ConfigError
 from unsloth.kernels import dispatch
-from unsloth.kernels.paged_attention import load_tokens, take_tokens
+from unsloth.kernels.paged_attention import load_tokens
 from unsloth.kernels.rounding import must_round, nearest
 
 TILE = 16
@@ -85,15 +85,55 @@ def gather_pages(cache: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
     return cache[pages]
 
 
+@triton.jit
+def load_page(
+    k_ptr, v_ptr, table_row, n0, d, D, head, page_size, page_stride, token_stride, head_stride, v_page_stride,
+    v_token_stride, v_head_stride, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """What :func:`load_tokens` gives for BLOCK_N tokens that exist and are of one page: one place for all of them."""
+    page = tl.load(table_row + n0 // page_size).to(tl.int64)
+    within = n0 % page_size
+    n = tl.arange(0, BLOCK_N)
+    k_first = k_ptr + page * page_stride + within * token_stride + head * head_stride
+    k = tl.load(k_first + (n[None, :] * token_stride + d[:, None]), mask=d[:, None] < D, other=0.0)
+    v_first = v_ptr + page * v_page_stride + within * v_token_stride + head * v_head_stride
+    v = tl.load(v_first + (n[:, None] * v_token_stride + d[None, :]), mask=d[None, :] < D, other=0.0)
+    return k, v
+
+
+@triton.jit
+def scores(q, k, scale, softcap, CAP: tl.constexpr):
+    """Scores in units of log(2), so that 2^s is their exponential."""
+    s = tl.dot(q, k.to(q.dtype), input_precision="ieee") * (scale * (1.0 if CAP else 1.4426950408889634))
+    if CAP:
+        s = (1.4426950408889634 * softcap) * (2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0)
+    return s
+
+
+@triton.jit
+def take_powers(s, v, top, total, acc):
+    """One step of a softmax that goes on, of scores in units of log(2)."""
+    new_top = tl.maximum(top, tl.max(s, axis=1))
+    shrink = tl.exp2(top - new_top)
+    p = tl.exp2(s - new_top[:, None])
+    total = total * shrink + tl.sum(p, axis=1)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return new_top, total, acc
+
+
 @triton.jit(do_not_specialize=["table_stride", "table_rows", "table_columns", "window", "tokens"])
 def paged_prefill_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, tiles_ptr, out_ptr, q_stride_t, q_stride_h, page_stride, token_stride, head_stride,
     v_page_stride, v_token_stride, v_head_stride, out_stride_t, out_stride_h, table_stride, table_rows, table_columns,
     scale, softcap, window, tokens, G, D, page_size,
-    CAP: tl.constexpr, WINDOW: tl.constexpr, UPCAST: tl.constexpr, ROUND: tl.constexpr,
+    CAP: tl.constexpr, WINDOW: tl.constexpr, UPCAST: tl.constexpr, ROUND: tl.constexpr, ONE_PAGE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program a (tile, key head); rows of its matrices are the pairs of token and query head."""
+    """One program a (tile, key head); rows of its matrices are the pairs of token and query head.
+
+    Keys that all tokens of the tile see come first, without masks; ONE_PAGE says that BLOCK_N of them, from a multiple
+    of BLOCK_N on, lie in one page.
+    """
     tile = tiles_ptr + tl.program_id(0) * 4
     head = tl.program_id(1)
     first = tl.load(tile).to(tl.int64)
@@ -112,26 +152,40 @@ def paged_prefill_kernel(
     position = start + t
     room = tl.where(row < table_rows, table_columns * page_size, 0)
     stop = tl.minimum(start + count, room)  # nothing is read beyond the table's row
-    begin = start * 0
-    if WINDOW:
-        begin = tl.maximum(start - window + 1, 0) // BLOCK_N * BLOCK_N
+    table_row = table_ptr + row * table_stride
     top = tl.full([BLOCK_T * BLOCK_G], -1.0e30, tl.float32)
     total = tl.zeros([BLOCK_T * BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_T * BLOCK_G, BLOCK_D], tl.float32)
+    begin = start * 0
+    if WINDOW:
+        begin = tl.maximum(start - window + 1, 0) // BLOCK_N * BLOCK_N
+    else:
+        begin = tl.minimum(start + 1, room) // BLOCK_N * BLOCK_N
+        for n0 in range(0, begin, BLOCK_N):
+            if ONE_PAGE:
+                k, v = load_page(
+                    k_ptr, v_ptr, table_row, n0, d, D, head, page_size, page_stride, token_stride, head_stride,
+                    v_page_stride, v_token_stride, v_head_stride, BLOCK_N,
+                )  # fmt: skip
+            else:
+                k, v = load_tokens(
+                    k_ptr, v_ptr, table_row, n0 + tl.arange(0, BLOCK_N), begin, d, D, head, page_size, page_stride,
+                    token_stride, head_stride, v_page_stride, v_token_stride, v_head_stride,
+                )  # fmt: skip
+            s = scores(q, k, scale, softcap, CAP)
+            top, total, acc = take_powers(s, v.to(q.dtype), top, total, acc)
     for n0 in range(begin, stop, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         k, v = load_tokens(
-            k_ptr, v_ptr, table_ptr + row * table_stride, n, stop, d, D, head, page_size, page_stride, token_stride,
-            head_stride, v_page_stride, v_token_stride, v_head_stride,
+            k_ptr, v_ptr, table_row, n, stop, d, D, head, page_size, page_stride, token_stride, head_stride,
+            v_page_stride, v_token_stride, v_head_stride,
         )  # fmt: skip
-        s = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale
-        if CAP:
-            s = softcap * (2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0)
+        s = scores(q, k, scale, softcap, CAP)
         visible = n[None, :] <= position[:, None]
         if WINDOW:
             visible = visible & (n[None, :] > position[:, None] - window)
         s = tl.where(visible, s, float("-inf"))
-        top, total, acc = take_tokens(s, v.to(q.dtype), top, total, acc)
+        top, total, acc = take_powers(s, v.to(q.dtype), top, total, acc)
     total = tl.where(position < room, total, float("nan"))
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_at = out_ptr + (first + t)[:, None] * out_stride_t + (head * G + g)[:, None] * out_stride_h + d[None, :]
@@ -195,14 +249,15 @@ def paged_prefill(
         return paged_prefill_reference(q, k_cache, v_cache, table, tiles, scale=scale, window=window, softcap=softcap)
     q = q if q.stride(2) == 1 else q.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    keys = block_keys(dim, q.device)
     if len(tiles):
         with dispatch.launch_on(q):
             paged_prefill_kernel[(len(tiles), kv_heads)](
                 q, k_cache, v_cache, table, tiles, out, q.stride(0), q.stride(1), *k_cache.stride()[:3],
                 *v_cache.stride()[:3], out.stride(0), out.stride(1), table.stride(0), *table.shape, scale, softcap,
                 window, len(q), heads // kv_heads, dim, k_cache.shape[1], CAP=softcap > 0, WINDOW=window > 0,
-                UPCAST=dispatch.interpreting(), ROUND=must_round(q.dtype), BLOCK_T=TILE,
-                BLOCK_G=triton.next_power_of_2(heads // kv_heads), BLOCK_N=block_keys(dim, q.device),
+                UPCAST=dispatch.interpreting(), ROUND=must_round(q.dtype), ONE_PAGE=k_cache.shape[1] % keys == 0, BLOCK_T=TILE,
+                BLOCK_G=triton.next_power_of_2(heads // kv_heads), BLOCK_N=keys,
                 BLOCK_D=max(16, triton.next_power_of_2(dim)), num_warps=4, num_stages=2,
             )  # fmt: skip
     return out
@@ -216,7 +271,15 @@ def block_keys(dim: int, device: torch.device) -> int:
 
 def compile_examples(float_dtype: str) -> list[tuple]:
     """Kernels with the argument types and options they are launched with, for compilation without a GPU."""
-    constants = {"CAP": True, "WINDOW": True, "UPCAST": False, "ROUND": False, "BLOCK_T": TILE, "BLOCK_N": 32}
+    constants = {
+        "CAP": False,
+        "WINDOW": False,
+        "ONE_PAGE": True,
+        "UPCAST": False,
+        "ROUND": False,
+        "BLOCK_T": TILE,
+        "BLOCK_N": 32,
+    }
     names = [name for name in paged_prefill_kernel.arg_names if not name.isupper() or name in ("G", "D")]
     signature = dict.fromkeys(names, "i32") | {"scale": "fp32", "softcap": "fp32"}
     signature |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{float_dtype}")
