@@ -116,6 +116,11 @@ def peaks() -> dict[str, float]:
     return {"allocated_mib": found[0] / 2**20, "reserved_mib": found[1] / 2**20}
 
 
+def allocated_mib() -> float:
+    """Memory in MiB of tensors on the device now."""
+    return torch.cuda.memory_allocated() / 2**20 if DEVICE.type == "cuda" else 0.0
+
+
 def limit(gib: float) -> None:
     """What torch's allocator may take; 0 for all there is."""
     if DEVICE.type == "cuda":
@@ -153,13 +158,12 @@ def measure_steps(model: torch.nn.Module, way: Way, case: Case, vocabulary: int,
     optimizer = way.optimizer(trained)
     gc.collect()
     watch_memory()  # graphs of an earlier way are gone with it
-    speeds, static, of_others = [], 0.0, recorded_mib()
+    speeds, before, of_others = [], allocated_mib(), recorded_mib()
     warm_up = options.updates_before(way, case)
     for seed in range(warm_up + options.steps):
         synchronize()
         if seed == warm_up:
             watch_memory()
-            static = torch.cuda.memory_allocated() / 2**20 if DEVICE.type == "cuda" else 0.0
         start = time.perf_counter()
         update(model, way, case, vocabulary, seed)
         optimizer.step()
@@ -169,6 +173,8 @@ def measure_steps(model: torch.nn.Module, way: Way, case: Case, vocabulary: int,
         print(f"        {speeds[-1]:.0f} tok/s", flush=True)
     found = {"tokens_per_s": statistics.median(speeds[warm_up:]), **peaks()}
     gradients, accumulated = sum(p.nbytes for p in trained), case.accumulate > 1
+    states = (value for state in optimizer.state.values() for value in state.values())
+    static = before + sum(value.nbytes for value in states if isinstance(value, torch.Tensor)) / 2**20
     found["over_mib"] = found["allocated_mib"] + recorded_mib() - of_others - static
     found["over_mib"] = max(0.0, found["over_mib"] - (gradients / 2**20 if accumulated else 0.0))
     expected = way.estimate(case.batch * case.tokens, vocabulary, gradients, accumulated=accumulated)

@@ -119,7 +119,8 @@ def measure(
     late = staged + sizes.working + (0 if chosen.lean else sizes.quick) + hidden
     if recorded and sizes.buffers:
         inside = layers - chosen.waiting_bytes(sizes)
-        return BlockMemory(head + inside, logits, host, min(late + logits, head + inside + logits))
+        # the head's memory is free again by then, that of recorded blocks which keep their values is not
+        return BlockMemory(head + inside, logits, host, layers if Place.KEEP in chosen.places else late)
     first, second = (layers, 0) if layers > head + logits else (head, logits)
     return BlockMemory(first, second, host, min(late, layers))
 
