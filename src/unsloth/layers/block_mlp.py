@@ -18,8 +18,9 @@ from unsloth.kernels.append_projection import append_projection
 from unsloth.kernels.glu_adapters import glu_forward
 from unsloth.kernels.lora_mlp import GateUpKept, down_gradients, gate_up_gradients
 from unsloth.kernels.lora_weights import LoraGroup
-from unsloth.layers.direct import norm
+from unsloth.layers.direct import glu_gradients, norm
 from unsloth.layers.norm import NormOptions
+from unsloth.layers.own_gradients import OwnGradients
 from unsloth.layers.site import Site
 
 
@@ -97,6 +98,8 @@ def mlp_gradients(
     inner: MlpInner | None,
     grad: torch.Tensor,
     needs: Sequence[bool],
+    own: OwnGradients | None = None,
+    number: int = 0,
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     """(dn (M, K), dA and dB of gate, up and down in float32, not yet scaled); ``inner.gated`` is overwritten.
 
@@ -107,6 +110,8 @@ def mlp_gradients(
         inner: What the forward kept, if it did.
         grad: (M, K) of y.
         needs: Whether each A and B wants a gradient.
+        own: Takes in the gradients of the weights themselves, where they are trained.
+        number: Of gate among the block's linear layers; up and down follow.
     """
     needs, dtype = (True, *needs), h.dtype
     tiles = list(_tiles(h.shape[0], h.shape[0] if inner is not None else parts.tile))
@@ -123,7 +128,16 @@ def mlp_gradients(
         gated = _gated(group, wide[part], None) if inner is None else kept.gated
         piece = GateUpKept(kept.x[part], kept.t_gu[part], gated)
         del gated
-        _, found = gate_up_gradients(group, piece, dh, p, parts.activation, needs[:5], overwrite=True, out=dn[part])
+        if own is None:
+            _, found = gate_up_gradients(group, piece, dh, p, parts.activation, needs[:5], overwrite=True, out=dn[part])
+        else:
+            found = [None] * 5
+            glu_gradients(dh, piece.gated, parts.activation)
+            grads = [piece.gated[:, columns] for columns in group.out_slices()]
+            group.input_gradient(grads, p[:, :0], out=dn[part])
+            for i, (g, x) in enumerate([(grads[0], piece.x), (grads[1], piece.x), (grad[part], dh)]):
+                own.add_linear(number + i, g, x, tiles=len(tiles))
+            del grads, g, x
         del dh, piece
         total = _sum(total, [*found, db])
     return dn[:, : h.shape[1]], total

@@ -47,13 +47,17 @@ def read_block(block: torch.nn.Module, x: torch.Tensor, kwargs: Mapping[str, Any
         return reason
     names = [(attend, name) for name in (*of_attention.projections, of_attention.output)]
     names += [(feed, name) for name in (*of_mlp.gate_up, of_mlp.down)]
-    linears = read_all([getattr(module, name) for module, name in names], x)
+    linears = read_all([getattr(module, name) for module, name in names], x, trained=True)
     if isinstance(linears, str):
         return linears
+    trained = any(linear.trained for linear in linears)
+    if trained and any(linear.adapter is not None or linear.base.weight.dtype != x.dtype for linear in linears):
+        return "weights that are trained beside adapters, or in another dtype than the products"
     if len(of_mlp.gate_up) != 2 or any(linear.bias is not None for linear in linears[-3:]):
         return "an MLP with biases, or gate and up in one"
-    norms = _norms([(block, options.input_norm), (block, options.mlp_input_norm)], options.norm, x)
-    head_norms = _norms([(attend, name) for name in of_attention.head_norms or ()], of_attention.head_norm, x)
+    norms = _norms([(block, options.input_norm), (block, options.mlp_input_norm)], options.norm, x, trained)
+    names = [(attend, name) for name in of_attention.head_norms or ()]
+    head_norms = _norms(names, of_attention.head_norm, x, trained)
     if norms is None or head_norms is None:
         return "a norm that is trained, or of another kind or dtype"
     for module in (attend, feed, getattr(block, options.input_norm), getattr(attend, of_attention.output)):
@@ -95,14 +99,15 @@ def _scores(attend: Any, options: attention.AttentionOptions, kwargs: Mapping[st
 
 
 def _norms(
-    found: list[tuple[torch.nn.Module, Any]], options: NormOptions | None, x: torch.Tensor
+    found: list[tuple[torch.nn.Module, Any]], options: NormOptions | None, x: torch.Tensor, trained: bool
 ) -> list[tuple[torch.Tensor, NormOptions]] | None:
     """Weights and options of the norms named; None if one must be called itself."""
     norms = []
     for owner, name in found:
         module = getattr(owner, name)
         weight = module.weight
-        if options is None or not is_untouched(module) or weight.requires_grad or weight.dtype != x.dtype:
+        frozen = trained or not weight.requires_grad
+        if options is None or not is_untouched(module) or not frozen or weight.dtype != x.dtype:
             return None
         norms.append((weight, options))
     return norms
@@ -150,6 +155,7 @@ def _parts(
         decision=decision,
         keeper=keeper,
         number=number,
+        trained=any(linear.trained for linear in linears),
     )
 
 
@@ -165,9 +171,9 @@ def _decide(
     if policy is False:
         return Decision(Place.KEEP, lean=False)
     sizes = block_sizes(x.shape[0] * x.shape[1], x.shape[2], heads, linears, x.element_size())
-    trained = [adapter for linear in linears if (adapter := linear.adapter) is not None]
-    # gradients, and two moments in float32 at most
-    later = 3 * options.keeper.layers * sum(adapter.a.nbytes + adapter.b.nbytes for adapter in trained)
+    trained = sum(a.a.nbytes + a.b.nbytes for linear in linears if (a := linear.adapter) is not None)
+    trained += sum(linear.base.weight.nbytes for linear in linears if linear.trained)
+    later = 3 * options.keeper.layers * trained  # gradients, and two moments in as many bytes at most
     return options.keeper.decide(options.number, policy, sizes, later, x.device, batch)
 
 
