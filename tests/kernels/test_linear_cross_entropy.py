@@ -81,7 +81,7 @@ LATE = [
 @pytest.mark.parametrize("options", LATE, ids=["plain", "transformed", "ignore_index", "not-late"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_weights_gradient_can_wait_for_the_backward(device, dtype, options, monkeypatch):
-    monkeypatch.setattr(head_chunks, "_COLUMN_STEP", 16)  # five slices of the vocabulary
+    monkeypatch.setattr(head_chunks, "COLUMN_STEP", 16)  # five slices of the vocabulary
     x, w, labels = make(device, 11, 24, 77, dtype, ignored=0.3 if options.ignore_index < 0 else 0)
     labels[:3] = torch.tensor([0, 3, 76])
     bias = torch.randn(77, device=device).to(dtype).requires_grad_()

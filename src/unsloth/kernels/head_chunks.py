@@ -19,7 +19,7 @@ CHUNK_BYTES = 640 * 2**20
 # With a trained head every chunk reads and writes the whole float32 weight gradient, so fewer, larger ones.
 TRAINED_CHUNK_BYTES = 4 * CHUNK_BYTES
 _ROW_STEP = 128
-_COLUMN_STEP = 1024
+COLUMN_STEP = 1024
 
 
 class HeadChunks:
@@ -82,7 +82,7 @@ class HeadColumns:
         narrow = hidden.dtype in (torch.float16, torch.bfloat16)
         self.dtype = torch.float32 if narrow else hidden.dtype
         fitting = chunk_bytes // (max(1, hidden.shape[0]) * self.dtype.itemsize)
-        self.columns = min(weight.shape[0], max(_COLUMN_STEP, fitting // _COLUMN_STEP * _COLUMN_STEP))
+        self.columns = min(weight.shape[0], max(COLUMN_STEP, fitting // COLUMN_STEP * COLUMN_STEP))
         numbers = hidden.shape[0] * self.columns
         self._logits = torch.empty(numbers, dtype=self.dtype, device=hidden.device)
         self._slope = torch.empty(numbers, dtype=hidden.dtype, device=hidden.device) if narrow else self._logits

@@ -31,6 +31,7 @@ import torch
 from unsloth.kernels import dispatch
 from unsloth.kernels.head_chunks import (
     CHUNK_BYTES,
+    COLUMN_STEP,
     TRAINED_CHUNK_BYTES,
     HeadChunks,
     HeadColumns,
@@ -42,6 +43,9 @@ from unsloth.kernels.head_chunks import (
     whole_logits,
 )
 from unsloth.kernels.softmax_rows import HeadOptions, softmax_columns_gradient, softmax_rows, softmax_rows_reference
+
+_LATE_SHARE = 4
+"""Fewer logits exist at a time in the backward, where the weight's gradient is there, too."""
 
 
 class CountedLoss(NamedTuple):
@@ -96,9 +100,7 @@ class _LateWeight(torch.autograd.Function):
         of_bias = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
         up = grad_total.to(lse.dtype).expand_as(lse).contiguous()
         with torch.autocast(hidden.device.type, enabled=False):
-            columns = HeadColumns(
-                hidden.to(ctx.dtype), weight, bias, ctx.chunk_bytes // 4
-            )  # the weight's gradient is there, too
+            columns = HeadColumns(hidden.to(ctx.dtype), weight, bias, ctx.chunk_bytes // _LATE_SHARE)
             for part in columns.slices():
                 logits, slope = columns.logits(part)
                 softmax_columns_gradient(logits, labels, lse, ctx.options, up, part.start, slope)
@@ -107,6 +109,12 @@ class _LateWeight(torch.autograd.Function):
                 if of_bias is not None:
                     of_bias[part] = slope.sum(0, dtype=lse.dtype)
         return _times(grad, grad_total, hidden.dtype), of_weight, of_bias, None, None, None, None, None
+
+
+def late_bytes(rows: int, itemsize: int, chunk_bytes: int) -> int:
+    """Bytes beside the gradient of a weight that waits for the backward: logits of ``rows``, and their gradient."""
+    logits = max(chunk_bytes // _LATE_SHARE, 4 * rows * COLUMN_STEP)
+    return logits + logits * itemsize // 4 if itemsize < 4 else logits
 
 
 def _times(grad: torch.Tensor | None, number: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:

@@ -56,6 +56,7 @@ def block_sizes(
 
     # gradients of the block's own weights, all of them at the end; sums over tiles are wider
     own = sum(linear.base.weight.numel() for linear in linears if linear.trained) * (1 if rows <= LEAN_TILE else 2)
+    recorded = rows <= RECORDED_ROWS and not own
     kept = again + rows * (3 * width + inner + thin[2]) + max(of_mlp)
     lean = max(mlp(LEAN_TILE), scores(head_groups(rows, heads[1])))
     quick = max(mlp(TILE) + rows * width, scores(1)) + of_attention
@@ -67,7 +68,7 @@ def block_sizes(
         quick=(quick - lean) * itemsize,
         keeping=max(0, kept - lean - again) * itemsize,
         weights=(sum(of_mlp) + of_attention) * itemsize if all(linear.quantized for linear in linears) else 0,
-        buffers=rows * (2 * width + attended) * itemsize if rows <= RECORDED_ROWS else 0,
+        buffers=rows * (2 * width + attended) * itemsize if recorded else 0,
     )
 
 
