@@ -388,7 +388,7 @@ class Options:
         warm_up: Updates before them.
         profiled: Whether kernels are looked at.
         compared: Whether losses and gradients are.
-        trained: ``qlora``, ``lora`` (16 bits) or ``full``.
+        trained: As on the command line.
         deadline: On the performance counter, after which no measurement begins.
         dry: Whether nothing is written.
     """
@@ -425,7 +425,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", default="8b", choices=list(random_llama.SHAPES))
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument(
-        "--trained", default="qlora", choices=["qlora", "lora", "full"], help="NF4, 16 bits, or no LoRA"
+        "--trained",
+        default="qlora",
+        choices=["qlora", "lora", "full", "mixed"],
+        help="LoRA on NF4 or on 16 bits; all weights, in 16 bits or in float32 with bfloat16 products",
     )
     parser.add_argument(
         "--cases", nargs="+", default=["2x2048x4"], help="rows x tokens (or spread) x accumulation[@GiB]"
@@ -470,8 +473,8 @@ def main() -> None:
         shape,
         DEVICE,
         quantized=given.trained == "qlora",
-        full=given.trained == "full",
-        dtype=torch.float16 if given.float16 else torch.bfloat16,
+        full=given.trained in ("full", "mixed"),
+        dtype=torch.float16 if given.float16 else torch.float32 if given.trained == "mixed" else torch.bfloat16,
     )
     print(f"built {label} in {time.perf_counter() - begin:.1f} s", flush=True)
     options = Options(

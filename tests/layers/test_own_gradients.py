@@ -89,12 +89,37 @@ def test_gradients_accumulate_as_always():
         torch.testing.assert_close(parameter.grad, 2 * once[name])
 
 
-def test_weights_of_another_dtype_than_the_products_are_left_to_separate_functions():
-    model = tiny.build("llama").train().requires_grad_(True)
+@pytest.mark.parametrize("tile", [7, 64])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma"])
+def test_float32_weights_with_bfloat16_products(family, tile, monkeypatch):
+    monkeypatch.setattr(read_block, "TILE", tile)
+
+    def mixed(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            return run(model)
+
+    def error(found):
+        got, right = (torch.cat([grads[name].flatten() for name in sorted(grads)]) for grads in (found[1], exact[1]))
+        return ((got - right).norm() / right.norm()).item()
+
+    model = tiny.build(family).train().requires_grad_(True)
+    exact, apart = separate(model, run), separate(model, mixed)
+    for policy in (False, True, Budget(device=0, host=2**30)):
+        made = whole(model, policy)
+        found = mixed(model)
+        assert all(not r.fast.partly for r in blocks(made)), str(made)
+        assert all(grad.dtype == torch.float32 for grad in found[1].values())
+        assert error(found) < 1.6 * error(apart) < 0.1
+        made.undo()
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("llama", torch.float16), ("qwen3", torch.bfloat16)])
+def test_other_mixtures_of_dtypes_are_left_to_separate_functions(family, dtype):
+    model = tiny.build(family).train().requires_grad_(True)
     made = whole(model)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         run(model)
-    assert all(r.fast.partly for r in blocks(made))
+    assert all("another dtype" in next(iter(r.fast.partly)) for r in blocks(made))
 
 
 @pytest.mark.parametrize(

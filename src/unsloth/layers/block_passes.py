@@ -76,6 +76,11 @@ class Parts:
     number: int
     trained: bool = False
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of products."""
+        return self.mlp.dtype
+
     def weights(self) -> list[torch.Tensor | None]:
         """Weight and bias of every linear layer, then the weights of n1, n2 and the norms of heads."""
         of_linears = [tensor for linear in self.linears() for tensor in (linear.base.weight, linear.bias)]
@@ -131,7 +136,7 @@ def _again(parts: Parts, x: torch.Tensor, attended: Attended, shape: torch.Size)
     if parts.head_norms is None:
         _heads(parts, qkv, shape)
     added, t_o, output = _output(parts, attended.out, again=False)
-    h = added.add_(x)
+    h = added.add_(x) if added.dtype == x.dtype else added + x
     if parts.decision.lean:
         return Rest(qkv, t_qkv, t_o, h, None, {})
     return Rest(qkv, t_qkv, t_o, h, None, {"qkv": group, "output": output}, normed)
@@ -141,8 +146,8 @@ def _project(
     parts: Parts, x: torch.Tensor, *, again: bool
 ) -> tuple[torch.Tensor, torch.Tensor, LoraGroup, torch.Tensor]:
     """(q, k and v before rotation, t_qkv, the group, n1(x))."""
-    group = parts.qkv.group(x.dtype, again=again)
-    wide = x.new_empty(x.shape[0], x.shape[1] + group.room)
+    group = parts.qkv.group(parts.dtype, again=again)
+    wide = x.new_empty(x.shape[0], x.shape[1] + group.room, dtype=parts.dtype)
     normed, tail = wide[:, : x.shape[1]], tail_of(wide, group)
     norm(x, *parts.norm, normed)
     if group.columns:
@@ -206,24 +211,27 @@ def backward_pass(
     count = len(parts.qkv.linears)
     first = 1 + 2 * count
     inner, rest.mlp = rest.mlp, None
-    dn, mlp = mlp_gradients(parts.mlp, rest.h, t_d, inner, grad, needs[first + 2 :], own, count + 1)
-    del inner
+    narrow = grad.to(parts.dtype)
+    dn, mlp = mlp_gradients(parts.mlp, rest.h, t_d, inner, narrow, needs[first + 2 :], own, count + 1)
+    del inner, narrow
     dh = _norm_gradient(dn, rest.h, (parts.mlp.weight, parts.mlp.options), grad, own, -3)
     del dn
     rest.h = None
 
-    group = rest.groups.pop("output") if rest.groups else parts.output.group(x.dtype, again=False)
+    group = rest.groups.pop("output") if rest.groups else parts.output.group(parts.dtype, again=False)
     flat = attended.out.reshape(x.shape[0], -1)
-    do, o = _linears_gradients(group, [dh], flat, rest.t_o, (True, *needs[first : first + 2]), own, count)
+    do, o = _linears_gradients(
+        group, [dh.to(parts.dtype)], flat, rest.t_o, (True, *needs[first : first + 2]), own, count
+    )
     del group  # a dequantized weight, before attention's gradients are made
     assert do is not None
     grads = _attention_gradients(parts, attended, rest, do.view(attended.out.shape), shape, own)
     del do, flat
 
-    group = rest.groups.pop("qkv") if rest.groups else parts.qkv.group(x.dtype, again=False)
+    group = rest.groups.pop("qkv") if rest.groups else parts.qkv.group(parts.dtype, again=False)
     normed = rest.normed
     if normed is None:
-        normed = torch.empty_like(x)
+        normed = torch.empty_like(x, dtype=parts.dtype)
         norm(x, *parts.norm, normed)
     grads = grads if len(grads) == len(parts.qkv.linears) else [torch.cat(grads, dim=1)]
     before = needs[0] or (own is not None and own.wants(-4))

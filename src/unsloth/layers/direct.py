@@ -53,7 +53,7 @@ def norm_gradient(
     with torch.enable_grad():
         leaf, gain = h.detach().requires_grad_(), weight.detach().requires_grad_(trained)
         y = rms_norm_reference(leaf, gain, options.eps, options.offset)
-        found = torch.autograd.grad(y, [leaf, gain] if trained else [leaf], dy)
+        found = torch.autograd.grad(y, [leaf, gain] if trained else [leaf], dy.to(y.dtype))
     return torch.add(found[0], dh, out=out), found[1] if trained else None
 
 

@@ -33,12 +33,12 @@ class OwnGradients:
         weight, bias = 2 * number, 2 * number + 1
         if self.needs[weight]:
             into = self._found[weight]
-            if into is None:
-                dtype = compute_dtype(g.dtype) if tiles > 1 else g.dtype
-                into = g.new_empty(g.shape[1], x.shape[1], dtype=dtype)
+            own = self.weights[weight]
+            if into is None and own is not None:
+                into = g.new_empty(own.shape, dtype=compute_dtype(own.dtype) if tiles > 1 else own.dtype)
                 matmul_into(into, g.t(), x)
                 self._found[weight] = into
-            else:
+            elif into is not None:
                 matmul_into(into, g.t(), x, accumulate=True)
         if self.needs[bias]:
             more = g.sum(0, dtype=compute_dtype(g.dtype))

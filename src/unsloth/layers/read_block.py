@@ -52,7 +52,9 @@ def read_block(block: torch.nn.Module, x: torch.Tensor, kwargs: Mapping[str, Any
         return linears
     trained = any(linear.trained for linear in linears)
     if trained and any(linear.adapter is not None or linear.base.weight.dtype != x.dtype for linear in linears):
-        return "weights that are trained beside adapters, or in another dtype than the products"
+        return "weights that are trained beside adapters, or in another dtype than the residual stream"
+    if product_dtype(x) != x.dtype and not (trained and _is_mixed(x) and of_attention.head_norms is None):
+        return "an input in another dtype than the products"
     if len(of_mlp.gate_up) != 2 or any(linear.bias is not None for linear in linears[-3:]):
         return "an MLP with biases, or gate and up in one"
     norms = _norms([(block, options.input_norm), (block, options.mlp_input_norm)], options.norm, x, trained)
@@ -68,14 +70,19 @@ def read_block(block: torch.nn.Module, x: torch.Tensor, kwargs: Mapping[str, Any
 
 def _call(x: torch.Tensor, kwargs: Mapping[str, Any]) -> str | None:
     """What speaks against it in the call itself."""
-    if x.dim() != 3 or not x.is_contiguous() or not x.numel() or product_dtype(x) != x.dtype:
-        return "an input in another form or dtype than the products"
+    if x.dim() != 3 or not x.is_contiguous() or not x.numel():
+        return "an input in another form"
     given = {name for name, value in kwargs.items() if value is not None and value is not False}
     if "attention_mask" in given:
         return "an attention mask"
     if given - _UNREAD:
         return f"the argument {min(given - _UNREAD)}"
     return None
+
+
+def _is_mixed(x: torch.Tensor) -> bool:
+    """Whether weights and residual stream are float32, and products bfloat16, whose range is as large."""
+    return x.dtype == torch.float32 and product_dtype(x) == torch.bfloat16
 
 
 def _modules(attend: torch.nn.Module, feed: torch.nn.Module) -> str | None:
@@ -125,7 +132,7 @@ def _parts(
     head_norms: list[tuple[torch.Tensor, NormOptions]],
 ) -> Parts | str:
     visible = _visible(x, kwargs.get("position_ids"), attend, options.window)
-    backend = choose_backend(x.device, x.dtype, options.head_dim, visible)
+    backend = choose_backend(x.device, product_dtype(x), options.head_dim, visible)
     if backend is None:
         return "no attention kernel that hands out its log-sum-exp"
     heads = (options.heads, options.key_heads, options.head_dim)
@@ -143,6 +150,7 @@ def _parts(
             down=Site("down", (linears[-1],), held),
             activation=of_mlp.activation,
             tile=tile,
+            dtype=product_dtype(x),
         ),
         heads=heads,
         head_norms=(head_norms[0][0], head_norms[1][0]) if head_norms else None,
