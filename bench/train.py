@@ -116,6 +116,11 @@ def peaks() -> dict[str, float]:
     return {"allocated_mib": found[0] / 2**20, "reserved_mib": found[1] / 2**20}
 
 
+def allocated_mib() -> float:
+    """Memory in MiB of tensors on the device now."""
+    return torch.cuda.memory_allocated() / 2**20 if DEVICE.type == "cuda" else 0.0
+
+
 def limit(gib: float) -> None:
     """What torch's allocator may take; 0 for all there is."""
     if DEVICE.type == "cuda":
@@ -153,13 +158,12 @@ def measure_steps(model: torch.nn.Module, way: Way, case: Case, vocabulary: int,
     optimizer = way.optimizer(trained)
     gc.collect()
     watch_memory()  # graphs of an earlier way are gone with it
-    speeds, static, of_others = [], 0.0, recorded_mib()
+    speeds, before, of_others = [], allocated_mib(), recorded_mib()
     warm_up = options.updates_before(way, case)
     for seed in range(warm_up + options.steps):
         synchronize()
         if seed == warm_up:
             watch_memory()
-            static = torch.cuda.memory_allocated() / 2**20 if DEVICE.type == "cuda" else 0.0
         start = time.perf_counter()
         update(model, way, case, vocabulary, seed)
         optimizer.step()
@@ -169,6 +173,8 @@ def measure_steps(model: torch.nn.Module, way: Way, case: Case, vocabulary: int,
         print(f"        {speeds[-1]:.0f} tok/s", flush=True)
     found = {"tokens_per_s": statistics.median(speeds[warm_up:]), **peaks()}
     gradients, accumulated = sum(p.nbytes for p in trained), case.accumulate > 1
+    states = (value for state in optimizer.state.values() for value in state.values())
+    static = before + sum(value.nbytes for value in states if isinstance(value, torch.Tensor)) / 2**20
     found["over_mib"] = found["allocated_mib"] + recorded_mib() - of_others - static
     found["over_mib"] = max(0.0, found["over_mib"] - (gradients / 2**20 if accumulated else 0.0))
     expected = way.estimate(case.batch * case.tokens, vocabulary, gradients, accumulated=accumulated)
@@ -382,7 +388,7 @@ class Options:
         warm_up: Updates before them.
         profiled: Whether kernels are looked at.
         compared: Whether losses and gradients are.
-        trained: ``qlora``, ``lora`` (16 bits) or ``full``.
+        trained: As on the command line.
         deadline: On the performance counter, after which no measurement begins.
         dry: Whether nothing is written.
     """
@@ -419,7 +425,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", default="8b", choices=list(random_llama.SHAPES))
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument(
-        "--trained", default="qlora", choices=["qlora", "lora", "full"], help="NF4, 16 bits, or no LoRA"
+        "--trained",
+        default="qlora",
+        choices=["qlora", "lora", "full", "mixed"],
+        help="LoRA on NF4 or on 16 bits; all weights, in 16 bits or in float32 with bfloat16 products",
     )
     parser.add_argument(
         "--cases", nargs="+", default=["2x2048x4"], help="rows x tokens (or spread) x accumulation[@GiB]"
@@ -464,8 +473,8 @@ def main() -> None:
         shape,
         DEVICE,
         quantized=given.trained == "qlora",
-        full=given.trained == "full",
-        dtype=torch.float16 if given.float16 else torch.bfloat16,
+        full=given.trained in ("full", "mixed"),
+        dtype=torch.float16 if given.float16 else torch.float32 if given.trained == "mixed" else torch.bfloat16,
     )
     print(f"built {label} in {time.perf_counter() - begin:.1f} s", flush=True)
     options = Options(

@@ -3,6 +3,7 @@ import torch
 from check_op import check_op, layouts
 
 from unsloth.core.errors import ConfigError
+from unsloth.kernels import head_chunks
 from unsloth.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from unsloth.kernels.softmax_rows import HeadOptions
 
@@ -67,6 +68,35 @@ def test_several_chunks_and_tiles(device):
 
 def test_dropping_ignored_rows_changes_nothing(device):
     check_op(*both(drop_ignored=True), *make(device, 20, 8, 33, ignored=0.6))
+
+
+LATE = [
+    HeadOptions(),
+    HeadOptions(logit_scale=0.7, softcap=4.0, temperature=1.3),
+    HeadOptions(ignore_index=3),
+    HeadOptions(label_smoothing=0.1),
+]
+
+
+@pytest.mark.parametrize("options", LATE, ids=["plain", "transformed", "ignore_index", "not-late"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_weights_gradient_can_wait_for_the_backward(device, dtype, options, monkeypatch):
+    monkeypatch.setattr(head_chunks, "COLUMN_STEP", 16)  # five slices of the vocabulary
+    x, w, labels = make(device, 11, 24, 77, dtype, ignored=0.3 if options.ignore_index < 0 else 0)
+    labels[:3] = torch.tensor([0, 3, 76])
+    bias = torch.randn(77, device=device).to(dtype).requires_grad_()
+    for inputs in ((x, w, labels, bias), (x, w, labels), (x.detach(), w, labels)):
+        check_op(*both(options, num_items=5, late_weight=True, chunk_bytes=1), *inputs)
+
+
+def test_a_waiting_gradient_shows_a_bad_label_and_none_to_learn(device):
+    x, w, labels = make(device, 5, 8, 33, ignored=0)
+    nothing = linear_cross_entropy(x, w, torch.full_like(labels, -100), late_weight=True)
+    assert all(g.abs().sum() == 0 for g in torch.autograd.grad(nothing, [x, w]))
+    empty = linear_cross_entropy(x[:0], w, labels[:0], late_weight=True)
+    assert all(g.abs().sum() == 0 for g in torch.autograd.grad(empty, [x, w]))
+    labels[1] = 33
+    assert torch.autograd.grad(linear_cross_entropy(x, w, labels, late_weight=True), w)[0].isnan().all()
 
 
 def test_layouts_and_batches(device):

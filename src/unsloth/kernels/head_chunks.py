@@ -19,6 +19,7 @@ CHUNK_BYTES = 640 * 2**20
 # With a trained head every chunk reads and writes the whole float32 weight gradient, so fewer, larger ones.
 TRAINED_CHUNK_BYTES = 4 * CHUNK_BYTES
 _ROW_STEP = 128
+COLUMN_STEP = 1024
 
 
 class HeadChunks:
@@ -64,6 +65,39 @@ class HeadChunks:
         if not logits.is_cuda:
             return torch.empty_like(logits, dtype=self.hidden.dtype, memory_format=torch.contiguous_format)
         return self._buffer.view(self.hidden.dtype)[: logits.shape[0], : self.vocabulary]
+
+
+class HeadColumns:
+    """Slices of the vocabulary of ``hidden @ weight.T + bias``, every row of them, in buffers of ``chunk_bytes``.
+
+    Args:
+        hidden: (N, H).
+        weight: (V, H), of which a slice at a time has the dtype of ``hidden``.
+        bias: (V,) or None.
+        chunk_bytes: Bound on the logits; at least one step of columns is taken.
+    """
+
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, chunk_bytes: int) -> None:
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        narrow = hidden.dtype in (torch.float16, torch.bfloat16)
+        self.dtype = torch.float32 if narrow else hidden.dtype
+        fitting = chunk_bytes // (max(1, hidden.shape[0]) * self.dtype.itemsize)
+        self.columns = min(weight.shape[0], max(COLUMN_STEP, fitting // COLUMN_STEP * COLUMN_STEP))
+        numbers = hidden.shape[0] * self.columns
+        self._logits = torch.empty(numbers, dtype=self.dtype, device=hidden.device)
+        self._slope = torch.empty(numbers, dtype=hidden.dtype, device=hidden.device) if narrow else self._logits
+
+    def slices(self) -> Iterator[slice]:
+        """Ranges that cover the vocabulary."""
+        total = self.weight.shape[0]
+        return (slice(start, min(start + self.columns, total)) for start in range(0, total, max(1, self.columns)))
+
+    def logits(self, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Raw logits (N, C) of a slice, and where their gradient goes; valid until the next call."""
+        shape = self.hidden.shape[0], part.stop - part.start
+        logits, slope = (x[: shape[0] * shape[1]].view(shape) for x in (self._logits, self._slope))
+        matmul_into(logits, self.hidden, self.weight[part].to(self.hidden.dtype).t())
+        return logits if self.bias is None else logits.add_(self.bias[part]), slope
 
 
 class HeadGradients:

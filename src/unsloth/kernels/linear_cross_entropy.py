@@ -13,7 +13,12 @@ it is computed in the forward: two products (three with a trained head) instead 
 only R rows of logits exist at any time. Computing gradients in the forward is described by Hsu et al. 2024
 (arXiv:2410.10989), chunking over the vocabulary by Wijmans et al. 2024 (arXiv:2411.09009).
 
-FLOPs: 4 N H V for the hidden gradient, 6 N H V with a trained head. Bytes beside the products: 12 N V or so.
+The weight's gradient, summed over chunks, is held in float32, twice the size of a 16-bit weight. Where that is too much
+it waits for the backward, which has all rows of a slice of the vocabulary at once: their logits are computed again, and
+the slice of the gradient is one product, rounded once.
+
+FLOPs: 4 N H V for the hidden gradient, 6 N H V with a trained head, 8 N H V if its gradient waits. Bytes beside the
+products: 12 N V or so.
 """
 
 from __future__ import annotations
@@ -26,15 +31,21 @@ import torch
 from unsloth.kernels import dispatch
 from unsloth.kernels.head_chunks import (
     CHUNK_BYTES,
+    COLUMN_STEP,
     TRAINED_CHUNK_BYTES,
     HeadChunks,
+    HeadColumns,
     HeadGradients,
     flatten_head_inputs,
+    matmul_into,
     product_dtype,
     statistics_dtype,
     whole_logits,
 )
-from unsloth.kernels.softmax_rows import HeadOptions, softmax_rows, softmax_rows_reference
+from unsloth.kernels.softmax_rows import HeadOptions, softmax_columns_gradient, softmax_rows, softmax_rows_reference
+
+_LATE_SHARE = 4
+"""Fewer logits exist at a time in the backward, where the weight's gradient is there, too."""
 
 
 class CountedLoss(NamedTuple):
@@ -51,9 +62,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, labels, options, dtype, needs, chunk_bytes):
         """See the module; ``needs`` says which of hidden, weight, bias want a gradient."""
         with torch.autocast(hidden.device.type, enabled=False):
-            total, correct, grads = _loss_and_gradients(
-                hidden, weight, bias, labels, options, dtype, needs, chunk_bytes
-            )
+            chunks = HeadChunks(hidden.to(dtype), weight.to(dtype), bias, chunk_bytes)
+            total, correct, grads, _ = _loss_and_gradients(chunks, labels, options, needs)
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(correct)
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
@@ -63,29 +73,67 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_total, _):
         """The stored gradients times the incoming number."""
-        grads: list[torch.Tensor | None] = []
-        for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
-            scaled = None if grad is None else torch.empty_like(grad, dtype=dtype)
-            if scaled is not None:  # rounded once, without a float32 copy of the weight's gradient
-                torch.mul(grad, grad_total.to(grad.dtype), out=scaled)
-            grads.append(scaled)
+        grads = [_times(g, grad_total, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
         return *grads, None, None, None, None, None
 
 
+class _LateWeight(torch.autograd.Function):
+    """The same, but that gradients of weight and bias are made in the backward, a slice of the vocabulary at a time."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, options, dtype, needs, chunk_bytes):
+        """As above."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            chunks = HeadChunks(hidden.to(dtype), weight.to(dtype), bias, chunk_bytes)
+            total, correct, grads, lse = _loss_and_gradients(chunks, labels, options, (needs[0], False, False))
+        ctx.save_for_backward(grads[0], hidden, weight, bias, labels, lse)
+        ctx.mark_non_differentiable(correct)
+        ctx.options, ctx.dtype, ctx.chunk_bytes = options, dtype, chunk_bytes
+        return total, correct
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_total, _):
+        """The hidden states' gradient times the incoming number, which the others are made with."""
+        grad, hidden, weight, bias, labels, lse = ctx.saved_tensors
+        of_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        of_bias = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
+        up = grad_total.to(lse.dtype).expand_as(lse).contiguous()
+        with torch.autocast(hidden.device.type, enabled=False):
+            columns = HeadColumns(hidden.to(ctx.dtype), weight, bias, ctx.chunk_bytes // _LATE_SHARE)
+            for part in columns.slices():
+                logits, slope = columns.logits(part)
+                softmax_columns_gradient(logits, labels, lse, ctx.options, up, part.start, slope)
+                if of_weight is not None:
+                    matmul_into(of_weight[part], slope.t(), columns.hidden)
+                if of_bias is not None:
+                    of_bias[part] = slope.sum(0, dtype=lse.dtype)
+        return _times(grad, grad_total, hidden.dtype), of_weight, of_bias, None, None, None, None, None
+
+
+def late_bytes(rows: int, itemsize: int, chunk_bytes: int) -> int:
+    """Bytes beside the gradient of a weight that waits for the backward: logits of ``rows``, and their gradient."""
+    logits = max(chunk_bytes // _LATE_SHARE, 4 * rows * COLUMN_STEP)
+    return logits + logits * itemsize // 4 if itemsize < 4 else logits
+
+
+def _times(grad: torch.Tensor | None, number: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """``grad`` times ``number``, rounded once, without a float32 copy of the weight's gradient."""
+    if grad is None:
+        return None
+    return torch.mul(grad, number.to(grad.dtype), out=torch.empty_like(grad, dtype=dtype))
+
+
 def _loss_and_gradients(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    labels: torch.Tensor,
-    options: HeadOptions,
-    dtype: torch.dtype,
-    needs: tuple[bool, bool, bool],
-    chunk_bytes: int,
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
-    """The summed loss, the hits, and the gradients of hidden (dtype of the product), weight and bias (float32)."""
-    chunks = HeadChunks(hidden.to(dtype), weight.to(dtype), bias, chunk_bytes)
-    total = torch.zeros((), dtype=statistics_dtype(chunks.hidden), device=hidden.device)
-    correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+    chunks: HeadChunks, labels: torch.Tensor, options: HeadOptions, needs: tuple[bool, bool, bool]
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None], torch.Tensor]:
+    """The summed loss, the hits, the gradients of hidden (dtype of the product), weight and bias (float32), and lse.
+
+    lse (N,) is NaN in rows whose label does not exist.
+    """
+    total = torch.zeros((), dtype=statistics_dtype(chunks.hidden), device=labels.device)
+    correct = torch.zeros((), dtype=torch.int64, device=labels.device)
+    lse = torch.empty(labels.shape, dtype=total.dtype, device=labels.device)
     grads = HeadGradients(chunks, needs)
     for rows in chunks.slices():
         logits = chunks.logits(rows)
@@ -93,9 +141,10 @@ def _loss_and_gradients(
         statistics = softmax_rows(logits, labels[rows], options, grad=grad)
         total += statistics.loss.sum()
         correct += statistics.top1.sum()
+        torch.add(statistics.lse, statistics.loss, alpha=0, out=lse[rows])
         if grad is not None:
             grads.add(rows, grad)
-    return total, correct, grads.parts()
+    return total, correct, grads.parts(), lse
 
 
 def _items(
@@ -117,6 +166,7 @@ def counted_linear_cross_entropy(
     num_items: int | float | torch.Tensor | None = None,
     drop_ignored: bool = False,
     chunk_bytes: int | None = None,
+    late_weight: bool = False,
     fast: bool = True,
 ) -> CountedLoss:
     """Cross-entropy of ``hidden @ weight.T + bias`` against ``labels``.
@@ -131,6 +181,8 @@ def counted_linear_cross_entropy(
         num_items: Divides the sum; None for the number of labels that count (1 if there are none).
         drop_ignored: Leave ignored rows out of the products, for the price of waiting for the device once.
         chunk_bytes: Bound on the buffer of logits; None for the default.
+        late_weight: Whether the weight's gradient waits for the backward, for less memory and a product more. Not in
+            float16, whose range is too small for it, nor with label smoothing or z-loss.
         fast: False for the plain computation with whole logits.
 
     Returns:
@@ -147,12 +199,14 @@ def counted_linear_cross_entropy(
         flat, flat_labels = flat.index_select(0, kept), flat_labels.index_select(0, kept)
     enabled = torch.is_grad_enabled()
     needs = tuple(enabled and t is not None and t.requires_grad for t in (flat, weight, bias))
-    if chunk_bytes is None:
-        chunk_bytes = TRAINED_CHUNK_BYTES if needs[1] else CHUNK_BYTES
     dtype = product_dtype(hidden, weight)
     if dtype != torch.float64 and flat.device.type == "cpu" and not dispatch.interpreting():
         dtype = torch.float32  # few CPUs multiply 16-bit numbers; torch's product takes minutes on the others
-    total, correct = _LinearCrossEntropy.apply(flat, weight, bias, flat_labels, options, dtype, needs, chunk_bytes)
+    late = late_weight and any(needs[1:]) and options.can_wait and torch.float16 not in (dtype, weight.dtype)
+    if chunk_bytes is None:
+        chunk_bytes = TRAINED_CHUNK_BYTES if needs[1] and not late else CHUNK_BYTES
+    function = _LateWeight if late else _LinearCrossEntropy
+    total, correct = function.apply(flat, weight, bias, flat_labels, options, dtype, needs, chunk_bytes)
     return CountedLoss(total / _items(flat_labels, options, num_items, total.dtype), correct)
 
 

@@ -374,7 +374,14 @@ class LoraGroup:
     def add_forward(
         self, residual: torch.Tensor, x: torch.Tensor, projected: torch.Tensor, *, out: torch.Tensor
     ) -> torch.Tensor:
-        """Into ``out``, :meth:`forward` of a group of one linear plus ``residual`` (M, O), rounded as one sum."""
+        """Into ``out``, :meth:`forward` of a group of one linear plus ``residual`` (M, O), rounded as one sum.
+
+        Without adapters both may be float32, where ``x`` is not.
+        """
+        if residual.dtype != x.dtype:
+            if x.is_cuda:
+                return torch.addmm(residual, x, self.weights[0].t(), out_dtype=out.dtype, out=out)
+            return torch.add(residual, x @ self.weights[0].t(), out=out)
         if self.padded is not None:
             weight = self.padded.buffer[: self.padded.out_features, : self.in_features + self.room].t()
             return torch.addmm(residual, x, weight, out=out)

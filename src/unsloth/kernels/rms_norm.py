@@ -101,7 +101,7 @@ def rms_norm_forward(
         weight: [N] or None.
         eps: Added to the mean square.
         offset: Added to the weight.
-        residual: [M, N] like x, or None.
+        residual: [M, N] like x, or in float32; None for none.
         out: [M, N] with adjacent columns to write y into (for example columns of a wider buffer); None allocates.
 
     Returns:

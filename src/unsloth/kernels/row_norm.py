@@ -37,9 +37,11 @@ def takes_kernel(
 def result_buffers(
     x: torch.Tensor, residual: torch.Tensor | None, out: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(y, h)`` for matrices: y is ``out`` or new, h is x itself where nothing is added to it."""
+    """``(y, h)`` for matrices: y is ``out`` or new, h is x itself where nothing is added, else as wide as the sum."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    return y, x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if residual is None:
+        return y, x
+    return y, torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
 
 
 @triton.jit

@@ -70,6 +70,11 @@ class HeadOptions:
         """What the kernels transform raw logits with: scale, soft cap, 1 / temperature."""
         return self.logit_scale, self.softcap, 1.0 / self.temperature
 
+    @property
+    def can_wait(self) -> bool:
+        """Whether a row's gradient follows from its log-sum-exp and its label alone."""
+        return not self.label_smoothing and not self.z_loss
+
     def plain(self) -> HeadOptions:
         """These options without label smoothing and z-loss, which are parts of a loss, not of a probability."""
         return replace(self, label_smoothing=0.0, z_loss=0.0)
@@ -372,6 +377,42 @@ def softmax_rows_backward(
             BLOCK=block,
             num_warps=8,
         )
+
+
+def softmax_columns_gradient(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    lse: torch.Tensor,
+    options: HeadOptions,
+    up: torch.Tensor,
+    first: int,
+    grad: torch.Tensor,
+) -> None:
+    """Write d(sum of up . loss) / d raw logits of a slice of the vocabulary into ``grad`` (may be ``logits``).
+
+    Args:
+        logits: (R, C) raw logits of the entries from ``first`` on.
+        labels: (R,) int64, of the whole vocabulary.
+        lse: (R,) of the whole rows; NaN makes a row's gradient NaN.
+        options: As for :func:`softmax_rows`, without smoothing and z-loss.
+        up: (R,) float32.
+        first: Number of the slice's first entry.
+        grad: (R, C) of any float dtype.
+    """
+    ignored = labels == options.ignore_index
+    own = torch.where(ignored, -2, torch.where(labels >= first, labels - first, -1))
+    if dispatch.can_launch(logits):
+        rows = RowStatistics(lse, lse, None, lse)
+        # of a label's log-probability, with labels that are elsewhere in the vocabulary
+        softmax_rows_backward(logits, own, rows, replace(options, ignore_index=-2), up.neg(), None, grad)
+        return
+    z = transform_logits(logits.to(dispatch.compute_dtype(logits.dtype)), options)
+    slope = torch.exp(z - lse[:, None])
+    slope -= own[:, None] == torch.arange(logits.shape[1], device=logits.device)
+    if options.softcap:
+        slope *= 1 - (z * (options.temperature / options.softcap)) ** 2
+    slope *= up[:, None] * (options.logit_scale / options.temperature)
+    grad.copy_(slope.masked_fill_(ignored[:, None], 0))
 
 
 def _row_shape(vocabulary: int) -> dict[str, int]:

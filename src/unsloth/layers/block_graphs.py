@@ -328,7 +328,7 @@ def find_reading(parts: Parts, x: torch.Tensor, shape: torch.Size) -> Reading | 
 
 
 def _may_record(parts: Parts, x: torch.Tensor) -> bool:
-    fits = not parts.visible.window and x.shape[0] <= RECORDED_ROWS
+    fits = not parts.visible.window and x.shape[0] <= RECORDED_ROWS and not parts.trained
     return fits and parts.keeper.captures and can_record(x)
 
 

@@ -18,8 +18,9 @@ from unsloth.kernels.append_projection import append_projection
 from unsloth.kernels.glu_adapters import glu_forward
 from unsloth.kernels.lora_mlp import GateUpKept, down_gradients, gate_up_gradients
 from unsloth.kernels.lora_weights import LoraGroup
-from unsloth.layers.direct import norm
+from unsloth.layers.direct import glu_gradients, norm
 from unsloth.layers.norm import NormOptions
+from unsloth.layers.own_gradients import OwnGradients
 from unsloth.layers.site import Site
 
 
@@ -34,6 +35,7 @@ class MlpParts:
         down: The third.
         activation: ``"silu"``, ``"gelu"`` or ``"gelu_tanh"``.
         tile: Most rows whose inner values exist at a time, where they are not kept.
+        dtype: Of products; the residual stream may be float32 where they are not.
     """
 
     weight: torch.Tensor
@@ -42,6 +44,7 @@ class MlpParts:
     down: Site
     activation: str
     tile: int
+    dtype: torch.dtype
 
 
 @dataclass(slots=True)
@@ -81,7 +84,7 @@ def mlp_forward(
             del group, wide  # a dequantized weight, before the next one is made
         if down is None:
             down = parts.down.group(dtype)
-        inside = h.new_empty(gated.shape[0], features + down.room)
+        inside = gated.new_empty(gated.shape[0], features + down.room)
         tail = tail_of(inside, down)
         t_d.append(glu_forward(gated, parts.activation, down.a, inside[:, :features], tail))
         del gated
@@ -97,6 +100,8 @@ def mlp_gradients(
     inner: MlpInner | None,
     grad: torch.Tensor,
     needs: Sequence[bool],
+    own: OwnGradients | None = None,
+    number: int = 0,
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     """(dn (M, K), dA and dB of gate, up and down in float32, not yet scaled); ``inner.gated`` is overwritten.
 
@@ -105,10 +110,12 @@ def mlp_gradients(
         h: (M, K).
         t_d: (M, columns).
         inner: What the forward kept, if it did.
-        grad: (M, K) of y.
+        grad: (M, K) of y, of the products' dtype.
         needs: Whether each A and B wants a gradient.
+        own: Takes in the gradients of the weights themselves, where they are trained.
+        number: Of gate among the block's linear layers; up and down follow.
     """
-    needs, dtype = (True, *needs), h.dtype
+    needs, dtype = (True, *needs), parts.dtype
     tiles = list(_tiles(h.shape[0], h.shape[0] if inner is not None else parts.tile))
     dn, total = h.new_empty(0), list[torch.Tensor | None]()
     group, down, kept, wide = None, None, None, None
@@ -119,11 +126,20 @@ def mlp_gradients(
             down = None  # a dequantized weight, before the next one is made
         if group is None or kept is None or wide is None:
             group, wide, kept = _gate_up(parts, h, inner)
-            dn = h.new_empty(h.shape[0], h.shape[1] + group.room)
+            dn = grad.new_empty(h.shape[0], h.shape[1] + group.room)
         gated = _gated(group, wide[part], None) if inner is None else kept.gated
         piece = GateUpKept(kept.x[part], kept.t_gu[part], gated)
         del gated
-        _, found = gate_up_gradients(group, piece, dh, p, parts.activation, needs[:5], overwrite=True, out=dn[part])
+        if own is None:
+            _, found = gate_up_gradients(group, piece, dh, p, parts.activation, needs[:5], overwrite=True, out=dn[part])
+        else:
+            found = [None] * 5
+            glu_gradients(dh, piece.gated, parts.activation)
+            grads = [piece.gated[:, columns] for columns in group.out_slices()]
+            group.input_gradient(grads, p[:, :0], out=dn[part])
+            for i, (g, x) in enumerate([(grads[0], piece.x), (grads[1], piece.x), (grad[part], dh)]):
+                own.add_linear(number + i, g, x, tiles=len(tiles))
+            del grads, g, x
         del dh, piece
         total = _sum(total, [*found, db])
     return dn[:, : h.shape[1]], total
@@ -131,11 +147,11 @@ def mlp_gradients(
 
 def _gate_up(parts: MlpParts, h: torch.Tensor, inner: MlpInner | None) -> tuple[LoraGroup, torch.Tensor, GateUpKept]:
     """The group of gate and up, its input, and what its backward reads: gate and up themselves only if kept."""
-    group = parts.gate_up.group(h.dtype, again=False)
+    group = parts.gate_up.group(parts.dtype, again=False)
     if inner is None:
         wide, _ = _normed(parts, group, h, None)
         return group, wide, GateUpKept(wide[:, : h.shape[1]], tail_of(wide, group), h.new_empty(0))
-    n = torch.empty_like(h)
+    n = torch.empty_like(h, dtype=parts.dtype)
     norm(h, parts.weight, parts.options, n)
     return group, n, GateUpKept(n, inner.t_gu, inner.gated)
 
@@ -145,7 +161,7 @@ def _normed(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """([n | n A^T] (M, K + room), what was normalized)."""
     features = x.shape[1]
-    wide = x.new_empty(x.shape[0], features + (group.room or group.columns))
+    wide = x.new_empty(x.shape[0], features + (group.room or group.columns), dtype=parts.dtype)
     h = norm(x, parts.weight, parts.options, wide[:, :features], residual)
     if group.columns:
         append_projection(wide[:, :features], group.a.t(), wide[:, features:])

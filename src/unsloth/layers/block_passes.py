@@ -2,8 +2,9 @@
 
     a = n1(x)     q, k, v = R (a W_qkv)     o = attention(q, k, v)     h = x + o W_o     y = h + M(n2(h))
 
-with adapters on every linear layer (:mod:`unsloth.kernels.lora_linear`), R the rotary embedding, n norms and M the
-gated MLP (:mod:`unsloth.layers.block_mlp`).
+with adapters on every linear layer (:mod:`unsloth.kernels.lora_linear`) or with weights that are trained themselves
+(:mod:`unsloth.layers.own_gradients`), R the rotary embedding, n norms and M the gated MLP
+(:mod:`unsloth.layers.block_mlp`).
 
 The backward needs x, o with its log-sum-exp (so that the scores are not computed twice) and h A_d^T of the down
 projection's adapter. The rest is q, k, v, h, gate and up, and the thin products: kept, or computed again. Never kept:
@@ -30,6 +31,7 @@ from unsloth.layers.block_mlp import MlpInner, MlpParts, apart, mlp_forward, mlp
 from unsloth.layers.direct import HeadNorms, norm, norm_gradient, rotate
 from unsloth.layers.linear import Frozen
 from unsloth.layers.norm import NormOptions
+from unsloth.layers.own_gradients import OwnGradients
 from unsloth.layers.site import Site
 from unsloth.memory.keeper import Decision, Keeper
 
@@ -54,6 +56,7 @@ class Parts:
         decision: What becomes of the block's values.
         keeper: Moves those that go.
         number: Of the block, from 0.
+        trained: Whether weights of the block itself are, in which case it has no adapters.
     """
 
     norm: tuple[torch.Tensor, NormOptions]
@@ -71,6 +74,17 @@ class Parts:
     decision: Decision
     keeper: Keeper
     number: int
+    trained: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of products."""
+        return self.mlp.dtype
+
+    def weights(self) -> list[torch.Tensor | None]:
+        """Weight and bias of every linear layer, then the weights of n1, n2 and the norms of heads."""
+        of_linears = [tensor for linear in self.linears() for tensor in (linear.base.weight, linear.bias)]
+        return [*of_linears, self.norm[0], self.mlp.weight, *(self.head_norms or (None, None))]
 
     def linears(self) -> tuple[Frozen, ...]:
         """All of them, in the order of the function's adapters."""
@@ -122,7 +136,7 @@ def _again(parts: Parts, x: torch.Tensor, attended: Attended, shape: torch.Size)
     if parts.head_norms is None:
         _heads(parts, qkv, shape)
     added, t_o, output = _output(parts, attended.out, again=False)
-    h = added.add_(x)
+    h = added.add_(x) if added.dtype == x.dtype else added + x
     if parts.decision.lean:
         return Rest(qkv, t_qkv, t_o, h, None, {})
     return Rest(qkv, t_qkv, t_o, h, None, {"qkv": group, "output": output}, normed)
@@ -132,8 +146,8 @@ def _project(
     parts: Parts, x: torch.Tensor, *, again: bool
 ) -> tuple[torch.Tensor, torch.Tensor, LoraGroup, torch.Tensor]:
     """(q, k and v before rotation, t_qkv, the group, n1(x))."""
-    group = parts.qkv.group(x.dtype, again=again)
-    wide = x.new_empty(x.shape[0], x.shape[1] + group.room)
+    group = parts.qkv.group(parts.dtype, again=again)
+    wide = x.new_empty(x.shape[0], x.shape[1] + group.room, dtype=parts.dtype)
     normed, tail = wide[:, : x.shape[1]], tail_of(wide, group)
     norm(x, *parts.norm, normed)
     if group.columns:
@@ -160,7 +174,13 @@ def _heads(
     q, k, v = qkv.view(*shape[:2], -1, size).split((heads, key_heads, key_heads), dim=2)
     if parts.head_norms is not None and parts.head_norm is not None and parts.tables is not None:
         normed = HeadNorms(
-            q.transpose(1, 2), k.transpose(1, 2), parts.head_norms, parts.head_norm, parts.tables, kept is not None
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            parts.head_norms,
+            parts.head_norm,
+            parts.tables,
+            kept is not None,
+            parts.trained,
         )
         if kept is not None:
             kept.append(normed)
@@ -180,43 +200,65 @@ def backward_pass(
     needs: Sequence[bool],
     shape: torch.Size,
     out: torch.Tensor | None = None,
+    own: OwnGradients | None = None,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
     """(dx or None, dA and dB of every linear, not yet scaled) of ``grad`` (M, K); ``rest`` is used up.
 
     ``needs`` says whether x, and each A and B, want a gradient; dx is written into ``out``, which may be ``grad``, if
-    that is given; the others are what the forward gave.
+    that is given; ``own`` takes in the gradients of the block's own weights; the others are what the forward gave.
     """
     rest = _again(parts, x, attended, shape) if rest is None else rest
-    first = 1 + 2 * len(parts.qkv.linears)
+    count = len(parts.qkv.linears)
+    first = 1 + 2 * count
     inner, rest.mlp = rest.mlp, None
-    dn, mlp = mlp_gradients(parts.mlp, rest.h, t_d, inner, grad, needs[first + 2 :])
-    del inner
-    dh = norm_gradient(dn, rest.h, parts.mlp.weight, parts.mlp.options, grad)
+    narrow = grad.to(parts.dtype)
+    dn, mlp = mlp_gradients(parts.mlp, rest.h, t_d, inner, narrow, needs[first + 2 :], own, count + 1)
+    del inner, narrow
+    dh = _norm_gradient(dn, rest.h, (parts.mlp.weight, parts.mlp.options), grad, own, -3)
     del dn
     rest.h = None
 
-    group = rest.groups.pop("output") if rest.groups else parts.output.group(x.dtype, again=False)
+    group = rest.groups.pop("output") if rest.groups else parts.output.group(parts.dtype, again=False)
     flat = attended.out.reshape(x.shape[0], -1)
-    do, o = _linears_gradients(group, [dh], flat, rest.t_o, (True, *needs[first : first + 2]))
+    do, o = _linears_gradients(
+        group, [dh.to(parts.dtype)], flat, rest.t_o, (True, *needs[first : first + 2]), own, count
+    )
     del group  # a dequantized weight, before attention's gradients are made
     assert do is not None
-    grads = _attention_gradients(parts, attended, rest, do.view(attended.out.shape), shape)
+    grads = _attention_gradients(parts, attended, rest, do.view(attended.out.shape), shape, own)
     del do, flat
 
-    group = rest.groups.pop("qkv") if rest.groups else parts.qkv.group(x.dtype, again=False)
+    group = rest.groups.pop("qkv") if rest.groups else parts.qkv.group(parts.dtype, again=False)
     normed = rest.normed
     if normed is None:
-        normed = torch.empty_like(x)
+        normed = torch.empty_like(x, dtype=parts.dtype)
         norm(x, *parts.norm, normed)
     grads = grads if len(grads) == len(parts.qkv.linears) else [torch.cat(grads, dim=1)]
-    dx, qkv = _linears_gradients(group, grads, normed, rest.t_qkv, needs[:first])
+    before = needs[0] or (own is not None and own.wants(-4))
+    dx, qkv = _linears_gradients(group, grads, normed, rest.t_qkv, (before, *needs[1:first]), own, 0)
     if dx is not None:
-        dx = norm_gradient(dx, x, *parts.norm, dh, out)
-    return dx, [*qkv, *o, *mlp]
+        dx = _norm_gradient(dx, x, parts.norm, dh, own, -4, out)
+    return dx if needs[0] else None, [*qkv, *o, *mlp]
+
+
+def _norm_gradient(
+    dy: torch.Tensor,
+    h: torch.Tensor,
+    norm: tuple[torch.Tensor, NormOptions],
+    dh: torch.Tensor,
+    own: OwnGradients | None,
+    number: int,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    trained = own is not None and own.wants(number)
+    dx, of_weight = norm_gradient(dy, h, *norm, dh, out, trained=trained)
+    if own is not None and of_weight is not None:
+        own.set(number, of_weight)
+    return dx
 
 
 def _attention_gradients(
-    parts: Parts, attended: Attended, rest: Rest, do: torch.Tensor, shape: torch.Size
+    parts: Parts, attended: Attended, rest: Rest, do: torch.Tensor, shape: torch.Size, own: OwnGradients | None
 ) -> list[torch.Tensor]:
     """(M, features) gradients of q, k and v as the projections left them."""
     norms: list[HeadNorms] = []
@@ -227,15 +269,29 @@ def _attention_gradients(
     del q, k, v
     rest.qkv = None
     if norms:
-        dq, dk = (x.transpose(1, 2) for x in norms[0].gradient(dq.transpose(1, 2), dk.transpose(1, 2)))
+        *found, of_q, of_k = (*norms[0].gradient(dq.transpose(1, 2), dk.transpose(1, 2)), None, None)[:4]
+        dq, dk = (x.transpose(1, 2) for x in found)
+        if own is not None and of_q is not None and of_k is not None:
+            own.set(-2, of_q)
+            own.set(-1, of_k)
     elif parts.tables is not None:
         rotate(dq.transpose(1, 2), dk.transpose(1, 2), parts.tables, back=True)
     return [x.reshape(do.shape[0] * do.shape[1], -1) for x in (dq, dk, dv)]
 
 
 def _linears_gradients(
-    group: LoraGroup, grads: list[torch.Tensor], x: torch.Tensor, t: torch.Tensor, needs: Sequence[bool]
+    group: LoraGroup,
+    grads: list[torch.Tensor],
+    x: torch.Tensor,
+    t: torch.Tensor,
+    needs: Sequence[bool],
+    own: OwnGradients | None,
+    number: int,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """As backward_pass, of linear layers of one input, the first of which is ``number``."""
+    if own is not None:
+        for i, grad in enumerate(grads):
+            own.add_linear(number + i, grad, x)
     wide, p = project_gradients(grads, group)
     dx = group.input_gradient(wide, p) if needs[0] else None
     return dx, adapter_gradients(group, x, t, wide, p, needs[1:], scaled=False)

@@ -30,9 +30,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from unsloth.core import settings
 from unsloth.core.errors import ModelError
+from unsloth.kernels.head_chunks import TRAINED_CHUNK_BYTES
 from unsloth.kernels.softmax_rows import HeadOptions
 from unsloth.layers.lazy_logits import LazyLogits, Origin
 from unsloth.losses import sft
+from unsloth.memory import checkpointing, gauge
+from unsloth.memory.budget import Budget
 from unsloth.memory.keeper import Keeper
 
 LEAN_CHUNK_BYTES = 256 * 2**20
@@ -70,6 +73,7 @@ class FusedHead:
         self.label_position = label_position
         self.is_open = False
         self.keeper: Keeper | None = None
+        self.policy: checkpointing.Policy = False
 
     def enter(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before the model's forward: open if there are labels, and nobody asked for the logits.
@@ -87,7 +91,8 @@ class FusedHead:
         if asked is None:
             asked = settings.return_logits()
         self.is_open = labels is not None and not asked
-        self.keeper = keeper_of(model)
+        if self.is_open:
+            self.keeper, self.policy = keeper_of(model), checkpointing.policy_in(model)
         return args, kwargs
 
     def leave(self, model: nn.Module, args: tuple, output: Any) -> None:
@@ -124,6 +129,7 @@ class FusedHead:
                 logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels=shift_labels, **kwargs
             )
         origin, (scale, cap) = logits.origin, form  # type: ignore[attr-defined]
+        late = weight_is_late(self.policy, origin.hidden, origin.linear.weight)
         counted = sft.causal_lm_loss(
             origin.hidden,
             origin.linear.weight,
@@ -132,7 +138,8 @@ class FusedHead:
             options=HeadOptions(logit_scale=scale, softcap=cap, ignore_index=ignore_index),
             num_items=num_items_in_batch,
             shifted=shift_labels is not None,
-            chunk_bytes=chunk_bytes(self.keeper, origin.hidden, origin.linear.weight),
+            chunk_bytes=LEAN_CHUNK_BYTES if late else chunk_bytes(self.keeper, origin.hidden, origin.linear.weight),
+            late_weight=late,
         )
         logits.correct = counted.correct  # type: ignore[attr-defined]
         return counted.loss
@@ -247,6 +254,21 @@ def chunk_bytes(keeper: Keeper | None, hidden: torch.Tensor, weight: torch.Tenso
     """Of logits at a time: few where layers spend time to save memory, and so does a frozen head; None says nothing."""
     tight = keeper is not None and keeper.assignment.tight
     return LEAN_CHUNK_BYTES if tight and hidden.is_cuda and not weight.requires_grad else None
+
+
+def weight_is_late(policy: checkpointing.Policy, hidden: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the gradient of a trained head waits for the backward, which takes more time and less memory.
+
+    Not where layers keep everything, nor where they keep what fits and the head's fits several times.
+    """
+    if policy is False or not (weight.requires_grad and hidden.is_cuda):
+        return False
+    if policy is True or isinstance(policy, Budget):
+        return True
+    now = gauge.read(hidden.device)
+    rows = hidden.numel() // hidden.shape[-1]
+    needed = min(TRAINED_CHUNK_BYTES, 4 * rows * weight.shape[0]) + 6 * weight.numel()
+    return now.total - now.allocated < 4 * needed
 
 
 def keeper_of(model: nn.Module) -> Keeper | None:

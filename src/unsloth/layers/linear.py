@@ -1,4 +1,4 @@
-"""Frozen linear layers, with or without an adapter of PEFT, read for the ops that multiply several at once.
+"""Linear layers, with or without an adapter of PEFT, read for the ops that multiply several at once.
 
 The modules stay where they are, with their parameters; :func:`read` only looks at them. Mathematics and gradients
 are in :mod:`unsloth.kernels.lora_linear`: ``y = x W^T + scale (x A^T) B^T + bias``. A quantized weight is
@@ -23,12 +23,13 @@ from unsloth.quant import nf4
 FEW_TOKENS = 64
 """Without gradients, taking several products together pays from about this many tokens on."""
 
+_TRAINED = "weights that are trained"
 _LORA = {("peft.tuners.lora.layer", "Linear"), ("peft.tuners.lora.bnb", "Linear4bit")}
 
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
-    """A frozen linear layer as a product needs it.
+    """A linear layer as a product needs it, frozen but where the caller trains weights itself.
 
     Attributes:
         base: The ``nn.Linear`` or bitsandbytes' ``Linear4bit`` that holds weight and bias.
@@ -44,6 +45,11 @@ class Frozen:
     def bias(self) -> torch.Tensor | None:
         """(out,) or None."""
         return self.base.bias
+
+    @property
+    def trained(self) -> bool:
+        """Whether weight or bias is."""
+        return self.base.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +73,16 @@ class Identity:
         return cls(key, (*weights, *states))
 
 
-def read(module: torch.nn.Module) -> Frozen | str:
-    """The frozen layer that ``module`` amounts to in this very call, or why it must be called itself."""
-    return read_called(module) if is_untouched(module) else "hooks on a linear layer"
+def read(module: torch.nn.Module, *, trained: bool = False) -> Frozen | str:
+    """The layer that ``module`` amounts to in this very call, or why it must be called itself.
+
+    ``trained`` takes weights that are trained, in layers without adapters, for a caller that makes their gradients.
+    """
+    if not is_untouched(module):
+        return "hooks on a linear layer"
+    found = read_called(module)
+    plain = type(module) is torch.nn.Linear and type(module.weight) is torch.nn.Parameter
+    return Frozen(module, None, quantized=False) if trained and plain and found == _TRAINED else found
 
 
 def read_called(module: torch.nn.Module) -> Frozen | str:
@@ -119,7 +132,7 @@ def _read_base(base: torch.nn.Module, adapter: Adapter | None) -> Frozen | str:
         return "hooks on a linear layer"
     weight, bias = base.weight, base.bias
     if weight.requires_grad or (bias is not None and bias.requires_grad):
-        return "weights that are trained"
+        return _TRAINED
     if quantized:
         state = getattr(weight, "quant_state", None)
         if state is None or getattr(state, "packing_format_for_cpu", None) or tuple(state.shape) != _shape(base):
@@ -133,9 +146,9 @@ def _shape(base: Any) -> tuple[int, int]:
     return base.out_features, base.in_features
 
 
-def read_all(modules: Sequence[torch.nn.Module], x: torch.Tensor) -> list[Frozen] | str:
+def read_all(modules: Sequence[torch.nn.Module], x: torch.Tensor, *, trained: bool = False) -> list[Frozen] | str:
     """Every module read for a product with ``x`` (..., K), or why they must be called one by one."""
-    return _fitting([read(module) for module in modules], x)
+    return _fitting([read(module, trained=trained) for module in modules], x)
 
 
 def _fitting(linears: Sequence[Frozen | str], x: torch.Tensor) -> list[Frozen] | str:

@@ -47,13 +47,19 @@ def read_block(block: torch.nn.Module, x: torch.Tensor, kwargs: Mapping[str, Any
         return reason
     names = [(attend, name) for name in (*of_attention.projections, of_attention.output)]
     names += [(feed, name) for name in (*of_mlp.gate_up, of_mlp.down)]
-    linears = read_all([getattr(module, name) for module, name in names], x)
+    linears = read_all([getattr(module, name) for module, name in names], x, trained=True)
     if isinstance(linears, str):
         return linears
+    trained = any(linear.trained for linear in linears)
+    if trained and any(linear.adapter is not None or linear.base.weight.dtype != x.dtype for linear in linears):
+        return "weights that are trained beside adapters, or in another dtype than the residual stream"
+    if product_dtype(x) != x.dtype and not (trained and _is_mixed(x) and of_attention.head_norms is None):
+        return "an input in another dtype than the products"
     if len(of_mlp.gate_up) != 2 or any(linear.bias is not None for linear in linears[-3:]):
         return "an MLP with biases, or gate and up in one"
-    norms = _norms([(block, options.input_norm), (block, options.mlp_input_norm)], options.norm, x)
-    head_norms = _norms([(attend, name) for name in of_attention.head_norms or ()], of_attention.head_norm, x)
+    norms = _norms([(block, options.input_norm), (block, options.mlp_input_norm)], options.norm, x, trained)
+    names = [(attend, name) for name in of_attention.head_norms or ()]
+    head_norms = _norms(names, of_attention.head_norm, x, trained)
     if norms is None or head_norms is None:
         return "a norm that is trained, or of another kind or dtype"
     for module in (attend, feed, getattr(block, options.input_norm), getattr(attend, of_attention.output)):
@@ -64,14 +70,19 @@ def read_block(block: torch.nn.Module, x: torch.Tensor, kwargs: Mapping[str, Any
 
 def _call(x: torch.Tensor, kwargs: Mapping[str, Any]) -> str | None:
     """What speaks against it in the call itself."""
-    if x.dim() != 3 or not x.is_contiguous() or not x.numel() or product_dtype(x) != x.dtype:
-        return "an input in another form or dtype than the products"
+    if x.dim() != 3 or not x.is_contiguous() or not x.numel():
+        return "an input in another form"
     given = {name for name, value in kwargs.items() if value is not None and value is not False}
     if "attention_mask" in given:
         return "an attention mask"
     if given - _UNREAD:
         return f"the argument {min(given - _UNREAD)}"
     return None
+
+
+def _is_mixed(x: torch.Tensor) -> bool:
+    """Whether weights and residual stream are float32, and products bfloat16, whose range is as large."""
+    return x.dtype == torch.float32 and product_dtype(x) == torch.bfloat16
 
 
 def _modules(attend: torch.nn.Module, feed: torch.nn.Module) -> str | None:
@@ -95,14 +106,15 @@ def _scores(attend: Any, options: attention.AttentionOptions, kwargs: Mapping[st
 
 
 def _norms(
-    found: list[tuple[torch.nn.Module, Any]], options: NormOptions | None, x: torch.Tensor
+    found: list[tuple[torch.nn.Module, Any]], options: NormOptions | None, x: torch.Tensor, trained: bool
 ) -> list[tuple[torch.Tensor, NormOptions]] | None:
     """Weights and options of the norms named; None if one must be called itself."""
     norms = []
     for owner, name in found:
         module = getattr(owner, name)
         weight = module.weight
-        if options is None or not is_untouched(module) or weight.requires_grad or weight.dtype != x.dtype:
+        frozen = trained or not weight.requires_grad
+        if options is None or not is_untouched(module) or not frozen or weight.dtype != x.dtype:
             return None
         norms.append((weight, options))
     return norms
@@ -120,7 +132,7 @@ def _parts(
     head_norms: list[tuple[torch.Tensor, NormOptions]],
 ) -> Parts | str:
     visible = _visible(x, kwargs.get("position_ids"), attend, options.window)
-    backend = choose_backend(x.device, x.dtype, options.head_dim, visible)
+    backend = choose_backend(x.device, product_dtype(x), options.head_dim, visible)
     if backend is None:
         return "no attention kernel that hands out its log-sum-exp"
     heads = (options.heads, options.key_heads, options.head_dim)
@@ -138,6 +150,7 @@ def _parts(
             down=Site("down", (linears[-1],), held),
             activation=of_mlp.activation,
             tile=tile,
+            dtype=product_dtype(x),
         ),
         heads=heads,
         head_norms=(head_norms[0][0], head_norms[1][0]) if head_norms else None,
@@ -150,6 +163,7 @@ def _parts(
         decision=decision,
         keeper=keeper,
         number=number,
+        trained=any(linear.trained for linear in linears),
     )
 
 
@@ -165,9 +179,9 @@ def _decide(
     if policy is False:
         return Decision(Place.KEEP, lean=False)
     sizes = block_sizes(x.shape[0] * x.shape[1], x.shape[2], heads, linears, x.element_size())
-    trained = [adapter for linear in linears if (adapter := linear.adapter) is not None]
-    # gradients, and two moments in float32 at most
-    later = 3 * options.keeper.layers * sum(adapter.a.nbytes + adapter.b.nbytes for adapter in trained)
+    trained = sum(a.a.nbytes + a.b.nbytes for linear in linears if (a := linear.adapter) is not None)
+    trained += sum(linear.base.weight.nbytes for linear in linears if linear.trained)
+    later = 3 * options.keeper.layers * trained  # gradients, and two moments in as many bytes at most
     return options.keeper.decide(options.number, policy, sizes, later, x.device, batch)
 
 

@@ -21,6 +21,7 @@ from unsloth.kernels.lora_mlp import finish_gradients
 from unsloth.layers import block_graphs
 from unsloth.layers.block_graphs import Captured
 from unsloth.layers.block_passes import Parts, Rest, backward_pass, forward_pass
+from unsloth.layers.own_gradients import OwnGradients
 from unsloth.memory.budget import Place
 from unsloth.memory.offload import Parcel
 
@@ -60,13 +61,14 @@ class _Kept:
 
 
 class _WholeBlock(torch.autograd.Function):
-    """(x, parts, scales, a_0, b_0, a_1, ...) to y."""
+    """(x, parts, scales, a_0, b_0, a_1, ..., and the block's own weights if they are trained) to y."""
 
     @staticmethod
-    def forward(ctx, x, parts, scales, *pairs):
+    def forward(ctx, x, parts, scales, *weights):
         """See the module."""
-        ctx.parts, ctx.scales, ctx.pairs, ctx.shape = parts, scales, pairs, x.shape
-        flat, needs = x.detach().view(-1, x.shape[-1]), (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
+        ctx.count = 3 + 2 * len(scales)
+        ctx.parts, ctx.scales, ctx.pairs, ctx.shape = parts, scales, weights[: 2 * len(scales)], x.shape
+        flat, needs = x.detach().view(-1, x.shape[-1]), (ctx.needs_input_grad[0], *ctx.needs_input_grad[3 : ctx.count])
         with torch.autocast(x.device.type, enabled=False):
             y, ctx.kept = _forward(parts, flat, x.shape, needs)
         return y.view(x.shape)
@@ -74,7 +76,7 @@ class _WholeBlock(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        """Gradients of x and of every A and B."""
+        """Gradients of x, of every A and B, and of the block's own weights."""
         kept, ctx.kept = ctx.kept, None
         if kept is None:
             raise ModelError(
@@ -82,22 +84,25 @@ class _WholeBlock(torch.autograd.Function):
                 do="Compute the forward again, or undo the plan (model.unsloth_plan.undo()).",
             )
         flat = grad.reshape(-1, grad.shape[-1]).contiguous()
-        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
+        needs, own = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3 : ctx.count]), None
+        if ctx.parts.trained:
+            own = OwnGradients(ctx.parts.weights(), ctx.needs_input_grad[ctx.count :])
         x, attended = kept.back()
         with torch.autocast(grad.device.type, enabled=False):
             if kept.captured is not None:
                 dx, found = kept.captured.backward(ctx.parts, x, attended, kept.t_d, flat)
             else:
                 rest, kept.rest = kept.rest, None
-                dx, raw = backward_pass(ctx.parts, x, attended, kept.t_d, rest, flat, needs, ctx.shape)
+                dx, raw = backward_pass(ctx.parts, x, attended, kept.t_d, rest, flat, needs, ctx.shape, own=own)
                 found = finish_gradients(raw, ctx.pairs, ctx.scales, needs[1:])
+        found = [*found, *(own.finished() if own is not None else ())]
         return None if dx is None else dx.view(ctx.shape), None, None, *found
 
 
 def whole_block(x: torch.Tensor, parts: Parts) -> torch.Tensor:
     """The block's output (B, T, K) for x of that shape, contiguous, in the dtype of the products."""
     pairs, scales = flatten_adapters([linear.adapter for linear in parts.linears()])
-    return _WholeBlock.apply(x, parts, scales, *pairs)
+    return _WholeBlock.apply(x, parts, scales, *pairs, *(parts.weights() if parts.trained else ()))
 
 
 def read_only(x: torch.Tensor, parts: Parts) -> torch.Tensor:

@@ -38,6 +38,7 @@ def causal_lm_loss(
     num_items: int | float | torch.Tensor | None = None,
     shifted: bool = False,
     chunk_bytes: int | None = None,
+    late_weight: bool = False,
     fast: bool = True,
 ) -> CountedLoss:
     """Mean cross-entropy of predicting each token from those before it.
@@ -55,6 +56,7 @@ def causal_lm_loss(
             positions of this batch.
         shifted: Whether ``labels`` already hold, at each position, the token that follows it.
         chunk_bytes: Bound on the logits that exist at a time; None for the default of the device.
+        late_weight: Whether the weight's gradient waits for the backward, for less memory and a product more.
         fast: False for plain torch with whole logits, the reference.
 
     Returns:
@@ -81,6 +83,7 @@ def causal_lm_loss(
         num_items=_not_zero(num_items),
         drop_ignored=True,
         chunk_bytes=chunk_bytes,
+        late_weight=late_weight,
         fast=fast,
     )
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from unsloth.kernels.head_chunks import CHUNK_BYTES
+from unsloth.kernels.head_chunks import CHUNK_BYTES, TRAINED_CHUNK_BYTES
+from unsloth.kernels.linear_cross_entropy import late_bytes
 from unsloth.layers import linear
 from unsloth.layers.attention import AttentionOptions
 from unsloth.layers.block import BlockOptions
@@ -30,12 +31,14 @@ class Blocks:
         width: Features of the residual stream.
         heads: Query heads, key heads, and the dimension of one.
         linears: Of one block: projections, output, gate, up and down.
+        head: Numbers of the output head's weight, if that is trained; else 0.
     """
 
     layers: int
     width: int
     heads: tuple[int, int, int]
     linears: tuple[Frozen, ...]
+    head: int = 0
 
     def sizes(self, rows: int, itemsize: int) -> LayerSizes:
         """Bytes of one block for ``rows`` tokens of ``itemsize`` bytes a value."""
@@ -89,14 +92,18 @@ def find(plan: PatchPlan, model: torch.nn.Module) -> Blocks | None:
     of_mlp: MlpOptions = mlp.fast.options
     names = [f"{attention.path}.{name}" for name in (*of_attention.projections, of_attention.output)]
     names += [f"{mlp.path}.{name}" for name in (*of_mlp.gate_up, of_mlp.down)]
-    read = [linear.read(model.get_submodule(name)) for name in names]
+    read = [linear.read(model.get_submodule(name), trained=True) for name in names]
     linears = tuple(item for item in read if isinstance(item, Frozen))
+    if any(item.trained and item.base.weight.dtype == torch.float32 for item in linears):
+        return None  # products are narrower
     if len(linears) < len(read) or len(of_mlp.gate_up) != 2 or of_attention.softcap is not None:
         return None
     if any(linear.bias is not None for linear in linears[-3:]):
         return None
     heads = (of_attention.heads, of_attention.key_heads, of_attention.head_dim)
-    return Blocks(len(found), linears[-1].base.out_features, heads, linears)
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    trained = head.numel() if isinstance(head, torch.Tensor) and head.requires_grad else 0
+    return Blocks(len(found), linears[-1].base.out_features, heads, linears, trained)
 
 
 def measure(
@@ -110,7 +117,7 @@ def measure(
     sizes = blocks.sizes(rows, itemsize)
     chosen = _assignment(blocks.layers, sizes, policy)
     hidden = rows * blocks.width * itemsize
-    logits = min(LEAN_CHUNK_BYTES if chosen.tight else CHUNK_BYTES, rows * vocabulary * 4)
+    logits = _logits(blocks.head, policy, chosen, rows, itemsize, vocabulary)
     # the head's input as it was normalized, the rows of it that are trained on, their gradient, and that of all rows
     head = chosen.waiting_bytes(sizes) + 4 * hidden
     host = chosen.places.count(Place.OFFLOAD) * sizes.least
@@ -119,9 +126,20 @@ def measure(
     late = staged + sizes.working + (0 if chosen.lean else sizes.quick) + hidden
     if recorded and sizes.buffers:
         inside = layers - chosen.waiting_bytes(sizes)
-        return BlockMemory(head + inside, logits, host, min(late + logits, head + inside + logits))
+        # the head's memory is free again by then, that of recorded blocks which keep their values is not
+        return BlockMemory(head + inside, logits, host, layers if Place.KEEP in chosen.places else late)
     first, second = (layers, 0) if layers > head + logits else (head, logits)
     return BlockMemory(first, second, host, min(late, layers))
+
+
+def _logits(head: int, policy: Policy, chosen: Assignment, rows: int, itemsize: int, vocabulary: int) -> int:
+    """Bytes of logits, with those of a trained head's gradient."""
+    whole = rows * vocabulary * 4
+    if not head:
+        return min(LEAN_CHUNK_BYTES if chosen.tight else CHUNK_BYTES, whole)
+    if policy is False:
+        return 4 * head + max(min(TRAINED_CHUNK_BYTES, whole), itemsize * head)
+    return max(min(LEAN_CHUNK_BYTES, whole), late_bytes(rows, itemsize, LEAN_CHUNK_BYTES) + itemsize * head)
 
 
 def fits(blocks: Blocks, policy: Policy, rows: int, itemsize: int, vocabulary: int, free: int) -> bool:
