@@ -347,13 +347,15 @@ def test_a_shared_prompt_is_computed_once(tiny, tmp_path, lengths):
     seen = []
     model[0].get_input_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
     found = {}
-    for packing in (None, False):
+    for way, packing, fills in [("packed", None, False), ("filled", None, True), ("padded", False, False)]:
         trainer = trainer_of(None, tmp_path, model=model, beta=0.04, packing=packing)
-        found[packing] = loss_and_gradients(trainer, injected(trainer, lengths=lengths))
-    assert seen[0] == (1, 6 + 4 + sum(lengths)) and seen[1] == (8, 6 + max(lengths))
-    torch.testing.assert_close(found[None][0], found[False][0], rtol=1e-5, atol=1e-6)
-    for name, grad in found[None][1].items():
-        torch.testing.assert_close(grad, found[False][1][name], rtol=1e-4, atol=1e-5, msg=name)
+        trainer._fills = fills  # as on a GPU
+        found[way] = loss_and_gradients(trainer, injected(trainer, lengths=lengths))
+    assert seen == [(1, 6 + 4 + sum(lengths)), (1, 256), (8, 6 + max(lengths))]
+    for way in ("packed", "filled"):
+        torch.testing.assert_close(found[way][0], found["padded"][0], rtol=1e-5, atol=1e-6)
+        for name, grad in found[way][1].items():
+            torch.testing.assert_close(grad, found["padded"][1][name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 # Prompts, engines, precisions

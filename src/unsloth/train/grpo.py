@@ -41,7 +41,7 @@ from unsloth.train.environments import (
 from unsloth.train.grpo_config import GRPOConfig, choose_engine, reopened
 from unsloth.train.larger_passes import LargerPasses
 from unsloth.train.loop import ModelLoop
-from unsloth.train.packed_rows import pack
+from unsloth.train.packed_rows import filled, pack
 from unsloth.train.phases import Phases
 from unsloth.train.preference import accept
 from unsloth.train.prompt_rows import check_columns, encode_prompt, prompt_rows
@@ -146,6 +146,7 @@ class GRPOTrainer(Phases, LargerPasses, Environments, ModelLoop, TRLTrainer):
         chunked = args.fused_head is not False
         self._policy = TokenLogprobs(given.model, chunked)
         self._packing = args.packing is not False
+        self._fills = given.model.device.type == "cuda"  # where launches of similar passes are recorded
         if args.packing and not self._policy.packs:
             raise ConfigError(
                 "packing needs a model whose attention tells packed sequences apart",
@@ -465,6 +466,7 @@ class GRPOTrainer(Phases, LargerPasses, Environments, ModelLoop, TRLTrainer):
             # the first row with the same prompt
             leaders = (prompts[:, None] == prompts[None]).all(-1).int().argmax(1)
             packed = pack(ids, attended, is_prompt.expand_as(ids), leaders)
+            packed = filled(packed) if self._fills else packed
         labels = ids.masked_fill((attended == 0) | is_prompt, IGNORED)
         with self.accelerator.autocast():
             return scorer.scores(
