@@ -1,6 +1,7 @@
 import logging
 import math
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -514,6 +515,30 @@ def test_completions_take_turns_where_the_cache_is_short(tiny, tmp_path, monkeyp
         trainer.train()
         found.append(logged(trainer, "completions/mean_length") + logged(trainer, "loss"))
     assert found[0] == pytest.approx(found[1], rel=1e-5) and "at a time are sampled" in said.text
+
+
+def test_what_training_holds_gives_way_to_the_cache(tiny, tmp_path, monkeypatch, said):
+    """As dequantized weights and recorded layers do on a GPU that they would fill."""
+    held, asked = [], []
+
+    class Keeper:
+        def forget(self):
+            asked.append(len(held))
+            held.clear()
+
+    monkeypatch.setattr(rollouts, "fused_head", SimpleNamespace(keeper_of=lambda model: Keeper()))
+    monkeypatch.setattr(rollouts, "_free_memory", lambda: 0.0 if held else math.inf)
+    trainer = trainer_of(tiny, tmp_path, max_steps=3)
+    loss = trainer._compute_loss
+
+    def training(model, inputs):
+        if trainer.state.global_step < 2:
+            held.append("weights")
+        return loss(model, inputs)
+
+    trainer._compute_loss = training
+    trainer.train()
+    assert asked == [1, 1] and "at a time are sampled" not in said.text
 
 
 def test_evaluation_is_repeatable_and_disturbs_nothing(tiny, tmp_path):
