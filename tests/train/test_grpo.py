@@ -600,8 +600,15 @@ def test_cuts_hide_probabilities(tiny, tmp_path):
         ({"steps_per_generation": 2, "generation_batch_size": 8}, "can not be both configured"),
         ({"num_generation": 4}, "Did you mean num_generations"),
         ({"reward_weights": {"a": 1.0}}, "reward_weights must be a list"),
+        ({"loss_type": "ppo"}, "unknown loss_type.*dapo, gspo, cispo"),
+        ({"scale_rewards": "std"}, "unknown scale_rewards"),
     ],
 )
 def test_arguments_that_make_no_sense(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         GRPOConfig(**settings(tmp_path, **changes))
+
+
+def test_each_reward_has_its_weight(tiny, tmp_path):
+    with pytest.raises(ConfigError, match="one number for every reward function: got '1 for share_of_e, length'"):
+        trainer_of(tiny, tmp_path, [share_of_e, length], reward_weights=[1.0])

@@ -29,6 +29,7 @@ from unsloth.data.prepare import Rows
 from unsloth.generate.sampling import SamplingParams
 from unsloth.losses.policy import PolicyLoss, policy_loss, sampling_correction, without_truncated
 from unsloth.models import record
+from unsloth.rewards.call import name_of
 from unsloth.train import masters, reward_names, setup
 from unsloth.train.checked_reward import CheckedReward, mask_whole_rows
 from unsloth.train.environments import (
@@ -120,6 +121,12 @@ class GRPOTrainer(Phases, LargerPasses, Environments, ModelLoop, TRLTrainer):
             del given.more["environment_factory"]
             functions += talk.rewards()
             rows = placeholder_rows(args) if rows is None else rows
+        weights = args.reward_weights
+        if weights is not None and len(weights) != len(functions) and not given.more.get("environment_factory"):
+            raise ConfigError(
+                "reward_weights needs one number for every reward function",
+                got=f"{len(weights)} for {', '.join(map(name_of, functions))}",
+            )
         with_tools = bool(given.more.get("tools") or given.more.get("environment_factory"))
         if with_tools or talk is not None:
             check_prompts(rows)
