@@ -6,6 +6,8 @@
 case        a step
 ==========  ==============================================================================================
 1.7b        Qwen3-1.7B's shape in bfloat16, LoRA of rank 32: 8 prompts x 8 completions, 256 + 512 tokens
+1.7b-short  the same shape, one prompt x 8 completions of 288 to 416 tokens, all but the last 8 given: what training
+            takes where every step has other lengths
 1.5b-nf4    Qwen2.5-1.5B's shape in NF4: one prompt x 8 completions, 256 + 512
 8b-nf4      Llama-3.1-8B's shape in NF4: one prompt x 8 completions, 512 + 2,048
 8b-20k      the same: 512 + 20,000 tokens, all but the last 64 of each completion given, so that the cache is filled by
@@ -54,7 +56,6 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 COLUMNS = ["date", "gpu", "torch", "transformers", "trl", "trainer", "case", "completions", "prompt", "completion"]
 COLUMNS += ["first_step_s", "step_s", "rollout_s", "rollout_gib", "training_gib", "cache_gib", "reserved_gib", "passes"]
 COLUMNS += ["mismatch", "correct"]
-_SAMPLED = 64  # tokens that are sampled where the others are given
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,17 @@ class Case:
     completion: int
     batch: int
     given: bool = False
+    sampled: int = 64  # tokens, where the others are given
+    spread: int = 0  # by so many tokens completions may be shorter, where they are given
     qwen3: bool = False
     tied: bool = False
 
 
 CASES = {
     "1.7b": Case(Shape(28, 2048, 6144, 16, 8, 151936), False, 8, 256, 512, 8, qwen3=True, tied=True),
+    "1.7b-short": Case(
+        Shape(28, 2048, 6144, 16, 8, 151936), False, 1, 256, 416, 8, True, 8, 128, qwen3=True, tied=True
+    ),
     "1.5b-nf4": Case(Shape(28, 1536, 8960, 12, 2, 151936), True, 1, 256, 512, 8, tied=True),
     "8b-nf4": Case(SHAPES["8b"], True, 1, 512, 2048, 8),
     "8b-20k": Case(SHAPES["8b"], True, 1, 512, 20000, 1, given=True),
@@ -93,6 +99,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=1.0, help="GiB that ours keeps between forward and backward")
     parser.add_argument("--tokens", type=int, help="tokens_per_pass of ours")
     parser.add_argument("--passes", type=int, help="stop before the pass after so many, for their memory alone")
+    parser.add_argument("--unfilled", action="store_true", help="passes of the length that completions have")
     parser.add_argument("--profile", action="store_true", help="show where the time of a step goes")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--child", dest="trainer", choices=["unsloth", "trl"], help=argparse.SUPPRESS)
@@ -111,7 +118,12 @@ def case_of(name: str, dry: bool, batch: int | None = None) -> Case:
         return case
     shape = dataclasses.replace(SHAPES["tiny"], vocabulary=1024)
     quantized = case.quantized and DEVICE.type == "cuda"
-    small = {"prompt": 12, "completion": 80 if case.given else 16, "prompts": min(case.prompts, 2)}
+    small = {
+        "spread": min(case.spread, 8),
+        "prompt": 12,
+        "completion": 80 if case.given else 16,
+        "prompts": min(case.prompts, 2),
+    }
     return dataclasses.replace(case, shape=shape, quantized=quantized, batch=min(case.batch, GROUP), **small)
 
 
@@ -219,7 +231,7 @@ class Meter(TrainerCallback):
             self.training = max(self.training, torch.cuda.max_memory_allocated())
             self.reserved = max(self.reserved, torch.cuda.max_memory_reserved())
         self.times.append(time.perf_counter() - self.start)
-        print(f"  step {state.global_step}: {self.times[-1]:.2f} s", flush=True)
+        print(f"  step {state.global_step}: {self.times[-1]:.3f} s", flush=True)
 
 
 def trainer_of(given: argparse.Namespace, case: Case, folder: str, meter: Meter) -> Any:
@@ -267,8 +279,9 @@ def trainer_of(given: argparse.Namespace, case: Case, folder: str, meter: Meter)
 
     def given_but_the_last(prompts: list[str], trainer: Any) -> dict[str, Any]:
         ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-        known = [words(case.completion - _SAMPLED) for _ in prompts]
-        params = dataclasses.replace(trainer.rollouts.params, max_tokens=_SAMPLED)
+        shorter = torch.randint(case.spread + 1, (len(prompts),), generator=generator).tolist()
+        known = [words(case.completion - case.sampled - less) for less in shorter]
+        params = dataclasses.replace(trainer.rollouts.params, max_tokens=case.sampled)
         found = trainer.sample([one + other for one, other in zip(ids, known, strict=True)], params)
         unknown = float("nan")
         return {
@@ -286,6 +299,8 @@ def trainer_of(given: argparse.Namespace, case: Case, folder: str, meter: Meter)
         callbacks=[meter],
         **({"rollout_func": given_but_the_last} if case.given else {}),
     )
+    if given.unfilled:
+        trainer._fills = False
     generate = trainer._generate_single_turn if not ours else trainer.sample
 
     def measured(*args: Any, **kwargs: Any) -> Any:
@@ -414,6 +429,7 @@ def main() -> None:
             command += [] if given.tokens is None else ["--tokens", str(given.tokens)]
             command += [] if given.passes is None else ["--passes", str(given.passes)]
             command += ["--dry-run"] * given.dry_run + ["--profile"] * (given.profile and trainer == "unsloth")
+            command += ["--unfilled"] * given.unfilled
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
                 assert process.stdout is not None
                 for line in process.stdout:

@@ -1,7 +1,9 @@
 """Reward the Python that a model writes: a strategy for the game 2048, or a matrix multiplication.
 
-python examples/grpo_code.py [2048|matmul] [--model NAME] [--smoke]. Meant for a GPU and a model that can write Python;
---smoke trains two steps of the embedded one. Generated code runs in the sandbox only.
+python examples/grpo_code.py [2048|matmul] [--model NAME] [--shown] [--smoke]. Meant for a GPU and a model that can
+write Python. --shown, for 2048 on two cores: the embedded model, which cannot, is shown short strategies first, half of
+which are stuck after a few moves or do not run; which are better is for GRPO to find out. --smoke trains two steps of
+the embedded model. Generated code runs in the sandbox only.
 """
 
 import random
@@ -10,13 +12,14 @@ import tempfile
 from collections.abc import Callable
 from operator import mul
 
-from unsloth import FastLanguageModel, GRPOConfig, GRPOTrainer, SamplingParams
+from unsloth import FastLanguageModel, GRPOConfig, GRPOTrainer, SamplingParams, SFTConfig, SFTTrainer
 from unsloth.environments import GameBoard
 from unsloth.rewards import check_python_modules, create_locked_down_function, execute_with_time_limit, time_calls
 
-smoke = "--smoke" in sys.argv
+smoke, shown = "--smoke" in sys.argv, "--shown" in sys.argv
+seed = int(sys.argv[sys.argv.index("--seed") + 1]) if "--seed" in sys.argv else 1
 task = "matmul" if "matmul" in sys.argv else "2048"
-default = "embedded:SmolLM2-135M-Instruct" if smoke else "Qwen/Qwen2.5-Coder-1.5B-Instruct"
+default = "embedded:SmolLM2-135M-Instruct" if smoke or shown else "Qwen/Qwen2.5-Coder-1.5B-Instruct"
 name = sys.argv[sys.argv.index("--model") + 1] if "--model" in sys.argv else default
 output = tempfile.mkdtemp(prefix="grpo-") if smoke else f"outputs/grpo-{task}"
 
@@ -88,19 +91,65 @@ def multiply(matmul: Callable, seed: int) -> float:
 
 
 RATINGS = {"2048": play, "matmul": multiply}
+
+
+def strategies(count: int) -> list[str]:
+    """Of a player who knows Python, and next to nothing of the game."""
+    chosen, found = random.Random(seed), []
+    for _ in range(count):
+        keys = "".join(chosen.sample("WASD", 4))
+        bodies = [
+            f'return "{keys[0]}"',
+            f'return "{keys[0]}" if board[0][0] == 0 else "{keys[1]}"',
+            f"return board[{keys[0]}]",
+            f'return "{keys[:2]}"[sum(map(sum, board)) % 2]',
+            f'return "{keys}"[sum(map(sum, board)) % 4]',
+            f'return "{keys[:3]}"[sum(row.count(0) for row in board) % 3]',
+        ]
+        found.append(f"```python\ndef strategy(board):\n    {chosen.choice(bodies)}\n```")
+    return found
+
+
+def report(when: str) -> None:
+    chat = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
+    FastLanguageModel.for_inference(model)
+    ways = [SamplingParams(temperature=1.0, max_tokens=length, seed=n) for n in range(2 if smoke else 40)]
+    texts = [[{"content": output.outputs[0].text}] for output in model.fast_generate([chat] * len(ways), ways)]
+    FastLanguageModel.for_training(model)
+    scores = succeeds(texts)
+    works = sum(score > 0 for score in scores)
+    print(f"{when}: {works} of {len(ways)} functions work, mean reward for what they do {sum(scores) / len(ways):.2f}")
+    print(texts[0][0]["content"], flush=True)
+
+
 model, tokenizer = FastLanguageModel.from_pretrained(name, max_seq_length=1024, load_in_4bit=True)
-model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=32)
-group, length, steps = (2, 24, 2) if smoke else (8, 512, 300)
-sizes = {"num_generations": group, "max_completion_length": length, "max_steps": steps}
-sizes["per_device_train_batch_size"] = 2 * group
+model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=32, random_state=seed)
+group, length, updates = (2, 24, 2) if smoke else (8, 64, 30) if shown else (8, 512, 300)
+common = {"output_dir": output, "logging_steps": 1, "report_to": "none", "seed": seed}
+if shown:
+    warm_start = SFTTrainer(
+        model=model,
+        tokenizer=tokenizer,
+        train_dataset=[
+            {"prompt": prompt, "completion": [{"role": "assistant", "content": text}]} for text in strategies(200)
+        ],
+        args=SFTConfig(max_steps=2 if smoke else 12, per_device_train_batch_size=16, learning_rate=1e-3, **common),
+    )
+    warm_start.train()
+report("before")
 trainer = GRPOTrainer(
     model=model,
     tokenizer=tokenizer,
     reward_funcs=[compiles, no_imports, succeeds],
     train_dataset=[{"prompt": prompt}] * 1000,
-    args=GRPOConfig(output_dir=output, learning_rate=5e-5, logging_steps=1, report_to="none", **sizes),
+    args=GRPOConfig(
+        per_device_train_batch_size=(3 if shown else 2) * group,
+        num_generations=group,
+        max_completion_length=length,
+        max_steps=updates,
+        learning_rate=1e-4 if shown else 5e-5,
+        **common,
+    ),
 )
 trainer.train()
-chat = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
-answer = model.fast_generate([chat], SamplingParams(temperature=0.7, max_tokens=length))
-print(f"{task} -> {answer[0].outputs[0].text}")
+report("after GRPO")

@@ -1,6 +1,7 @@
 import logging
 import math
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -347,13 +348,15 @@ def test_a_shared_prompt_is_computed_once(tiny, tmp_path, lengths):
     seen = []
     model[0].get_input_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
     found = {}
-    for packing in (None, False):
+    for way, packing, fills in [("packed", None, False), ("filled", None, True), ("padded", False, False)]:
         trainer = trainer_of(None, tmp_path, model=model, beta=0.04, packing=packing)
-        found[packing] = loss_and_gradients(trainer, injected(trainer, lengths=lengths))
-    assert seen[0] == (1, 6 + 4 + sum(lengths)) and seen[1] == (8, 6 + max(lengths))
-    torch.testing.assert_close(found[None][0], found[False][0], rtol=1e-5, atol=1e-6)
-    for name, grad in found[None][1].items():
-        torch.testing.assert_close(grad, found[False][1][name], rtol=1e-4, atol=1e-5, msg=name)
+        trainer._fills = fills  # as on a GPU
+        found[way] = loss_and_gradients(trainer, injected(trainer, lengths=lengths))
+    assert seen == [(1, 6 + 4 + sum(lengths)), (1, 256), (8, 6 + max(lengths))]
+    for way in ("packed", "filled"):
+        torch.testing.assert_close(found[way][0], found["padded"][0], rtol=1e-5, atol=1e-6)
+        for name, grad in found[way][1].items():
+            torch.testing.assert_close(grad, found["padded"][1][name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 # Prompts, engines, precisions
@@ -514,6 +517,30 @@ def test_completions_take_turns_where_the_cache_is_short(tiny, tmp_path, monkeyp
     assert found[0] == pytest.approx(found[1], rel=1e-5) and "at a time are sampled" in said.text
 
 
+def test_what_training_holds_gives_way_to_the_cache(tiny, tmp_path, monkeypatch, said):
+    """As dequantized weights and recorded layers do on a GPU that they would fill."""
+    held, asked = [], []
+
+    class Keeper:
+        def forget(self):
+            asked.append(len(held))
+            held.clear()
+
+    monkeypatch.setattr(rollouts, "fused_head", SimpleNamespace(keeper_of=lambda model: Keeper()))
+    monkeypatch.setattr(rollouts, "_free_memory", lambda: 0.0 if held else math.inf)
+    trainer = trainer_of(tiny, tmp_path, max_steps=3)
+    loss = trainer._compute_loss
+
+    def training(model, inputs):
+        if trainer.state.global_step < 2:
+            held.append("weights")
+        return loss(model, inputs)
+
+    trainer._compute_loss = training
+    trainer.train()
+    assert asked == [1, 1] and "at a time are sampled" not in said.text
+
+
 def test_evaluation_is_repeatable_and_disturbs_nothing(tiny, tmp_path):
     trainer = trainer_of(tiny, tmp_path, length, per_device_eval_batch_size=8)
     held_out = Dataset.from_list([{"prompt": f"Held {i}"} for i in range(4)])
@@ -573,8 +600,15 @@ def test_cuts_hide_probabilities(tiny, tmp_path):
         ({"steps_per_generation": 2, "generation_batch_size": 8}, "can not be both configured"),
         ({"num_generation": 4}, "Did you mean num_generations"),
         ({"reward_weights": {"a": 1.0}}, "reward_weights must be a list"),
+        ({"loss_type": "ppo"}, "unknown loss_type.*dapo, gspo, cispo"),
+        ({"scale_rewards": "std"}, "unknown scale_rewards"),
     ],
 )
 def test_arguments_that_make_no_sense(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         GRPOConfig(**settings(tmp_path, **changes))
+
+
+def test_each_reward_has_its_weight(tiny, tmp_path):
+    with pytest.raises(ConfigError, match="one number for every reward function: got '1 for share_of_e, length'"):
+        trainer_of(tiny, tmp_path, [share_of_e, length], reward_weights=[1.0])

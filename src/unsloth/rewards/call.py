@@ -150,7 +150,9 @@ def _evaluate(function: Callable[..., Any], batch: _Batch, *, find_row: bool) ->
         where = "" if row is None else f" for completion {row}, prompt {_short(batch.prompts[row])}"
         raise RewardError(
             f"reward {name_of(function)!r} raised {type(cause).__name__}{where}: {str(cause)[:200]}",
-            do="Let it return a number for every completion, whatever its text, or mask invalid rewards.",
+            do="Make it faster, raise reward_time_limit, or mask invalid rewards."
+            if timed_out
+            else "Let it return a number for every completion, whatever its text, or mask invalid rewards.",
         ) from cause
     return [_number(value) for value in _as_list(function, returned, len(batch.completions))]
 

@@ -29,6 +29,7 @@ from unsloth.data.prepare import Rows
 from unsloth.generate.sampling import SamplingParams
 from unsloth.losses.policy import PolicyLoss, policy_loss, sampling_correction, without_truncated
 from unsloth.models import record
+from unsloth.rewards.call import name_of
 from unsloth.train import masters, reward_names, setup
 from unsloth.train.checked_reward import CheckedReward, mask_whole_rows
 from unsloth.train.environments import (
@@ -41,7 +42,7 @@ from unsloth.train.environments import (
 from unsloth.train.grpo_config import GRPOConfig, choose_engine, reopened
 from unsloth.train.larger_passes import LargerPasses
 from unsloth.train.loop import ModelLoop
-from unsloth.train.packed_rows import pack
+from unsloth.train.packed_rows import filled, pack
 from unsloth.train.phases import Phases
 from unsloth.train.preference import accept
 from unsloth.train.prompt_rows import check_columns, encode_prompt, prompt_rows
@@ -120,6 +121,12 @@ class GRPOTrainer(Phases, LargerPasses, Environments, ModelLoop, TRLTrainer):
             del given.more["environment_factory"]
             functions += talk.rewards()
             rows = placeholder_rows(args) if rows is None else rows
+        weights = args.reward_weights
+        if weights is not None and len(weights) != len(functions) and not given.more.get("environment_factory"):
+            raise ConfigError(
+                "reward_weights needs one number for every reward function",
+                got=f"{len(weights)} for {', '.join(map(name_of, functions))}",
+            )
         with_tools = bool(given.more.get("tools") or given.more.get("environment_factory"))
         if with_tools or talk is not None:
             check_prompts(rows)
@@ -146,6 +153,7 @@ class GRPOTrainer(Phases, LargerPasses, Environments, ModelLoop, TRLTrainer):
         chunked = args.fused_head is not False
         self._policy = TokenLogprobs(given.model, chunked)
         self._packing = args.packing is not False
+        self._fills = given.model.device.type == "cuda"  # where launches of similar passes are recorded
         if args.packing and not self._policy.packs:
             raise ConfigError(
                 "packing needs a model whose attention tells packed sequences apart",
@@ -465,6 +473,7 @@ class GRPOTrainer(Phases, LargerPasses, Environments, ModelLoop, TRLTrainer):
             # the first row with the same prompt
             leaders = (prompts[:, None] == prompts[None]).all(-1).int().argmax(1)
             packed = pack(ids, attended, is_prompt.expand_as(ids), leaders)
+            packed = filled(packed) if self._fills else packed
         labels = ids.masked_fill((attended == 0) | is_prompt, IGNORED)
         with self.accelerator.autocast():
             return scorer.scores(

@@ -20,7 +20,13 @@ from unsloth.train.survival import SurvivalArguments
 
 ENGINES = ("unsloth", "vllm", "transformers")
 _OUR_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
-_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "rollout_engine": (None, *ENGINES),
+    "invalid_rewards": ("raise", "mask"),
+    "loss_type": (*_OUR_LOSSES, "gspo", "cispo", "sapo", "vespo", "luspo"),
+    "scale_rewards": ("group", "batch", "none", True, False),
+    "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+}
 
 logger = get_logger(__name__)
 
@@ -159,16 +165,11 @@ def _check(args: Any) -> None:
             got=f"num_generations={args.num_generations}",
             do="Use 4 or more.",
         )
-    if args.rollout_engine not in (None, *ENGINES):
-        raise ConfigError("unknown rollout_engine", got=args.rollout_engine, do=f"Use one of {', '.join(ENGINES)}.")
-    if args.invalid_rewards not in ("raise", "mask"):
-        raise ConfigError("unknown invalid_rewards", got=args.invalid_rewards, do='Use "raise" or "mask".')
-    if args.vllm_importance_sampling_mode not in _CORRECTIONS:
-        raise ConfigError(
-            "unknown vllm_importance_sampling_mode",
-            got=args.vllm_importance_sampling_mode,
-            do=f"Use one of {', '.join(_CORRECTIONS)}.",
-        )
+    for name, known in _CHOICES.items():
+        value = getattr(args, name)
+        if value not in known:
+            names = ", ".join(choice for choice in known if isinstance(choice, str))
+            raise ConfigError(f"unknown {name}", got=value, do=f"Use one of {names}.")
     if args.tokens_per_pass is not None and args.tokens_per_pass < 0:
         raise ConfigError("tokens_per_pass must be 0 or more", got=args.tokens_per_pass)
     for name in ("max_prompt_length", "max_completion_length", "reward_time_limit", "tool_time_limit"):

@@ -49,24 +49,25 @@ def join(batches: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tenso
     return {name: torch.cat([batch[name] for batch in batches], dim=1) for name in sorted(_NAMES)}
 
 
-def rounded(tokens: int) -> int:
-    """The length that a pass of ``tokens`` is filled up to: an eighth more at most, or 255 tokens of a short one."""
-    if tokens > MOST_TOKENS:
-        return tokens
-    step = max(256, 1 << max(0, tokens.bit_length() - 4))
+def rounded(tokens: int, long_step: int = 1) -> int:
+    """The length that a pass of ``tokens`` is filled up to: an eighth more at most, or 255 tokens of a short one.
+
+    Passes of more than :data:`MOST_TOKENS` become multiples of ``long_step``.
+    """
+    step = long_step if tokens > MOST_TOKENS else max(256, 1 << max(0, tokens.bit_length() - 4))
     return -(-tokens // step) * step
 
 
-def fill(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """``batch`` (1, N) with rows of up to 128 tokens behind it that nothing is learned from."""
+def fill(batch: Mapping[str, torch.Tensor], long_step: int = 1) -> dict[str, torch.Tensor]:
+    """``batch`` (1, N) with rows of up to 128 tokens behind it that nothing is learned from, to :func:`rounded`."""
     ids = batch["input_ids"]
-    missing = rounded(ids.shape[1]) - ids.shape[1]
+    missing = rounded(ids.shape[1], long_step) - ids.shape[1]
     if not missing:
         return dict(batch)
     positions = (torch.arange(missing, device=ids.device) % _FILLING_ROW)[None]
     more = {"input_ids": ids[:, :1].expand(1, missing), "labels": ids.new_full((1, missing), _IGNORED)}
     more["position_ids"] = positions
-    return {name: torch.cat([batch[name], more[name]], dim=1) for name in sorted(_NAMES)}
+    return {name: torch.cat([batch[name], more[name]], dim=1) for name in sorted(batch)}
 
 
 class Joined:

@@ -11,6 +11,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer as TRLTrainer
 from unsloth.memory import checkpointing, gauge
 from unsloth.models import plan, record
 from unsloth.train import block_memory
+from unsloth.train.packed_rows import filled_length
 
 # Legend: B completions of a pass, P tokens of the longest prompt, C of the longest completion.
 
@@ -91,7 +92,7 @@ class LargerPasses(TRLTrainer):
         now, policy = gauge.read(self.accelerator.device), checkpointing.policy_in(model)
         free = int(_SHARE * (now.total - now.allocated))
         vocabulary = model.config.get_text_config().vocab_size
-        return block_memory.fits(blocks, policy, tokens, model.dtype.itemsize, vocabulary, free)
+        return block_memory.fits(blocks, policy, filled_length(tokens), model.dtype.itemsize, vocabulary, free)
 
     def _rows_at_once(self, ids: torch.Tensor, batch_size: int | None) -> int:
         """Rows of ``ids`` that go through the model together where nothing is differentiated.

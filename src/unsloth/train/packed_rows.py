@@ -9,6 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
+from unsloth.train import joining
+
+_LONG_STEP = 128
+"""Kernels are compiled once for lengths that 16 divides, and once more for others."""
+
 # Legend: R rows of a batch, T tokens of the longest, N tokens of all rows together, without padding.
 
 
@@ -65,6 +70,17 @@ def pack(
         values.new_zeros(total + 1).scatter_(0, target, values.flatten())[None, :total] for values in (ids, position)
     )
     return PackedRows(flat_ids, flat_positions, index.masked_fill(~here, 0))
+
+
+def filled(rows: PackedRows) -> PackedRows:
+    """``rows`` with others behind them that no token sees, so that passes of similar length are of the same."""
+    names = {"input_ids": rows.input_ids, "position_ids": rows.position_ids}
+    return PackedRows(**joining.fill(names, _LONG_STEP), index=rows.index)
+
+
+def filled_length(tokens: int) -> int:
+    """Of :func:`filled`, for rows of so many tokens together."""
+    return joining.rounded(tokens, _LONG_STEP)
 
 
 def _starts(counts: torch.Tensor, leaders: torch.Tensor, skipped: torch.Tensor) -> torch.Tensor:

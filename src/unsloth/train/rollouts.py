@@ -21,9 +21,13 @@ from unsloth.generate.engine import Engine
 from unsloth.generate.live_model import LiveModel
 from unsloth.generate.options import EngineOptions
 from unsloth.generate.sampling import SamplingParams
+from unsloth.layers import fused_head
 from unsloth.models import record
 
 logger = get_logger(__name__)
+
+_CACHE_SHARE = 0.8
+"""Of the free memory, for the cache: steps of the engine need some beside it."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ class Rollouts:
     """Samples completions with an engine of its own, on the weights and the adapter that are being trained.
 
     Nothing is merged or copied: the engine reads the model's own tensors. Its cache of keys and values has room for
-    what a batch needs, and gives its memory back between generations (:meth:`sleep`).
+    what a batch needs, and gives its memory back between generations (:meth:`sleep`). What training holds from step to
+    step (recorded layers with their memory, dequantized weights) gives way where both do not fit.
 
     Args:
         model: The policy.
@@ -78,6 +83,7 @@ class Rollouts:
         self._options = dataclasses.replace(self._options, max_num_seqs=min(self._options.max_num_seqs, rows))
         self._engine: Engine | None = None
         self._room = (0, 0)  # tokens of the longest prompt and of the longest sequence that the cache was made for
+        self._wanted = 0  # bytes of the cache
         loaded, config = record.find(model), record.transformers_model(model).config.get_text_config()
         self.longest = min(loaded.max_seq_length if loaded else math.inf, config.max_position_embeddings)
         """Tokens of the longest sequence, prompt and completion together."""
@@ -140,6 +146,8 @@ class Rollouts:
         limits = [self._limit(len(ids), params) for ids in prompts] if most is None else most
         length = max(len(ids) + limit for ids, limit in zip(prompts, limits, strict=True))
         engine = self._engine_for(max(map(len, prompts)), length)
+        if not self.cache_bytes:
+            self._free_for(self._wanted)
         requests = [
             dataclasses.replace(params, n=stop - first, seed=seed_of(*key, first), max_tokens=limits[first])
             for first, stop in groups
@@ -195,8 +203,8 @@ class Rollouts:
         options = self._options
         if options.num_pages is not None:
             return options
-        pages = cache_pages(self.rows, self.group, prompt, length, options.page_size)
-        room, each = 0.8 * _free_memory(), self._page_bytes()
+        pages, each = cache_pages(self.rows, self.group, prompt, length, options.page_size), self._page_bytes()
+        room = self._free_for(pages * each)
         if pages * each > room:
             alone = cache_pages(1, 1, 0, length, options.page_size)
             wanted, pages = pages, max(int(room / each), alone)
@@ -206,7 +214,18 @@ class Rollouts:
                 wanted * each / 2**30,
                 pages // alone,
             )
+        self._wanted = pages * each
         return dataclasses.replace(options, max_model_len=length, num_pages=pages)
+
+    def _free_for(self, wanted: int) -> float:
+        """Bytes that a cache may take; if ``wanted`` is more, after training has given back what it holds."""
+        room = _CACHE_SHARE * _free_memory()
+        if wanted > room:
+            keeper = fused_head.keeper_of(record.transformers_model(self._model))
+            if keeper is not None:
+                keeper.forget()
+                room = _CACHE_SHARE * _free_memory()
+        return room
 
     def _page_bytes(self) -> int:
         config = record.transformers_model(self._model).config
