@@ -36,6 +36,16 @@ def test_values(device, dtype, rows, features, outs, ranks):
     )
 
 
+def test_dA_of_other_linears(device):
+    x, p, g, t = (torch.randn(70, n, device=device).bfloat16() for n in (40, 24, 33, 16))
+    ops = [
+        lambda *tensors, op=op: (lambda da, db: (da, *db))(*op(*tensors, (33,), (5,), (0.5,), rank_a=20))
+        for op in (adapter_products, adapter_products_reference)
+    ]
+    assert ops[0](x, p, g, t)[0].shape == (20, 40)
+    check_op(*ops, x, p, g, t)
+
+
 def test_columns_of_wider_buffers_and_other_strides(device):
     wide = torch.randn(40, 100, device=device).bfloat16()
     x, p, g, t = wide[:, :24], wide[:, 24:32], wide[:, 32:56], wide[:, 60:68]

@@ -9,7 +9,9 @@ def check(x, projection, copy=True):
     """Both halves of the result, in a buffer filled with NaN before."""
     rows, features = x.shape
     wide = x.new_full((rows, features + projection.shape[1]), float("nan"))
-    append_projection(x, projection, wide[:, features:], copy=wide[:, :features] if copy else None)
+    kept = x.new_empty(rows, projection.shape[1])
+    append_projection(x, projection, wide[:, features:], copy=wide[:, :features] if copy else None, kept=kept)
+    assert torch.equal(kept, wide[:, features:])
     plain, truth = (
         append_projection_reference(x, projection),
         append_projection_reference(x.double(), projection.double()),

@@ -14,6 +14,13 @@ def test_equals_the_formula(device, shape, dtype):
     assert ((got.double() - truth).abs() <= bound).all()
 
 
+def test_written_twice(device):
+    x, wide = torch.randn(5, 6 * 7, device=device), torch.full((6, 10), 9.0, device=device, dtype=torch.bfloat16)
+    for rows in (5, 0):
+        got = column_sum(x[:rows], torch.bfloat16, also=wide[:, 2:9])
+        assert torch.equal(wide[:, 2:9], got.view(6, 7)) and (wide[:, :2] == 9).all() and (wide[:, 9:] == 9).all()
+
+
 def test_strided_rows(device):
     x = torch.randn(9, 40, device=device)
     torch.testing.assert_close(column_sum(x[:, 3:20], torch.float32), x[:, 3:20].sum(0))

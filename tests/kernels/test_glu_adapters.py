@@ -62,8 +62,9 @@ def test_rows_shared_among_programs(device):
     gate_up, dh = torch.randn(300, 32, device=device), torch.randn(300, 16, device=device)
     p, tg, tu = (torch.randn(300, r, device=device) for r in (4, 3, 3))
     out = torch.empty_like(gate_up)
-    ours = [out, *glu_backward(dh, gate_up, "silu", p, (tg, tu), out)]
+    ours = [out, *glu_backward(dh, gate_up, "silu", p, (tg, tu), out, (0.5, 3.0))]
     truth = backward_reference(dh.double(), gate_up.double(), "silu", p.double(), (tg.double(), tu.double()))
+    truth = [*truth[:2], 0.5 * truth[2], 3.0 * truth[3]]
     for o, t in zip(ours, truth, strict=True):
         torch.testing.assert_close(o.double(), t, rtol=1e-5, atol=1e-4)
 

@@ -59,6 +59,11 @@ def overlaps_launches(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and capability(device) >= (9, 0)
 
 
+def early_launch(early: bool) -> dict[str, bool]:
+    """Launch options of a kernel that may be launched before the one ahead of it has ended, and waits on the device."""
+    return {"launch_pdl": True} if early else {}
+
+
 def launch_on(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Context in which Triton launches on ``tensor``'s device (Triton launches on the current one)."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():

@@ -5,7 +5,7 @@ arXiv:2002.05202), gelu or gelu_tanh::
 
     forward:   h = a(e) u                               t = h A_d^T            (M, r_d)
     backward:  h again    du = dh a(e)                  de = dh u a'(e)
-               dA_d = p_d^T h     dB_g = de^T t_g       dB_u = du^T t_u        with p_d = g sB_d, t = x A^T
+               dA_d = p_d^T h     dB_g = s_g de^T t_g   dB_u = s_u du^T t_u    with p_d = g s_d B_d, t = x A^T
 
 Bytes: 3 M I elements forward, 5 M I backward. Separate products would read h once more in the forward, and write and
 read h and read de and du once more in the backward: 9 M I in place of 5.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from unsloth.core.errors import ConfigError
 from unsloth.kernels import dispatch
@@ -26,7 +27,7 @@ from unsloth.kernels.rounding import must_round, nearest
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 _MOST_RANK = 64
-_FORWARD_SPLITS = 4
+_FORWARD_SPLITS = 2
 
 
 def gated_activation_reference(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
@@ -80,6 +81,7 @@ def glu_forward_kernel(
     u_stride,
     a_stride,
     h_stride,
+    EARLY: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ADAPT: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -89,6 +91,8 @@ def glu_forward_kernel(
     BLOCK_R: tl.constexpr,
 ):
     """One program a block of rows and a share of the features, whose part of h A^T it writes in float32."""
+    if EARLY:
+        gdc_wait()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m = rows[:, None].to(tl.int64)
     r = tl.arange(0, BLOCK_R)
@@ -146,6 +150,8 @@ def glu_backward_kernel(
     R_G,
     R_U,
     rows_a_split,
+    scale_g,
+    scale_u,
     dh_stride,
     e_stride,
     u_stride,
@@ -153,6 +159,7 @@ def glu_backward_kernel(
     t_stride,
     de_stride,
     h_stride,
+    EARLY: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ADAPT: tl.constexpr,
     WRITE_H: tl.constexpr,
@@ -167,6 +174,8 @@ def glu_backward_kernel(
 
     A share's sums lie one after the other: dA_d (R_D, I), dB_g (I, R_G), dB_u (I, R_U).
     """
+    if EARLY:
+        gdc_wait()
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     split = tl.program_id(1)
     first = split * rows_a_split
@@ -201,8 +210,8 @@ def glu_backward_kernel(
         at_u = at_g + R_G * I
         tl.store(at_a + d[:, None] * I + i[None, :], da, mask=(d[:, None] < R_D) & (i[None, :] < I))
         inside = i[:, None] < I
-        tl.store(at_g + i[:, None] * R_G + g[None, :], tl.trans(dbg), mask=inside & (g[None, :] < R_G))
-        tl.store(at_u + i[:, None] * R_U + g[None, :], tl.trans(dbu), mask=inside & (g[None, :] < R_U))
+        tl.store(at_g + i[:, None] * R_G + g[None, :], tl.trans(dbg) * scale_g, mask=inside & (g[None, :] < R_G))
+        tl.store(at_u + i[:, None] * R_U + g[None, :], tl.trans(dbu) * scale_u, mask=inside & (g[None, :] < R_U))
 
 
 def glu_forward(
@@ -232,6 +241,7 @@ def glu_forward(
         share = triton.cdiv(features, _FORWARD_SPLITS * shape["BLOCK_I"]) * shape["BLOCK_I"]
         splits = triton.cdiv(features, share)
         parts = torch.empty(splits, rows, rank, dtype=torch.float32, device=h.device) if adapt else h
+        early = dispatch.overlaps_launches(h.device)
         with dispatch.launch_on(h):
             glu_forward_kernel[(triton.cdiv(rows, shape["BLOCK_M"]), splits)](
                 gate,
@@ -247,16 +257,16 @@ def glu_forward(
                 up.stride(0),
                 a.stride(0),
                 h.stride(0),
+                EARLY=early,
                 ACTIVATION=kind,
                 ADAPT=adapt,
                 UPCAST=_exactly(h),
                 ROUND=must_round(h.dtype),
                 **shape,
+                **dispatch.early_launch(early),
             )
         if adapt:
-            kept = column_sum(parts.view(splits, -1), h.dtype).view(rows, rank)
-            tail.copy_(kept)
-            return kept
+            return column_sum(parts.view(splits, -1), h.dtype, also=tail).view(rows, rank)
     if rank and not adapt:
         append_projection(h, a.t(), tail)
     return tail.clone()
@@ -269,6 +279,7 @@ def glu_backward(
     p: torch.Tensor,
     t: tuple[torch.Tensor, torch.Tensor],
     out: torch.Tensor,
+    scales: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Write ``[de | du]``; return the adapters' gradients that need h, de and du, in float32.
 
@@ -279,9 +290,10 @@ def glu_backward(
         p: (M, R_d) g sB of the down projection's adapter.
         t: (M, R_g) and (M, R_u): x A^T of the gate's and the up projection's adapters, of one row stride.
         out: (M, 2 I), unit stride along the features.
+        scales: s_g and s_u.
 
     Returns:
-        p^T h (R_d, I), de^T t_g (I, R_g), du^T t_u (I, R_u).
+        p^T h (R_d, I), s_g de^T t_g (I, R_g), s_u du^T t_u (I, R_u).
     """
     kind = _kind(activation)
     rows, features = dh.shape
@@ -289,8 +301,8 @@ def glu_backward(
     de, du = out[:, :features], out[:, features:]
     ranks = (p.shape[1], t[0].shape[1], t[1].shape[1])
     if not dispatch.can_launch(dh, gate_up, out) or not rows:
-        return _glu_backward_torch(dh, gate, up, activation, p, t, de, du)
-    adapt = max(ranks) <= _MOST_RANK
+        return _glu_backward_torch(dh, gate, up, activation, p, t, de, du, scales)
+    adapt, early = max(ranks) <= _MOST_RANK, dispatch.overlaps_launches(dh.device)
     h = dh if adapt else torch.empty_like(dh)
     shape, splits = _backward_tile(dh, ranks)
     splits = min(splits, triton.cdiv(rows, shape["BLOCK_M"]))
@@ -313,6 +325,7 @@ def glu_backward(
             features,
             *ranks,
             share,
+            *map(float, scales),
             dh.stride(0),
             gate.stride(0),
             up.stride(0),
@@ -320,18 +333,20 @@ def glu_backward(
             t[0].stride(0),
             de.stride(0),
             h.stride(0),
+            EARLY=early,
             ACTIVATION=kind,
             ADAPT=adapt,
             WRITE_H=not adapt,
             UPCAST=_exactly(dh),
             ROUND=must_round(dh.dtype),
             **shape,
+            **dispatch.early_launch(early),
         )
     if adapt:
         total = parts[0] if splits == 1 else column_sum(parts, torch.float32)
         da, dbg, dbu = total.split([rank * features for rank in ranks])
         return da.view(-1, features), dbg.view(features, -1), dbu.view(features, -1)
-    return _thin_products(p, h, t, de, du)
+    return _thin_products(p, h, t, de, du, scales)
 
 
 def _glu_backward_torch(
@@ -343,6 +358,7 @@ def _glu_backward_torch(
     t: tuple[torch.Tensor, torch.Tensor],
     de: torch.Tensor,
     du: torch.Tensor,
+    scales: tuple[float, float],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     with torch.enable_grad():
         wide_gate, wide_up = (x.detach().to(dispatch.compute_dtype(x.dtype)).requires_grad_() for x in (gate, up))
@@ -350,13 +366,18 @@ def _glu_backward_torch(
         grads = torch.autograd.grad(h, [wide_gate, wide_up], dh.to(h.dtype))
     de.copy_(grads[0])
     du.copy_(grads[1])
-    return _thin_products(p, h.detach().to(dh.dtype), t, de, du)
+    return _thin_products(p, h.detach().to(dh.dtype), t, de, du, scales)
 
 
 def _thin_products(
-    p: torch.Tensor, h: torch.Tensor, t: tuple[torch.Tensor, torch.Tensor], de: torch.Tensor, du: torch.Tensor
+    p: torch.Tensor,
+    h: torch.Tensor,
+    t: tuple[torch.Tensor, torch.Tensor],
+    de: torch.Tensor,
+    du: torch.Tensor,
+    scales: tuple[float, float],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return matmul_wide(p.t(), h), matmul_wide(de.t(), t[0]), matmul_wide(du.t(), t[1])
+    return matmul_wide(p.t(), h), matmul_wide(de.t(), t[0]).mul_(scales[0]), matmul_wide(du.t(), t[1]).mul_(scales[1])
 
 
 def _kind(activation: str) -> int:
@@ -386,13 +407,12 @@ def _backward_tile(dh: torch.Tensor, ranks: tuple[int, int, int]) -> tuple[dict[
     programs, since each of them leaves a sum to be added.
     """
     block_d, block_g = (max(16, triton.next_power_of_2(min(r, _MOST_RANK))) for r in (ranks[0], max(ranks[1:])))
-    shape = {"BLOCK_M": 32, "BLOCK_I": 64, "BLOCK_D": 64, "BLOCK_G": 64, "num_warps": 8, "num_stages": 3}
+    shape = {"BLOCK_M": 32, "BLOCK_I": 64, "BLOCK_D": 64, "BLOCK_G": 64, "num_warps": 4, "num_stages": 3}
     resident = dispatch.processor_count(dh.device)
     if dh.dtype.itemsize > 2:
-        shape |= {"BLOCK_I": 32, "BLOCK_D": block_d, "BLOCK_G": block_g, "num_warps": 4, "num_stages": 2}
+        shape |= {"BLOCK_I": 32, "BLOCK_D": block_d, "BLOCK_G": block_g, "num_stages": 2}
     else:
-        shape["maxnreg"] = 128  # two programs a multiprocessor
-        resident *= 2
+        resident *= 2  # two programs a multiprocessor
     programs = triton.cdiv(dh.shape[1], shape["BLOCK_I"])
     rounds = [triton.cdiv(programs * splits, resident) / splits for splits in range(1, 9)]
     return shape, 1 + next(i for i, share in enumerate(rounds) if share <= 1.25 * min(rounds))
@@ -428,10 +448,12 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     )
     signature = dict.fromkeys(pointers, f"*{float_dtype}") | dict.fromkeys(("part_ptr",), "*fp32")
     signature |= dict.fromkeys((*integers, "dh_stride", "p_stride", "t_stride", "de_stride"), "i32")
+    signature |= {"scale_g": "fp32", "scale_u": "fp32"}
     examples: list[tuple] = []
     for kind in ACTIVATIONS.values():
         adapt = kind != 1
         common = {"ACTIVATION": kind, "ADAPT": adapt, "UPCAST": False, "ROUND": False, "BLOCK_M": 32, "BLOCK_I": 64}
+        common["EARLY"] = False
         examples.append((glu_forward_kernel, signature, common | {"BLOCK_R": 32}))
         backward = common | {"WRITE_H": not adapt, "BLOCK_D": 32, "BLOCK_G": 32}
         examples.append((glu_backward_kernel, signature, backward, {"num_stages": 2}))

@@ -56,9 +56,9 @@ class _LoraLinears(torch.autograd.Function):
             group = LoraGroup(weights, adapters, dtype)
             check_input(x, group.in_features)
             flat = x.to(dtype).reshape(-1, x.shape[-1])
-            wide, projected = project_input(flat, group, buffer)
+            wide, projected, kept = project_input(flat, group, buffer)
             y = group.forward(wide, projected, biases)
-        ctx.save_for_backward(unshared(flat, buffer), projected.clone() if group.room else projected, *pairs)
+        ctx.save_for_backward(unshared(flat, buffer), kept, *pairs)
         ctx.group = None if any(callable(weight) for weight in weights) else group
         ctx.weights, ctx.scales, ctx.dtype, ctx.shape, ctx.x_dtype = weights, scales, dtype, x.shape, x.dtype
         return tuple(alias(y[:, columns], x.shape[:-1]) for columns in group.out_slices())
@@ -88,22 +88,25 @@ class _LoraLinears(torch.autograd.Function):
 
 def project_input(
     x: torch.Tensor, group: LoraGroup, buffer: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x with ``room`` columns appended, x A^T): the second is the appended part, where there is room.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(x with ``room`` columns appended, x A^T, the same for the backward, in memory of its own).
 
-    ``buffer`` is used in place of a copy of x where x is its first columns and the rest has the right width.
+    The second is the appended part, where there is room. ``buffer`` is used in place of a copy of x where x is its
+    first columns and the rest has the right width.
     """
     if not group.room:
-        return x, x @ group.a.t()
+        projected = x @ group.a.t()
+        return x, projected, projected
     features = x.shape[1]
     if buffer is not None and _holds(buffer, x, features + group.room):
         tail = buffer[:, features:]
         append_projection(x, group.a.t(), tail)
-        return buffer, tail
+        return buffer, tail, tail.clone()
     wide = torch.empty(x.shape[0], features + group.room, dtype=x.dtype, device=x.device)
     tail = wide[:, features:]
-    append_projection(x, group.a.t(), tail, copy=wide[:, :features])
-    return wide, tail
+    kept = torch.empty_like(tail, memory_format=torch.contiguous_format)
+    append_projection(x, group.a.t(), tail, copy=wide[:, :features], kept=kept)
+    return wide, tail, kept
 
 
 def _holds(buffer: torch.Tensor, x: torch.Tensor, width: int) -> bool:
@@ -135,17 +138,15 @@ def adapter_gradients(
     grads: Sequence[torch.Tensor],
     g_projected: torch.Tensor,
     needs: Sequence[bool],
-    *,
-    scaled: bool = True,
 ) -> list[torch.Tensor | None]:
-    """dA_0, dB_0, dA_1, ... in float32 (None where not needed), the dA in one product; dB without s if not ``scaled``.
+    """dA_0, dB_0, dA_1, ... in float32 (None where not needed), the dA in one product.
 
     In the padded form all of them are one operation. Where not all are needed, the dB are one product whose blocks off
     the diagonal are not used: reading g once counts more.
     """
     if group.room and all(needs) and 0 not in group.ranks:
         g = grads[0][:, : sum(group.outs)]
-        scales = [adapter.scale if scaled and adapter is not None else 1.0 for adapter in group.adapters]
+        scales = [1.0 if adapter is None else adapter.scale for adapter in group.adapters]
         da, db = adapter_products(x, g_projected, g, projected, group.outs, group.ranks, scales)
         return [d for ranks, b in zip(group.rank_slices(), db, strict=True) for d in (da[ranks], b)]
     all_a = matmul_wide(g_projected.t(), x) if any(needs[::2]) else None
@@ -158,7 +159,7 @@ def adapter_gradients(
             found.append(None)
             continue
         db = matmul_wide(grads[i].t(), projected[:, ranks]) if all_b is None else all_b[columns, ranks]
-        found.append(db * adapter.scale if scaled else db)
+        found.append(db * adapter.scale)
     return found
 
 

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import torch
 
 from unsloth.core.errors import ConfigError
-from unsloth.kernels.append_projection import matmul_wide
+from unsloth.kernels.adapter_products import adapter_products
+from unsloth.kernels.append_projection import append_projection, matmul_wide
 from unsloth.kernels.glu_adapters import gated_activation_reference, glu_backward, glu_forward
 from unsloth.kernels.lora_linear import (
     check_input,
@@ -61,17 +62,16 @@ class _LoraMlp(torch.autograd.Function):
             group = LoraGroup(gate_up, adapters[:2], dtype)
             check_input(x, group.in_features)
             flat = x.to(dtype).reshape(-1, x.shape[-1])
-            wide, projected = project_input(flat, group, buffer)
+            wide, projected, t_gu = project_input(flat, group, buffer)
             gated = group.forward(wide, projected, [None, None])
-            projected = projected.clone() if group.room else projected
-            del wide
+            del wide, projected
             group = _down_group(down, adapters, dtype, gated.shape[1] // 2)
             wide = torch.empty(flat.shape[0], group.in_features + group.room, dtype=dtype, device=x.device)
             h = wide[:, : group.in_features]
             tail = wide[:, group.in_features :] if group.room else wide.new_empty(flat.shape[0], group.columns)
             t_d = glu_forward(gated, activation, group.a, h, tail)
             y = group.forward(wide, tail, [None])
-        ctx.save_for_backward(unshared(flat, buffer), projected, gated, t_d, *pairs)
+        ctx.save_for_backward(unshared(flat, buffer), t_gu, gated, t_d, *pairs)
         ctx.gate_up, ctx.down, ctx.activation, ctx.scales = gate_up, down, activation, scales
         ctx.dtype, ctx.shape, ctx.x_dtype = dtype, x.shape, x.dtype
         return y.view(*x.shape[:-1], y.shape[1])
@@ -85,14 +85,13 @@ class _LoraMlp(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             flat = grad.to(ctx.dtype).reshape(x.shape[0], grad.shape[-1])
             group = _down_group(ctx.down, adapters, ctx.dtype, gated.shape[1] // 2, again=False)
-            dh, p, db_d = down_gradients(group, t_d, flat, needs[12])
+            dh, below = down_gradients(group, t_d, flat, needs[12])
             group = LoraGroup(ctx.gate_up, adapters[:2], ctx.dtype, again=False)
             dx, found = gate_up_gradients(
-                group, GateUpKept(x, t_gu, gated), dh, p, ctx.activation, needs=(needs[0], *needs[7:11])
+                group, GateUpKept(x, t_gu, gated), dh, below, ctx.activation, needs=(needs[0], *needs[7:11])
             )
-        found = [*found, db_d]
         dx = None if dx is None else dx.view(ctx.shape).to(ctx.x_dtype)
-        return dx, *[None] * 6, *finish_gradients(found, pairs, ctx.scales, needs[7:])
+        return dx, *[None] * 6, *finish_gradients(found, pairs, needs[7:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,33 +109,62 @@ class GateUpKept:
     gated: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class DownKept:
+    """What the gradients of the down projection's adapter are made of.
+
+    Attributes:
+        grad: (M, H) of the output.
+        t: (M, columns) h A^T.
+        p: (M, columns) g sB.
+        rank: Of the adapter, 0 for none.
+        scale: s.
+        needs_b: Whether B wants a gradient.
+    """
+
+    grad: torch.Tensor
+    t: torch.Tensor
+    p: torch.Tensor
+    rank: int
+    scale: float
+    needs_b: bool
+
+
 def down_gradients(
     group: LoraGroup, t_d: torch.Tensor, grad: torch.Tensor, needs_b: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(dh (M, I), g sB (M, columns), dB of down in float32 and not yet scaled, or None) of ``grad`` (M, H)."""
-    wide, p = project_gradients([grad], group)
-    dh = group.input_gradient(wide, p)
-    return dh, p.clone() if group.room else p, matmul_wide(grad.t(), t_d) if needs_b else None
+) -> tuple[torch.Tensor, DownKept]:
+    """(dh (M, I), what its adapter's gradients are made of) of ``grad`` (M, H)."""
+    if group.room:
+        wide = grad.new_empty(grad.shape[0], grad.shape[1] + group.room)
+        copy, tail = wide[:, : grad.shape[1]], wide[:, grad.shape[1] :]
+        p = grad.new_empty(tail.shape)
+        append_projection(grad, group.stacked_sb(), tail, copy=copy, kept=p)
+        dh = group.input_gradient([wide], tail)
+    else:
+        grads, p = project_gradients([grad], group)
+        dh = group.input_gradient(grads, p)
+    adapter = group.adapters[0]
+    return dh, DownKept(grad, t_d, p, group.ranks[0], 1.0 if adapter is None else adapter.scale, needs_b)
 
 
 def gate_up_gradients(
     group: LoraGroup,
     kept: GateUpKept,
     dh: torch.Tensor,
-    p: torch.Tensor,
+    below: DownKept,
     activation: str,
     needs: Sequence[bool],
     *,
     overwrite: bool = False,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-    """(dx or None, dA and dB of gate and up, and dA of down, in float32, not yet scaled).
+    """(dx or None, dA and dB of gate, up and down in float32).
 
     Args:
         group: Of gate and up.
         kept: Of the forward.
         dh: (M, I).
-        p: (M, columns) g sB of down.
+        below: Of :func:`down_gradients`.
         activation: As in the forward.
         needs: Whether x, and A and B of gate and of up, want a gradient.
         overwrite: Write the gradients of gate(x) and up(x) over ``kept.gated``.
@@ -145,16 +173,29 @@ def gate_up_gradients(
     ranks = group.rank_slices()
     wide = kept.gated if overwrite else torch.empty_like(kept.gated)
     thin = (kept.t_gu[:, ranks[0]], kept.t_gu[:, ranks[1]])
-    da_d, db_g, db_u = glu_backward(dh, kept.gated, activation, p, thin, wide)
+    gate, up = (1.0 if adapter is None else adapter.scale for adapter in group.adapters)
+    da_d, db_g, db_u = glu_backward(dh, kept.gated, activation, below.p, thin, wide, (gate, up))
     if group.room and needs[0]:
         dx, p_gu = group.input_gradient_of_wide(wide, out=out)
     else:
         grads = [wide[:, part] for part in group.out_slices()]
         p_gu = _project_gated(grads, group)
         dx = group.input_gradient(grads, p_gu, out=out) if needs[0] else None
-    da_gu = matmul_wide(p_gu.t(), kept.x) if needs[1] or needs[3] else None
+    da_gu, db_d = _thin_gradients(kept.x, p_gu, sum(group.ranks), below, needs[1] or needs[3])
     da_g, da_u = (None, None) if da_gu is None else (da_gu[ranks[0]], da_gu[ranks[1]])
-    return dx, [da_g, db_g, da_u, db_u, da_d]
+    return dx, [da_g, db_g, da_u, db_u, da_d, db_d]
+
+
+def _thin_gradients(
+    x: torch.Tensor, p: torch.Tensor, rank: int, below: DownKept, needs_a: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(dA (rank, K) of gate and up, dB (H, r) of down), in one launch where both are wanted."""
+    if needs_a and below.needs_b and rank and below.rank:
+        out = below.grad.shape[1]
+        da, (db,) = adapter_products(x, p, below.grad, below.t, [out], [below.rank], [below.scale], rank_a=rank)
+        return da, db
+    da = matmul_wide(p.t(), x) if needs_a else None
+    return da, matmul_wide(below.grad.t(), below.t).mul_(below.scale) if below.needs_b else None
 
 
 def _down_group(
@@ -180,26 +221,17 @@ def _project_gated(grads: Sequence[torch.Tensor], group: LoraGroup) -> torch.Ten
 
 
 def finish_gradients(
-    found: Sequence[torch.Tensor | None],
-    pairs: Sequence[torch.Tensor | None],
-    scales: Sequence[float],
-    needs: Sequence[bool],
+    found: Sequence[torch.Tensor | None], pairs: Sequence[torch.Tensor | None], needs: Sequence[bool]
 ) -> list[torch.Tensor | None]:
-    """Gradients cut to their adapter's rank, B's scaled, at the adapters' dtypes; None where not needed."""
+    """Gradients cut to their adapter's rank, at the adapters' dtypes; None where not needed."""
     grads: list[torch.Tensor | None] = []
-    scaled, factors = [], []
     for i, (grad, master, needed) in enumerate(zip(found, pairs, needs, strict=True)):
         if grad is None or master is None or not needed:
             grads.append(None)
             continue
         grad = grad[:, : master.shape[1]] if i % 2 else grad[: master.shape[0]]
-        grads.append(grad)
-        if i % 2 and scales[i // 2] != 1.0:
-            scaled.append(grad)
-            factors.append(scales[i // 2])
-    if scaled:
-        torch._foreach_mul_(scaled, factors)
-    return [None if g is None or m is None else g.to(m.dtype) for g, m in zip(grads, pairs, strict=True)]
+        grads.append(grad.to(master.dtype))
+    return grads
 
 
 def lora_mlp(

@@ -25,6 +25,7 @@ from typing import TypeAlias
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from unsloth.core.errors import ConfigError
 from unsloth.kernels import dispatch
@@ -195,9 +196,11 @@ def place_adapters_kernel(
     a1, b1, row1, out1, first1, rank1, end1, a1_stride, b1_stride, scale1,
     a2, b2, row2, out2, first2, rank2, end2, a2_stride, b2_stride, scale2,
     buffer, stride, columns, features, total,
-    ROUND: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr, ROUND: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Adapters of up to three linears, the grid's second number saying which."""
+    if EARLY:
+        gdc_wait()
     pid, which = tl.program_id(0), tl.program_id(1)
     if which == 0:
         place_adapter(
@@ -242,12 +245,13 @@ def _launch_slots(padded: PaddedWeight, slots: Sequence[tuple], columns: int) ->
     block_o, block_k = 32, 1024
     pieces = triton.cdiv(padded.in_features, block_k)
     programs = max(triton.cdiv(slot[3], block_o) + (slot[6] - slot[4]) * pieces for slot in slots)
+    early = dispatch.overlaps_launches(padded.buffer.device)
     three = [*slots, *[slots[0]] * (3 - len(slots))]
     with dispatch.launch_on(padded.buffer):
         place_adapters_kernel[(programs, len(slots))](
             *three[0], *three[1], *three[2], padded.buffer, padded.buffer.stride(0), columns, padded.in_features,
-            padded.out_features, ROUND=must_round(padded.buffer.dtype), BLOCK_O=block_o,
-            BLOCK_R=triton.next_power_of_2(columns), BLOCK_K=block_k,
+            padded.out_features, EARLY=early, ROUND=must_round(padded.buffer.dtype), BLOCK_O=block_o,
+            BLOCK_R=triton.next_power_of_2(columns), BLOCK_K=block_k, **dispatch.early_launch(early),
         )  # fmt: skip
 
 
@@ -429,7 +433,7 @@ def _slices(sizes: Sequence[int]) -> list[slice]:
 
 def compile_examples(float_dtype: str) -> list[tuple]:
     """Signatures for the cross-compilation test."""
-    shape = {"ROUND": False, "BLOCK_O": 32, "BLOCK_R": 128, "BLOCK_K": 1024}
+    shape = {"EARLY": False, "ROUND": False, "BLOCK_O": 32, "BLOCK_R": 128, "BLOCK_K": 1024}
     names = [name for name in place_adapters_kernel.arg_names if name not in shape]
     signature = dict.fromkeys(names, "i32") | {f"scale{i}": "fp32" for i in range(3)}
     signature |= {f"{name}{i}": "*fp32" for i in range(3) for name in "ab"} | {"buffer": f"*{float_dtype}"}

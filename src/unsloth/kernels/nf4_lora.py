@@ -32,12 +32,13 @@ from unsloth.kernels.dispatch import (
     launch_on,
     overlaps_launches,
 )
-from unsloth.kernels.nf4 import NF4Weight
+from unsloth.kernels.nf4 import NF4Weight, assembly
 from unsloth.kernels.nf4_fragments import LowRank, launch_together, multiply_fragments
 from unsloth.kernels.nf4_matmul import arrange_for_tiles, multiply_tiles, nf4_linear, product_kernel
 from unsloth.kernels.side_by_side import side_by_side
 
 STEP = 512  # columns of x that a program multiplies at a time
+FETCH_LINE = assembly("prefetch.global.L2 [$1];", "mov.b32 $0, 0;")
 
 
 @dataclass(frozen=True)
@@ -179,12 +180,16 @@ def project_few_kernel(
     STEP: tl.constexpr,
 ):  # fmt: skip
     """One program multiplies 16 rows of a with a share of the columns of BATCH rows of x."""
-    if EARLY:  # in this order: a product launched early reads x, which the kernel ahead of this one may write
-        gdc_wait()
-        gdc_launch_dependents()
     rank = tl.program_id(0) * 16 + tl.arange(0, 16)
     row = tl.program_id(2) * BATCH + tl.arange(0, BATCH)
     first = tl.program_id(1) * share
+    if EARLY:  # in this order: a product launched early reads x, which the kernel ahead of this one may write
+        for start in range(first, tl.minimum(first + share, k), STEP):  # a, which no kernel writes, into L2
+            line = tl.minimum(start + tl.arange(0, STEP // 64) * 64, k - 1)
+            at = a + tl.minimum(rank[:, None], r - 1) * k + line[None, :]
+            tl.inline_asm_elementwise(FETCH_LINE, "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+        gdc_wait()
+        gdc_launch_dependents()
     part = tl.zeros((BATCH, 16), tl.float32)
     for start in range(first, tl.minimum(first + share, k), STEP):
         column = start + tl.arange(0, STEP)

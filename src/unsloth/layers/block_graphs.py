@@ -364,7 +364,7 @@ def _signature(parts: Parts, needs: tuple[bool, ...]) -> tuple:
 def _capture(
     known: Shape, parts: Parts, x: torch.Tensor, shape: torch.Size, needs: tuple[bool, ...], signature: tuple
 ) -> Captured:
-    pairs, scales = flatten_adapters([linear.adapter for linear in parts.linears()])
+    pairs, _ = flatten_adapters([linear.adapter for linear in parts.linears()])
     keep = parts.decision.place is Place.KEEP
     shared = _prepare(known, parts, x, shape)
     fixed = _at_buffers(parts, shared)
@@ -388,7 +388,7 @@ def _capture(
         rest = None if values.rest is None else replace(values.rest)  # which the backward uses up
         more = values.x, values.attended, values.t_d, rest
         _, raw = backward_pass(fixed, *more, shared.y, needs, shape, out=shared.y)
-        shapes[:] = _collect(finish_gradients(raw, pairs, scales, needs[1:]), shared.flat)
+        shapes[:] = _collect(finish_gradients(raw, pairs, needs[1:]), shared.flat)
         return []
 
     first = record(shared, forward)

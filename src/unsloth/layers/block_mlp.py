@@ -103,7 +103,7 @@ def mlp_gradients(
     own: OwnGradients | None = None,
     number: int = 0,
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """(dn (M, K), dA and dB of gate, up and down in float32, not yet scaled); ``inner.gated`` is overwritten.
+    """(dn (M, K), dA and dB of gate, up and down in float32); ``inner.gated`` is overwritten.
 
     Args:
         parts: As in the forward.
@@ -121,7 +121,7 @@ def mlp_gradients(
     group, down, kept, wide = None, None, None, None
     for part in tiles:
         down = parts.down.group(dtype, again=False) if down is None else down
-        dh, p, db = down_gradients(down, t_d[part], grad[part], needs[6])
+        dh, below = down_gradients(down, t_d[part], grad[part], needs[6])
         if len(tiles) == 1:
             down = None  # a dequantized weight, before the next one is made
         if group is None or kept is None or wide is None:
@@ -131,17 +131,19 @@ def mlp_gradients(
         piece = GateUpKept(kept.x[part], kept.t_gu[part], gated)
         del gated
         if own is None:
-            _, found = gate_up_gradients(group, piece, dh, p, parts.activation, needs[:5], overwrite=True, out=dn[part])
+            _, found = gate_up_gradients(
+                group, piece, dh, below, parts.activation, needs[:5], overwrite=True, out=dn[part]
+            )
         else:
-            found = [None] * 5
+            found = [None] * 6
             glu_gradients(dh, piece.gated, parts.activation)
             grads = [piece.gated[:, columns] for columns in group.out_slices()]
-            group.input_gradient(grads, p[:, :0], out=dn[part])
+            group.input_gradient(grads, below.p[:, :0], out=dn[part])
             for i, (g, x) in enumerate([(grads[0], piece.x), (grads[1], piece.x), (grad[part], dh)]):
                 own.add_linear(number + i, g, x, tiles=len(tiles))
             del grads, g, x
-        del dh, piece
-        total = _sum(total, [*found, db])
+        del dh, below, piece
+        total = _sum(total, found)
     return dn[:, : h.shape[1]], total
 
 

@@ -159,8 +159,8 @@ def _project(
 def _output(parts: Parts, out: torch.Tensor, *, again: bool) -> tuple[torch.Tensor, torch.Tensor, LoraGroup]:
     """(o W_o (M, K), t_o, the group)."""
     group = parts.output.group(out.dtype, again=again)
-    wide, tail = project_input(out.reshape(-1, out.shape[2] * out.shape[3]), group)
-    return group.forward(wide, tail, [parts.output.linears[0].bias]), apart(tail, group), group
+    wide, tail, kept = project_input(out.reshape(-1, out.shape[2] * out.shape[3]), group)
+    return group.forward(wide, tail, [parts.output.linears[0].bias]), kept, group
 
 
 def _heads(
@@ -202,7 +202,7 @@ def backward_pass(
     out: torch.Tensor | None = None,
     own: OwnGradients | None = None,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-    """(dx or None, dA and dB of every linear, not yet scaled) of ``grad`` (M, K); ``rest`` is used up.
+    """(dx or None, dA and dB of every linear in float32) of ``grad`` (M, K); ``rest`` is used up.
 
     ``needs`` says whether x, and each A and B, want a gradient; dx is written into ``out``, which may be ``grad``, if
     that is given; ``own`` takes in the gradients of the block's own weights; the others are what the forward gave.
@@ -294,4 +294,4 @@ def _linears_gradients(
             own.add_linear(number + i, grad, x)
     wide, p = project_gradients(grads, group)
     dx = group.input_gradient(wide, p) if needs[0] else None
-    return dx, adapter_gradients(group, x, t, wide, p, needs[1:], scaled=False)
+    return dx, adapter_gradients(group, x, t, wide, p, needs[1:])

@@ -67,7 +67,7 @@ class _WholeBlock(torch.autograd.Function):
     def forward(ctx, x, parts, scales, *weights):
         """See the module."""
         ctx.count = 3 + 2 * len(scales)
-        ctx.parts, ctx.scales, ctx.pairs, ctx.shape = parts, scales, weights[: 2 * len(scales)], x.shape
+        ctx.parts, ctx.pairs, ctx.shape = parts, weights[: 2 * len(scales)], x.shape
         flat, needs = x.detach().view(-1, x.shape[-1]), (ctx.needs_input_grad[0], *ctx.needs_input_grad[3 : ctx.count])
         with torch.autocast(x.device.type, enabled=False):
             y, ctx.kept = _forward(parts, flat, x.shape, needs)
@@ -94,7 +94,7 @@ class _WholeBlock(torch.autograd.Function):
             else:
                 rest, kept.rest = kept.rest, None
                 dx, raw = backward_pass(ctx.parts, x, attended, kept.t_d, rest, flat, needs, ctx.shape, own=own)
-                found = finish_gradients(raw, ctx.pairs, ctx.scales, needs[1:])
+                found = finish_gradients(raw, ctx.pairs, needs[1:])
         found = [*found, *(own.finished() if own is not None else ())]
         return None if dx is None else dx.view(ctx.shape), None, None, *found
 
