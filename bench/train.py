@@ -359,22 +359,28 @@ def plot() -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    panels: dict[str, dict[str, tuple[float, float]]] = {}
     with (results_file.RESULTS / "train.csv").open(newline="") as handle:
-        newest = {(row["shape"], row["case"], row["way"], row["options"]): row for row in csv.DictReader(handle)}
-    cases = list(dict.fromkeys((shape, case) for shape, case, *_ in newest))
-    figure, axes = pyplot.subplots(1, len(cases), figsize=(5 * len(cases), 4.5), squeeze=False)
-    for axis, (shape, case) in zip(axes[0], cases, strict=True):
-        for (*place, way, options), row in newest.items():
-            if tuple(place) == (shape, case) and row["allocated_mib"]:
-                x, y = float(row["allocated_mib"]) / 1024, float(row["tokens_per_s"])
-                axis.scatter(x, y, label=f"{way} {options}".strip())
-        axis.set(title=f"{shape}, {case}", xlabel="peak allocated, GiB", ylabel="tokens/s")
+        for row in csv.DictReader(handle):
+            trained = row["options"].split(";")[0] if row["options"].startswith(("lora", "full", "mixed")) else "qlora"
+            if row["allocated_mib"]:
+                panel = panels.setdefault(f"{row['shape']}, {trained}, {row['case']}", {})
+                panel[row["way"]] = float(row["allocated_mib"]) / 1024, float(row["tokens_per_s"])
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(4.5 * columns, 4 * rows), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (title, ways) in zip(axes.flat, panels.items(), strict=False):
+        for way, (x, y) in ways.items():
+            axis.scatter(x, y, label=way)
+        axis.set(title=title, xlabel="peak allocated, GiB", ylabel="tokens/s")
         axis.set_ylim(0, 1.15 * axis.get_ylim()[1])
         axis.set_xlim(0, 1.15 * axis.get_xlim()[1])
         axis.legend(fontsize=7, loc="lower right")
     figure.tight_layout()
     path = results_file.RESULTS / "train.png"
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
     return path
 
 

@@ -111,6 +111,47 @@ def test_blocks_that_keep_their_values_are_replayed_too(family, blocks, policy):
     assert recorded(plain) == 0 and Recorder.made == 2 * blocks
 
 
+@pytest.mark.parametrize("policy", [True, False])
+@pytest.mark.parametrize(("family", "blocks"), [("llama", 2), ("qwen2", 1), ("qwen3", 1)])
+def test_blocks_whose_own_weights_are_trained_are_replayed_too(family, blocks, policy):
+    def make(graphs):
+        model = tiny.build(family).train().requires_grad_(True)
+        model.model.layers[0].mlp.requires_grad_(False)
+        model.config._attn_implementation = "unsloth"
+        made = plan(model, attention=True, whole=True, graphs=graphs)
+        made.apply()
+        checkpointing.apply(model, policy)
+        return model, made
+
+    def run(model, seed):
+        ids = torch.randint(3, 256, (2, 9), generator=torch.Generator().manual_seed(seed))
+        loss = model(input_ids=ids, labels=ids, position_ids=torch.arange(9)[None], use_cache=False).loss
+        loss.backward()  # gradients accumulate
+        return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    (model, made), (other, _) = make(True), make(False)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (model, other)]
+    for seed in range(6):
+        assert tiny.worst(run(model, seed), run(other, seed)) < 1e-5
+        assert recorded(made) == (blocks if seed >= 2 else 0)
+        if seed % 2:
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    assert Recorder.made == 2 * blocks
+
+
+def test_blocks_with_trained_weights_are_not_recorded_where_layers_are_offloaded():
+    model = tiny.build("llama").train().requires_grad_(True)
+    model.config._attn_implementation = "unsloth"
+    made = plan(model, attention=True, whole=True)
+    made.apply()
+    checkpointing.apply(model, Budget(device=0, host=2**30))
+    for _ in range(4):
+        model(input_ids=torch.ones(1, 9, dtype=torch.long), labels=torch.ones(1, 9, dtype=torch.long)).loss.backward()
+    assert not recorded(made)
+
+
 def test_what_is_kept_and_what_is_computed_again_in_one_pass():
     (model, made), (other, _) = make(), make(graphs=False)
     checkpointing.apply(model.get_base_model(), Budget(device=260_000, host=0))

@@ -98,7 +98,7 @@ class _LateWeight(torch.autograd.Function):
         grad, hidden, weight, bias, labels, lse = ctx.saved_tensors
         of_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         of_bias = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
-        up = grad_total.to(lse.dtype).expand_as(lse).contiguous()
+        up = grad_total.neg().to(lse.dtype).expand_as(lse).contiguous()  # the loss falls with the log-probability
         with torch.autocast(hidden.device.type, enabled=False):
             columns = HeadColumns(hidden.to(ctx.dtype), weight, bias, ctx.chunk_bytes // _LATE_SHARE)
             for part in columns.slices():

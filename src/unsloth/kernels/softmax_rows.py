@@ -243,6 +243,7 @@ def softmax_rows_backward_kernel(
     up_logprob_ptr,
     up_entropy_ptr,
     V,
+    first,
     logits_stride,
     grad_stride,
     scale,
@@ -253,7 +254,10 @@ def softmax_rows_backward_kernel(
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gradient of log p_y and of the entropy for given upstream gradients, one program a (row, tile)."""
+    """Gradient of log p_y and of the entropy for given upstream gradients, one program a (row, tile).
+
+    The V logits of a row are those from number ``first`` on.
+    """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < V
@@ -263,7 +267,7 @@ def softmax_rows_backward_kernel(
     raw = tl.load(logits_ptr + row * logits_stride + columns, mask=inside, other=0.0).to(tl.float32)
     z, slope = _transform(raw, scale, softcap, inv_temperature, CAP)
     p = tl.exp(z - lse)
-    g = up * (tl.where(columns == label, 1.0, 0.0) - p)
+    g = up * (tl.where(columns + first == label, 1.0, 0.0) - p)
     if ENTROPY:
         spread = tl.load(entropy_ptr + row)
         g -= tl.load(up_entropy_ptr + row) * tl.where(p > 0.0, p * (z - lse + spread), 0.0)
@@ -333,6 +337,8 @@ def softmax_rows_backward(
     up_logprob: torch.Tensor,
     up_entropy: torch.Tensor | None,
     grad: torch.Tensor,
+    *,
+    first: int = 0,
 ) -> None:
     """Write d(up_logprob . log p_y + up_entropy . entropy) / d raw logits into ``grad`` (may be ``logits``).
 
@@ -344,6 +350,7 @@ def softmax_rows_backward(
         up_logprob: (R,) float32.
         up_entropy: (R,) float32, or None where the entropy has no gradient.
         grad: (R, V) of any float dtype.
+        first: Number of the first entry, of logits that are a slice of the vocabulary; only where the kernel runs.
     """
     if not dispatch.can_launch(logits):
         with torch.enable_grad():
@@ -368,6 +375,7 @@ def softmax_rows_backward(
             up_logprob,
             up_logprob if up_entropy is None else up_entropy,
             vocabulary,
+            first,
             logits.stride(0),
             grad.stride(0),
             *options.factors,
@@ -384,35 +392,32 @@ def softmax_columns_gradient(
     labels: torch.Tensor,
     lse: torch.Tensor,
     options: HeadOptions,
-    up: torch.Tensor,
+    up_logprob: torch.Tensor,
     first: int,
     grad: torch.Tensor,
 ) -> None:
-    """Write d(sum of up . loss) / d raw logits of a slice of the vocabulary into ``grad`` (may be ``logits``).
+    """Write d(up_logprob . log p_y) / d raw logits of a slice of the vocabulary into ``grad`` (may be ``logits``).
 
     Args:
         logits: (R, C) raw logits of the entries from ``first`` on.
         labels: (R,) int64, of the whole vocabulary.
         lse: (R,) of the whole rows; NaN makes a row's gradient NaN.
-        options: As for :func:`softmax_rows`, without smoothing and z-loss.
-        up: (R,) float32.
+        options: As for :func:`softmax_rows`; smoothing and z-loss play no part.
+        up_logprob: (R,) float32.
         first: Number of the slice's first entry.
         grad: (R, C) of any float dtype.
     """
-    ignored = labels == options.ignore_index
-    own = torch.where(ignored, -2, torch.where(labels >= first, labels - first, -1))
     if dispatch.can_launch(logits):
         rows = RowStatistics(lse, lse, None, lse)
-        # of a label's log-probability, with labels that are elsewhere in the vocabulary
-        softmax_rows_backward(logits, own, rows, replace(options, ignore_index=-2), up.neg(), None, grad)
+        softmax_rows_backward(logits, labels, rows, options, up_logprob, None, grad, first=first)
         return
     z = transform_logits(logits.to(dispatch.compute_dtype(logits.dtype)), options)
-    slope = torch.exp(z - lse[:, None])
-    slope -= own[:, None] == torch.arange(logits.shape[1], device=logits.device)
+    own = labels[:, None] == torch.arange(first, first + logits.shape[1], device=logits.device)
+    slope = own.to(z.dtype) - torch.exp(z - lse[:, None])
     if options.softcap:
         slope *= 1 - (z * (options.temperature / options.softcap)) ** 2
-    slope *= up[:, None] * (options.logit_scale / options.temperature)
-    grad.copy_(slope.masked_fill_(ignored[:, None], 0))
+    slope *= up_logprob[:, None] * (options.logit_scale / options.temperature)
+    grad.copy_(slope.masked_fill_((labels == options.ignore_index)[:, None], 0))
 
 
 def _row_shape(vocabulary: int) -> dict[str, int]:
@@ -457,7 +462,7 @@ def _softmax_rows_torch(
 def compile_examples(float_dtype: str) -> list[tuple]:
     """Signatures for the cross-compilation test: plain bf16 rows, and float32 rows with everything switched on."""
     floats = dict.fromkeys(("scale", "softcap", "inv_temperature", "smoothing", "z_weight"), "fp32")
-    integers = {"V": "i32", "logits_stride": "i64", "grad_stride": "i64", "ignore_index": "i32"}
+    integers = {"V": "i32", "first": "i32", "logits_stride": "i64", "grad_stride": "i64", "ignore_index": "i32"}
     pointers = {"labels_ptr": "*i64", "loss_ptr": "*fp32", "lse_ptr": "*fp32", "entropy_ptr": "*fp32"}
     pointers |= {"top1_ptr": "*i8", "up_logprob_ptr": "*fp32", "up_entropy_ptr": "*fp32"}
     examples: list[tuple] = []

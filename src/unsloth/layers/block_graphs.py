@@ -80,7 +80,7 @@ class Shared:
 
     Attributes:
         y: (M, K) first x, then y; in the backward first the gradient that comes in, then the one that goes out.
-        flat: (numbers,) all adapter gradients.
+        flat: (numbers,) all gradients of adapters, or of the block's own weights.
         tables: Of the rotary embedding.
         source: What they were last copied from, and its version.
         visible: Which keys a query sees, where the shape of the batch does not say it.
@@ -104,12 +104,12 @@ class Shared:
 
     @classmethod
     def like(cls, x: torch.Tensor, parts: Parts, numbers: int, pool: tuple[Any, Any]) -> Shared:
-        """For a call with ``parts`` and ``x`` (M, K), and ``numbers`` gradients of adapters."""
+        """For a call with ``parts`` and ``x`` (M, K), and as many ``numbers`` in gradients."""
         tables = parts.tables
         if tables is not None:
             cos, sin = tables.cos.contiguous().clone(), tables.sin.contiguous().clone()
             tables = RopeTables(cos, sin, None, tables.rotary_dim, tables.interleaved)
-        flat = torch.empty(numbers, dtype=torch.float32, device=x.device)
+        flat = torch.empty(numbers, dtype=x.dtype if parts.trained else torch.float32, device=x.device)
         room = parts.visible.room()
         visible = None if room is None else parts.visible.within(room)
         return cls(torch.empty_like(x), flat, tables, None, visible, None, *pool)
@@ -152,7 +152,7 @@ class Captured:
         values: What the backward starts from: the block's own where it keeps them, else the shared ones.
         replay_forward: The graph.
         replay_backward: The graph.
-        shapes: Of the adapters' gradients, None where there is none.
+        shapes: Of the gradients, None where there is none.
         needs_x: Whether x gets a gradient.
         parts: What they were recorded with, which must not be freed.
         weights: The same of base weights.
@@ -268,7 +268,7 @@ def find(parts: Parts, x: torch.Tensor, shape: torch.Size, needs: tuple[bool, ..
         parts: Of the call.
         x: (M, K).
         shape: (B, T, K).
-        needs: Whether x, and each A and B, want a gradient.
+        needs: Whether x, each A and B, and the block's own weights, want a gradient.
     """
     keeper, batch = parts.keeper, (*shape, parts.visible.room())
     if not any(needs[1:]) or not _may_record(parts, x):
@@ -328,7 +328,8 @@ def find_reading(parts: Parts, x: torch.Tensor, shape: torch.Size) -> Reading | 
 
 
 def _may_record(parts: Parts, x: torch.Tensor) -> bool:
-    fits = not parts.visible.window and x.shape[0] <= RECORDED_ROWS and not parts.trained
+    fits = not parts.visible.window and x.shape[0] <= RECORDED_ROWS
+    fits = fits and not (parts.trained and parts.keeper.assignment.tight)  # what graphs work with is theirs for good
     return fits and parts.keeper.captures and can_record(x)
 
 
@@ -353,10 +354,8 @@ def _signature(parts: Parts, needs: tuple[bool, ...]) -> tuple:
         id(parts.qkv.held),
         parts.backend,
         parts.mlp.tile,
-        parts.norm[0].data_ptr(),
-        parts.mlp.weight.data_ptr(),
-        *(None if norm is None else norm.data_ptr() for norm in parts.head_norms or ()),
-        Identity.of(linears).key,
+        *(None if weight is None else (id(weight), weight.data_ptr()) for weight in parts.weights()),
+        None if parts.trained else Identity.of(linears).key,  # frozen ones may be dequantized and held
         *(None if a is None else (a.a.data_ptr(), a.b.data_ptr(), a.a.shape, a.b.dtype, a.scale) for a in adapters),
     )
 
@@ -387,8 +386,10 @@ def _capture(
     def backward() -> list[torch.Tensor]:
         rest = None if values.rest is None else replace(values.rest)  # which the backward uses up
         more = values.x, values.attended, values.t_d, rest
-        _, raw = backward_pass(fixed, *more, shared.y, needs, shape, out=shared.y)
-        shapes[:] = _collect(finish_gradients(raw, pairs, needs[1:]), shared.flat)
+        own = fixed.own(needs[1:], shared.flat)
+        _, raw = backward_pass(fixed, *more, shared.y, needs, shape, out=shared.y, own=own)
+        found = finish_gradients(raw, pairs, needs[1 : 1 + len(pairs)])
+        shapes[:] = _collect([*found, *(own.finished() if own is not None else ())], shared.flat)
         return []
 
     first = record(shared, forward)
@@ -407,6 +408,7 @@ def _prepare(known: Shape, parts: Parts, x: torch.Tensor, shape: torch.Size) -> 
     if known.shared is None:
         adapters = [linear.adapter for linear in parts.linears()]
         numbers = sum(a.a.numel() + a.b.numel() for a in adapters if a is not None)
+        numbers += sum(weight.numel() for weight in parts.weights() if weight is not None) if parts.trained else 0
         others = (other.shared for other in parts.keeper.shapes.values() if other.captured and other.shared)
         pool = next(((shared.pool, shared.stream) for shared in others), None) or new_pool(x.device)
         known.shared = Shared.like(x, parts, numbers, pool)
@@ -454,7 +456,9 @@ def _collect(found: Sequence[torch.Tensor | None], flat: torch.Tensor) -> list[t
     start = 0
     for grad in found:
         if grad is not None:
-            flat[start : start + grad.numel()].view(grad.shape).copy_(grad)
+            to = flat[start : start + grad.numel()].view(grad.shape)
+            if to.data_ptr() != grad.data_ptr():
+                to.copy_(grad)
             start += grad.numel()
     return [None if grad is None else grad.shape for grad in found]
 

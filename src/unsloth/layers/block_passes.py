@@ -86,6 +86,10 @@ class Parts:
         of_linears = [tensor for linear in self.linears() for tensor in (linear.base.weight, linear.bias)]
         return [*of_linears, self.norm[0], self.mlp.weight, *(self.head_norms or (None, None))]
 
+    def own(self, needs: Sequence[bool], room: torch.Tensor | None = None) -> OwnGradients | None:
+        """For the gradients of weights that are trained, of which ``needs`` says, behind those of adapters, which."""
+        return OwnGradients(self.weights(), needs[2 * len(self.linears()) :], room) if self.trained else None
+
     def linears(self) -> tuple[Frozen, ...]:
         """All of them, in the order of the function's adapters."""
         return (*self.qkv.linears, *self.output.linears, *self.mlp.gate_up.linears, *self.mlp.down.linears)

@@ -55,20 +55,21 @@ def block_sizes(
         return rows * outside + rows * heads_at_once * heads[2] * (4 + 2 * itemsize) // itemsize
 
     # gradients of the block's own weights, all of them at the end; sums over tiles are wider
-    own = sum(linear.base.weight.numel() for linear in linears if linear.trained) * (1 if rows <= LEAN_TILE else 2)
+    own = sum(linear.base.weight.numel() for linear in linears if linear.trained)
     recorded = rows <= RECORDED_ROWS and not own
     kept = again + rows * (3 * width + inner + thin[2]) + max(of_mlp)
-    lean = max(mlp(LEAN_TILE), scores(head_groups(rows, heads[1])))
-    quick = max(mlp(TILE) + rows * width, scores(1)) + of_attention
+    lean = max(mlp(LEAN_TILE), scores(head_groups(rows, heads[1]))) + own * (1 if rows <= LEAN_TILE else 2)
+    quick = max(mlp(TILE) + rows * width, scores(1)) + of_attention + own * (1 if rows <= TILE else 2)
     return LayerSizes(
         least=aligned(rows * width * itemsize) + aligned(rows * attended * itemsize),
         fixed=rows * (heads[0] * 4 + thin[3] * itemsize),
         rest=(again + rows * (2 * inner + 2 * thin[2])) * itemsize,
-        working=(lean + own) * itemsize,
-        quick=(quick - lean) * itemsize,
+        working=lean * itemsize,
+        quick=max(0, quick - lean) * itemsize,
         keeping=max(0, kept - lean - again) * itemsize,
         weights=(sum(of_mlp) + of_attention) * itemsize if all(linear.quantized for linear in linears) else 0,
         buffers=rows * (2 * width + attended) * itemsize if recorded else 0,
+        own=own * itemsize,
     )
 
 

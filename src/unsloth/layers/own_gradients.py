@@ -22,10 +22,13 @@ class OwnGradients:
     Args:
         weights: Weight and bias of every linear layer, those of norms after them; None where there is none.
         needs: Whether each wants a gradient.
+        room: (numbers,) Where those of matrices are to be, one behind the other; None allocates.
     """
 
-    def __init__(self, weights: Sequence[torch.Tensor | None], needs: Sequence[bool]) -> None:
-        self.weights, self.needs = weights, needs
+    def __init__(
+        self, weights: Sequence[torch.Tensor | None], needs: Sequence[bool], room: torch.Tensor | None = None
+    ) -> None:
+        self.weights, self.needs, self._room = weights, needs, room
         self._found: list[torch.Tensor | None] = [None] * len(weights)
 
     def add_linear(self, number: int, g: torch.Tensor, x: torch.Tensor, *, tiles: int = 1) -> None:
@@ -35,7 +38,9 @@ class OwnGradients:
             into = self._found[weight]
             own = self.weights[weight]
             if into is None and own is not None:
-                into = g.new_empty(own.shape, dtype=compute_dtype(own.dtype) if tiles > 1 else own.dtype)
+                into = (
+                    self._place(weight, own) if tiles == 1 else own.new_empty(own.shape, dtype=compute_dtype(own.dtype))
+                )
                 matmul_into(into, g.t(), x)
                 self._found[weight] = into
             elif into is not None:
@@ -52,6 +57,14 @@ class OwnGradients:
     def set(self, number: int, grad: torch.Tensor) -> None:
         """The gradient of weight ``number``, such as a norm's."""
         self._found[number] = grad
+
+    def _place(self, number: int, weight: torch.Tensor) -> torch.Tensor:
+        """Where the gradient of weight ``number`` goes."""
+        if self._room is None:
+            return torch.empty_like(weight, memory_format=torch.contiguous_format)
+        before = zip(self.weights[:number], self.needs[:number], strict=True)
+        start = sum(other.numel() for other, needed in before if needed and other is not None)
+        return self._room[start : start + weight.numel()].view(weight.shape)
 
     def finished(self) -> list[torch.Tensor | None]:
         """In the order of the weights, at their dtypes."""

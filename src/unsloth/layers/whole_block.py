@@ -21,7 +21,6 @@ from unsloth.kernels.lora_mlp import finish_gradients
 from unsloth.layers import block_graphs
 from unsloth.layers.block_graphs import Captured
 from unsloth.layers.block_passes import Parts, Rest, backward_pass, forward_pass
-from unsloth.layers.own_gradients import OwnGradients
 from unsloth.memory.budget import Place
 from unsloth.memory.offload import Parcel
 
@@ -66,9 +65,8 @@ class _WholeBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, parts, scales, *weights):
         """See the module."""
-        ctx.count = 3 + 2 * len(scales)
         ctx.parts, ctx.pairs, ctx.shape = parts, weights[: 2 * len(scales)], x.shape
-        flat, needs = x.detach().view(-1, x.shape[-1]), (ctx.needs_input_grad[0], *ctx.needs_input_grad[3 : ctx.count])
+        flat, needs = x.detach().view(-1, x.shape[-1]), (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
         with torch.autocast(x.device.type, enabled=False):
             y, ctx.kept = _forward(parts, flat, x.shape, needs)
         return y.view(x.shape)
@@ -84,18 +82,17 @@ class _WholeBlock(torch.autograd.Function):
                 do="Compute the forward again, or undo the plan (model.unsloth_plan.undo()).",
             )
         flat = grad.reshape(-1, grad.shape[-1]).contiguous()
-        needs, own = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3 : ctx.count]), None
-        if ctx.parts.trained:
-            own = OwnGradients(ctx.parts.weights(), ctx.needs_input_grad[ctx.count :])
+        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
         x, attended = kept.back()
         with torch.autocast(grad.device.type, enabled=False):
             if kept.captured is not None:
                 dx, found = kept.captured.backward(ctx.parts, x, attended, kept.t_d, flat)
             else:
                 rest, kept.rest = kept.rest, None
+                own = ctx.parts.own(needs[1:])
                 dx, raw = backward_pass(ctx.parts, x, attended, kept.t_d, rest, flat, needs, ctx.shape, own=own)
-                found = finish_gradients(raw, ctx.pairs, needs[1:])
-        found = [*found, *(own.finished() if own is not None else ())]
+                found = finish_gradients(raw, ctx.pairs, needs[1 : 1 + len(ctx.pairs)])
+                found += own.finished() if own is not None else []
         return None if dx is None else dx.view(ctx.shape), None, None, *found
 
 
