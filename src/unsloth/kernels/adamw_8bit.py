@@ -8,10 +8,11 @@ al., "8-bit Optimizers via Block-wise Quantization", 2022. In step t, with gradi
 
 m and v are kept as one byte a value: an index into a table of 256 numbers between -1 and 1 (0 and 1 for v), times the
 largest absolute value of the block of 256 values that it is in. They are rounded to the nearest number of the table.
-Arithmetic is float32. The layout is that of bitsandbytes, so that the states of the two can be exchanged.
+Arithmetic is float32; the kernel takes root and quotient as the hardware gives them, within 2^-21. The layout is that of
+bitsandbytes, so that the states of the two can be exchanged (on a GPU it decays a parameter after the step, not before).
 
 A library call a tensor costs more than the arithmetic of an adapter: the kernel reads the addresses of all tensors
-from a table instead.
+from a table instead. Bytes: parameter and both moments twice, gradient once: 16 a value of float32 parameters.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ BLOCK = 256
 """Values that share one scale."""
 
 _ROWS, _WARPS = 8, 8  # blocks of one tile: each is a warp's
-_PROGRAMS = 4  # of one multiprocessor
+_PROGRAMS, _REGISTERS = 3, 80  # programs of one multiprocessor, and what each of their threads may take
 _SMALLEST = 103 << 23  # bits of 2^-24: all smaller shares have the first key
 _SHIFTS = (17, 16)  # a share's key is its exponent and the first six (of v seven) bits of its mantissa
 _KEYS = [((127 << 23) - _SMALLEST >> shift) + 1 for shift in _SHIFTS]
@@ -166,7 +167,7 @@ def adamw_8bit(
             launch.table(parameters, moments), torch.tensor(places).to(device), launch.tensor, launch.first_block,
             launch.sizes, launch.tables, *step.scalars, tiles, P=_TRITON_DTYPES[parameters[0].dtype],
             G=_TRITON_DTYPES[gradients[0].dtype], SIZE=TABLES, PLAIN=interpreting(), ROWS=_ROWS, BLOCK=BLOCK,
-            WARPS=_WARPS, num_warps=_WARPS,
+            WARPS=_WARPS, num_warps=_WARPS, maxnreg=_REGISTERS,
         )  # fmt: skip
     # torch did not see the writes, and copies of the parameters elsewhere are renewed by their version
     torch.autograd.graph.increment_version(parameters)
@@ -386,6 +387,6 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     shape = {"SIZE": TABLES, "PLAIN": False, "ROWS": _ROWS, "BLOCK": BLOCK, "WARPS": _WARPS}
     dtype = {"fp16": tl.float16, "bf16": tl.bfloat16}.get(float_dtype, tl.float32)
     return [
-        (adamw_8bit_kernel, signature, {"P": kind, "G": kind, **shape}, {"num_warps": _WARPS})
+        (adamw_8bit_kernel, signature, {"P": kind, "G": kind, **shape}, {"num_warps": _WARPS, "maxnreg": _REGISTERS})
         for kind in (tl.float32, dtype)
     ]
