@@ -8,8 +8,9 @@ al., "8-bit Optimizers via Block-wise Quantization", 2022. In step t, with gradi
 
 m and v are kept as one byte a value: an index into a table of 256 numbers between -1 and 1 (0 and 1 for v), times the
 largest absolute value of the block of 256 values that it is in. They are rounded to the nearest number of the table.
-Arithmetic is float32; the kernel takes root and quotient as the hardware gives them, within 2^-21. The layout is that of
-bitsandbytes, so that the states of the two can be exchanged (on a GPU it decays a parameter after the step, not before).
+Arithmetic is float32; the kernel takes root and quotient as the hardware gives them, within 2^-21. The layout is that
+of bitsandbytes, so that the states of the two can be exchanged. (Its GPU code decays a parameter after the step, not
+before.)
 
 A library call a tensor costs more than the arithmetic of an adapter: the kernel reads the addresses of all tensors
 from a table instead. Bytes: parameter and both moments twice, gradient once: 16 a value of float32 parameters.
