@@ -8,10 +8,12 @@ al., "8-bit Optimizers via Block-wise Quantization", 2022. In step t, with gradi
 
 m and v are kept as one byte a value: an index into a table of 256 numbers between -1 and 1 (0 and 1 for v), times the
 largest absolute value of the block of 256 values that it is in. They are rounded to the nearest number of the table.
-Arithmetic is float32. The layout is that of bitsandbytes, so that the states of the two can be exchanged.
+Arithmetic is float32; the kernel takes root and quotient as the hardware gives them, within 2^-21. The layout is that
+of bitsandbytes, so that the states of the two can be exchanged. (Its GPU code decays a parameter after the step, not
+before.)
 
 A library call a tensor costs more than the arithmetic of an adapter: the kernel reads the addresses of all tensors
-from a table instead.
+from a table instead. Bytes: parameter and both moments twice, gradient once: 16 a value of float32 parameters.
 """
 
 from __future__ import annotations
@@ -33,11 +35,12 @@ BLOCK = 256
 """Values that share one scale."""
 
 _ROWS, _WARPS = 8, 8  # blocks of one tile: each is a warp's
-_PROGRAMS = 4  # of one multiprocessor
-_SMALLEST = 103 << 23  # bits of 2^-24: all smaller shares have the first key
-_SHIFTS = (17, 16)  # a share's key is its exponent and the first six (of v seven) bits of its mantissa
-_KEYS = [((127 << 23) - _SMALLEST >> shift) + 1 for shift in _SHIFTS]
-TABLES = -(-(512 + 2 * _KEYS[0] + _KEYS[1]) // 256) * 256
+_PROGRAMS, _REGISTERS = 3, 80  # programs of one multiprocessor, and what each of their threads may take
+SMALLEST = tl.constexpr(103 << 23)  # bits of 2^-24: all smaller shares have the first key
+SHIFT_M, SHIFT_V = tl.constexpr(17), tl.constexpr(16)  # a key is an exponent and six, of v seven, bits of a mantissa
+MASK_M, MASK_V = (tl.constexpr((1 << shift.value) - 1) for shift in (SHIFT_M, SHIFT_V))
+KEYS_M, KEYS_V = (tl.constexpr(((127 << 23) - SMALLEST.value >> shift.value) + 1) for shift in (SHIFT_M, SHIFT_V))
+TABLES = -(-(512 + 2 * KEYS_M.value + KEYS_V.value) // 256) * 256
 """Entries of :func:`make_tables`."""
 
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
@@ -166,7 +169,7 @@ def adamw_8bit(
             launch.table(parameters, moments), torch.tensor(places).to(device), launch.tensor, launch.first_block,
             launch.sizes, launch.tables, *step.scalars, tiles, P=_TRITON_DTYPES[parameters[0].dtype],
             G=_TRITON_DTYPES[gradients[0].dtype], SIZE=TABLES, PLAIN=interpreting(), ROWS=_ROWS, BLOCK=BLOCK,
-            WARPS=_WARPS, num_warps=_WARPS,
+            WARPS=_WARPS, num_warps=_WARPS, maxnreg=_REGISTERS,
         )  # fmt: skip
     # torch did not see the writes, and copies of the parameters elsewhere are renewed by their version
     torch.autograd.graph.increment_version(parameters)
@@ -223,11 +226,11 @@ def make_tables(codes: torch.Tensor) -> torch.Tensor:
     """
     mids = ((codes[:, 1:] + codes[:, :-1]) / 2).cpu()
     parts = [codes[0].cpu().view(torch.int32), codes[1].cpu().view(torch.int32)]
-    for row, shift, keys, below in ((0, _SHIFTS[0], _KEYS[0], False), (0, _SHIFTS[0], _KEYS[0], True),
-                                    (1, _SHIFTS[1], _KEYS[1], False)):  # fmt: skip
+    signed = (0, SHIFT_M.value, KEYS_M.value)
+    for row, shift, keys, below in ((*signed, False), (*signed, True), (1, SHIFT_V.value, KEYS_V.value, False)):
         own = mids[row][(mids[row] < 0) == below]
         bits = own.abs().view(torch.int32)
-        key = (bits - _SMALLEST) >> shift
+        key = (bits - SMALLEST.value) >> shift
         if key.min() < 0 or key.max() >= keys or len(key.unique()) != len(key):
             raise ConfigError("adamw_8bit: the tables are finer than the kernel can tell", do="Pass fast=False.")
         largest = (1 << shift) - 1
@@ -283,16 +286,16 @@ def look_up(tables, at, PLAIN: tl.constexpr):
 @triton.jit
 def nearest(share, tables, SIGNED: tl.constexpr, PLAIN: tl.constexpr):
     """Index of the number that is nearest to each ``share`` (see :func:`make_tables`); NaN gives some index."""
-    FIRST: tl.constexpr = 512 if SIGNED else 512 + 2 * ((24 << 6) + 1)
-    SHIFT: tl.constexpr = 17 if SIGNED else 16
-    MASK: tl.constexpr = (1 << SHIFT) - 1
-    size = tl.minimum(tl.maximum(tl.abs(share), 5.960464477539063e-08), 1.0).to(tl.int32, bitcast=True)
-    at = FIRST - (0x33800000 >> SHIFT) + (size >> SHIFT)
+    FIRST: tl.constexpr = 512 if SIGNED else 512 + 2 * KEYS_M
+    SHIFT: tl.constexpr = SHIFT_M if SIGNED else SHIFT_V
+    MASK: tl.constexpr = MASK_M if SIGNED else MASK_V
+    size = tl.minimum(tl.maximum(tl.abs(share), 5.960464477539063e-08), 1.0).to(tl.int32, bitcast=True)  # 2^-24 to 1
+    at = FIRST - (SMALLEST >> SHIFT) + (size >> SHIFT)
     if SIGNED:
         below = share.to(tl.int32, bitcast=True) >> 31  # all bits where the sign is set
-        return look_up(tables, at + (below & ((24 << 6) + 1)), PLAIN) + ((size ^ below) & MASK) >> SHIFT
+        return (look_up(tables, at + (below & KEYS_M), PLAIN) + ((size ^ below) & MASK)) >> SHIFT
     else:
-        return look_up(tables, at, PLAIN) + (size & MASK) >> SHIFT
+        return (look_up(tables, at, PLAIN) + (size & MASK)) >> SHIFT
 
 
 @triton.jit
@@ -386,6 +389,6 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     shape = {"SIZE": TABLES, "PLAIN": False, "ROWS": _ROWS, "BLOCK": BLOCK, "WARPS": _WARPS}
     dtype = {"fp16": tl.float16, "bf16": tl.bfloat16}.get(float_dtype, tl.float32)
     return [
-        (adamw_8bit_kernel, signature, {"P": kind, "G": kind, **shape}, {"num_warps": _WARPS})
+        (adamw_8bit_kernel, signature, {"P": kind, "G": kind, **shape}, {"num_warps": _WARPS, "maxnreg": _REGISTERS})
         for kind in (tl.float32, dtype)
     ]

@@ -256,8 +256,8 @@ def paged_prefill(
                 q, k_cache, v_cache, table, tiles, out, q.stride(0), q.stride(1), *k_cache.stride()[:3],
                 *v_cache.stride()[:3], out.stride(0), out.stride(1), table.stride(0), *table.shape, scale, softcap,
                 window, len(q), heads // kv_heads, dim, k_cache.shape[1], CAP=softcap > 0, WINDOW=window > 0,
-                UPCAST=dispatch.interpreting(), ROUND=must_round(q.dtype), ONE_PAGE=k_cache.shape[1] % keys == 0, BLOCK_T=TILE,
-                BLOCK_G=triton.next_power_of_2(heads // kv_heads), BLOCK_N=keys,
+                UPCAST=dispatch.interpreting(), ROUND=must_round(q.dtype), ONE_PAGE=k_cache.shape[1] % keys == 0,
+                BLOCK_T=TILE, BLOCK_G=triton.next_power_of_2(heads // kv_heads), BLOCK_N=keys,
                 BLOCK_D=max(16, triton.next_power_of_2(dim)), num_warps=4, num_stages=2,
             )  # fmt: skip
     return out
