@@ -99,9 +99,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=1.0, help="GiB that ours keeps between forward and backward")
     parser.add_argument("--tokens", type=int, help="tokens_per_pass of ours")
     parser.add_argument("--passes", type=int, help="stop before the pass after so many, for their memory alone")
-    parser.add_argument(
-        "--unfilled", type=int, default=0, help="of the steps, the last, whose passes are not filled up"
-    )
+    parser.add_argument("--unfilled", type=int, default=0, help="the last so many steps do without filling")
     parser.add_argument("--profile", action="store_true", help="show where the time of a step goes")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--child", dest="trainer", choices=["unsloth", "trl"], help=argparse.SUPPRESS)
