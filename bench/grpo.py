@@ -99,7 +99,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=1.0, help="GiB that ours keeps between forward and backward")
     parser.add_argument("--tokens", type=int, help="tokens_per_pass of ours")
     parser.add_argument("--passes", type=int, help="stop before the pass after so many, for their memory alone")
-    parser.add_argument("--unfilled", action="store_true", help="passes of the length that completions have")
+    parser.add_argument("--unfilled", type=int, default=0, help="the last so many steps do without filling")
     parser.add_argument("--profile", action="store_true", help="show where the time of a step goes")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--child", dest="trainer", choices=["unsloth", "trl"], help=argparse.SUPPRESS)
@@ -299,8 +299,6 @@ def trainer_of(given: argparse.Namespace, case: Case, folder: str, meter: Meter)
         callbacks=[meter],
         **({"rollout_func": given_but_the_last} if case.given else {}),
     )
-    if given.unfilled:
-        trainer._fills = False
     generate = trainer._generate_single_turn if not ours else trainer.sample
 
     def measured(*args: Any, **kwargs: Any) -> Any:
@@ -314,6 +312,8 @@ def trainer_of(given: argparse.Namespace, case: Case, folder: str, meter: Meter)
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         meter.passed(given.passes)
+        if ours:
+            trainer._fills &= trainer.state.global_step < given.steps - given.unfilled
         return scores(*args, **kwargs)
 
     trainer._get_per_token_logps_and_entropies = counted
@@ -429,7 +429,7 @@ def main() -> None:
             command += [] if given.tokens is None else ["--tokens", str(given.tokens)]
             command += [] if given.passes is None else ["--passes", str(given.passes)]
             command += ["--dry-run"] * given.dry_run + ["--profile"] * (given.profile and trainer == "unsloth")
-            command += ["--unfilled"] * given.unfilled
+            command += ["--unfilled", str(given.unfilled)]
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
                 assert process.stdout is not None
                 for line in process.stdout:

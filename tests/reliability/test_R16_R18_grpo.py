@@ -94,6 +94,8 @@ def test_prompts_that_are_too_long(grpo_run, messages):
         ([{"prompt": "a"}, {"prompt": None}], "row 1 has no prompt"),
         ([{"prompt": "a"}, {"prompt": ""}], "row 1 has no prompt"),
         ([{"prompt": [{"text": "a"}]}], "row 0: its messages have no role"),
+        ([{"prompt": "a"}, {"prompt": [{"role": "user", "content": "a"}]}], "'prompt' holds values of different kinds"),
+        ([{"prompt": "a", "chat_template_kwargs": "thinking"}], "row 0: chat_template_kwargs is no mapping"),
     ],
 )
 def test_rows_without_prompts(grpo_run, rows, message):

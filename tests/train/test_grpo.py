@@ -10,7 +10,7 @@ from trl.trainer.grpo_config import GRPOConfig as TRLConfig
 from trl.trainer.grpo_trainer import GRPOTrainer as TRLTrainer
 
 from unsloth import FastLanguageModel, GRPOConfig, GRPOTrainer
-from unsloth.core.errors import ConfigError
+from unsloth.core.errors import ConfigError, TrainingError
 from unsloth.layers import packed_attention
 from unsloth.losses.policy import sampling_correction
 from unsloth.train import rollouts
@@ -556,6 +556,30 @@ def test_trls_own_configuration_is_taken(tiny, tmp_path):
     assert isinstance(trainer.args, GRPOConfig) and trainer.args.generation_batch_size == 8
     trainer.train()
     assert trainer.state.global_step == 2
+
+
+def test_what_the_trainer_itself_is_given_is_checked_too(tiny, tmp_path):
+    model, tokenizer = adapted(tiny())
+    common = {"model": model, "tokenizer": tokenizer, "reward_funcs": length, "train_dataset": ROWS}
+    alone = GRPOTrainer(**common, num_generations=16, report_to="none", output_dir=str(tmp_path), use_cpu=True)
+    assert alone.args.per_device_train_batch_size == 16 and alone.args.report_to == []
+    args = GRPOConfig(**settings(tmp_path))
+    beside = GRPOTrainer(**common, args=args, loss_type="gspo", beta=0.1, report_to="none", num_generations=4)
+    assert (beside.args.loss_type, beside.args.importance_sampling_level) == ("grpo", "sequence") and beside.beta == 0.1
+    for change, message in [({"loss_type": "ppo"}, "unknown loss_type"), ({"num_generations": 2}, "Pass it to GRPO")]:
+        with pytest.raises(ConfigError, match=message):
+            GRPOTrainer(**common, args=GRPOConfig(**settings(tmp_path)), **change)
+
+
+def test_a_rollout_func_answers_every_prompt(tiny, tmp_path):
+    def short(prompts, trainer):
+        return {"prompt_ids": [[5]] * len(prompts), "completion_ids": [[6]] * 3, "logprobs": [[0.0]] * 3}
+
+    with pytest.raises(TrainingError, match="3 completion_ids for 8 prompts"):
+        trainer_of(tiny, tmp_path, more={"rollout_func": short}).train()
+    with pytest.raises(TrainingError, match="returned no completion_ids"):
+        more = {"rollout_func": lambda prompts, trainer: {"prompt_ids": [[5]] * len(prompts)}}
+        trainer_of(tiny, tmp_path, more=more).train()
 
 
 def test_trls_rloo_keeps_working(tiny, tmp_path):

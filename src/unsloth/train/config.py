@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -75,14 +76,19 @@ class SFTConfig(RowArguments, SurvivalArguments, FollowsModel, TRLConfig):
             raise ConfigError("embedding_learning_rate must be positive", got=self.embedding_learning_rate)
 
 
-def from_training_arguments(args: PlainArguments | None, kind: type[_Config]) -> _Config:
+def from_training_arguments(
+    args: PlainArguments | None, kind: type[_Config], changes: Mapping[str, Any] | None = None
+) -> _Config:
     """A configuration of ``kind`` from whatever was passed as ``args``: one of ours, TRL's, a plain one, or None.
 
-    Fields of which our default follows the model do so here too, if they have their own class's default.
+    Fields of which our default follows the model do so here too, if they have their own class's default. ``changes``
+    are fields that take precedence; one of ours is changed in place.
     """
+    changes = dict(changes or {})
     if args is None:
-        return kind(output_dir="outputs")  # type: ignore[call-arg]
+        return kind(**{"output_dir": "outputs", **changes})
     if isinstance(args, kind):
+        args.change(changes)
         return args
     if not isinstance(args, PlainArguments):
         raise ConfigError(
@@ -98,4 +104,4 @@ def from_training_arguments(args: PlainArguments | None, kind: type[_Config]) ->
         untouched |= name in _OTHER_DEFAULT and value == own.default
         if own.init and name in ours and not untouched:
             values[name] = value
-    return kind(**values, logging_dir=getattr(args, "logging_dir", None))  # type: ignore[call-arg]
+    return kind(**{"logging_dir": getattr(args, "logging_dir", None), **values, **changes})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -51,6 +53,13 @@ class FollowsModel:
                     do="Give one of them.",
                 )
             self.max_length = self.max_seq_length
+
+    def change(self, values: Mapping[str, Any]) -> None:
+        """Set fields that were given to the trainer itself."""
+        for name, value in values.items():
+            if name == "report_to" and isinstance(value, str):  # as transformers reads it
+                value = [] if value == "none" else [value]
+            setattr(self, name, value)
 
     def follow(self, model: LoadRecord | None) -> None:
         """Fill what was left open from the way ``model`` was loaded."""

@@ -48,7 +48,7 @@ from unsloth.train.preference import accept
 from unsloth.train.prompt_rows import check_columns, encode_prompt, prompt_rows
 from unsloth.train.reference import AdapterFree, reference_of
 from unsloth.train.rollout_progress import RolloutProgress, samples
-from unsloth.train.rollouts import Completions, Rollouts, sampling_params
+from unsloth.train.rollouts import Completions, Rollouts, checked, sampling_params
 from unsloth.train.sampling import RepeatedEpochs
 from unsloth.train.token_logprobs import TokenLogprobs
 
@@ -76,7 +76,7 @@ class GRPOTrainer(Phases, LargerPasses, Environments, ModelLoop, TRLTrainer):
         processing_class: The tokenizer.
         tokenizer: The earlier name of ``processing_class``.
         peft_config: A PEFT configuration, to add an adapter to ``model`` first.
-        **more: ``beta``, ``num_generations`` and other fields of ``GRPOConfig``, over which they take precedence;
+        **more: ``beta``, ``loss_type`` and other fields of ``GRPOConfig``, over which they take precedence;
             ``callbacks``, ``tools``, ``environment_factory``, ``rollout_func`` and what else ``trl.GRPOTrainer`` takes.
 
     Raises:
@@ -130,6 +130,8 @@ class GRPOTrainer(Phases, LargerPasses, Environments, ModelLoop, TRLTrainer):
         with_tools = bool(given.more.get("tools") or given.more.get("environment_factory"))
         if with_tools or talk is not None:
             check_prompts(rows)
+        if given.more.get("rollout_func") is not None:
+            given.more["rollout_func"] = checked(given.more["rollout_func"])
         engine = choose_engine(args)
         args.use_vllm = engine == "vllm"
         beta, args.beta = args.beta, 0.0  # TRL would copy the adapter, or load the model again, as the reference

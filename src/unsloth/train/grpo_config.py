@@ -20,6 +20,8 @@ from unsloth.train.survival import SurvivalArguments
 
 ENGINES = ("unsloth", "vllm", "transformers")
 _OUR_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
+_OF_BATCHES = {"per_device_train_batch_size", "gradient_accumulation_steps", "num_generations"}
+_OF_BATCHES |= {"steps_per_generation", "generation_batch_size"}
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "rollout_engine": (None, *ENGINES),
     "invalid_rewards": ("raise", "mask"),
@@ -91,9 +93,7 @@ class GRPOConfig(RolloutArguments, TRLConfig):
     """
 
     def __post_init__(self) -> None:
-        if self.loss_type == "gspo":  # type: ignore[has-type] # the name of the paper for this pair
-            self.loss_type, self.importance_sampling_level = "grpo", "sequence"
-        _check(self)
+        self._check()
         self._raise_batches()
         # TRL calls this name deprecated, and reads a mode as on or off
         cap, correction = self.vllm_importance_sampling_cap, self.vllm_importance_sampling_correction
@@ -106,6 +106,27 @@ class GRPOConfig(RolloutArguments, TRLConfig):
             raise ConfigError(" ".join(str(error).split()).rstrip("."), do="Change the values it names.") from error
         self.vllm_importance_sampling_cap = cap
         self.vllm_importance_sampling_correction = correction
+        self._check_loss()
+
+    def change(self, values: Mapping[str, Any]) -> None:
+        """As for other configurations; sizes of batches have been worked out before, and cannot be changed."""
+        fixed = next((name for name in values if name in _OF_BATCHES and values[name] != getattr(self, name)), None)
+        if fixed is not None:
+            raise ConfigError(
+                f"{fixed} decides on batches that the configuration has worked out already",
+                got=f"{values[fixed]}, and {getattr(self, fixed)} there",
+                do="Pass it to GRPOConfig.",
+            )
+        super().change(values)
+        self._check()
+        self._check_loss()
+
+    def _check(self) -> None:
+        if self.loss_type == "gspo":  # type: ignore[has-type] # the name of the paper for this pair
+            self.loss_type, self.importance_sampling_level = "grpo", "sequence"
+        _check(self)
+
+    def _check_loss(self) -> None:
         if self.uses_our_loss:
             _ = self.loss_options  # says what is wrong with them
 

@@ -103,8 +103,8 @@ def accept(
         model = peft.get_peft_model(model, peft_config)  # type: ignore[arg-type,assignment]
     setup.check_trainable(model)
     tokenizer = setup.one_tokenizer(*tokenizers)
-    own = config.from_training_arguments(args, kind)
-    more = spellings.trainer_arguments(trainer, own, more)
+    changes, more = spellings.trainer_arguments(trainer, kind, more)
+    own = config.from_training_arguments(args, kind, changes)
     setup.check_trackers(own)
     own.follow(record.find(model))
     return Given(model, own, tokenizer, dict(more))

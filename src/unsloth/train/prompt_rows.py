@@ -13,6 +13,7 @@ from trl.data_utils import is_conversational
 
 from unsloth.core.errors import ConfigError, DataError
 from unsloth.data import render
+from unsloth.data.tables import as_dataset
 
 _FROM_TRAINER = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
 
@@ -70,7 +71,7 @@ def prompt_rows(rows: Any, more: Mapping[str, Any] | None = None) -> Any:
     if isinstance(rows, Mapping):
         return {name: prompt_rows(part, more) for name, part in rows.items()}
     if not isinstance(rows, Dataset | IterableDataset):
-        rows = Dataset.from_list([dict(row) for row in rows])
+        rows = as_dataset(rows)
     if isinstance(rows, Dataset):
         _check_prompts(rows, more)
     return rows
@@ -94,6 +95,14 @@ def _check_prompts(rows: Dataset, more: Mapping[str, Any]) -> None:
             raise DataError(f"row {number} has no prompt", got=prompt, do="A prompt is a text, or a list of messages.")
         if messages and not is_conversational({"prompt": prompt}):
             raise DataError(f"row {number}: its messages have no role and content", got=prompt)
+    if "chat_template_kwargs" in rows.column_names:
+        for number, variables in enumerate(rows["chat_template_kwargs"]):
+            if not isinstance(variables, Mapping | None):
+                raise DataError(
+                    f"row {number}: chat_template_kwargs is no mapping",
+                    got=variables,
+                    do='Write a mapping of variables of the chat template, such as {"enable_thinking": False}.',
+                )
 
 
 def check_columns(functions: Sequence[Any], rows: Any, more: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from unsloth.core.errors import ConfigError, DataError
+from unsloth.core.errors import ConfigError, DataError, TrainingError
 from unsloth.core.log import get_logger
 from unsloth.generate import model_methods, sampling
 from unsloth.generate.engine import Engine
@@ -230,6 +230,24 @@ class Rollouts:
     def _page_bytes(self) -> int:
         config = record.transformers_model(self._model).config
         return page_bytes(config, self._options.page_size, 1 if self.float8 else self.dtype.itemsize)
+
+
+def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, a ``rollout_func``, with an error that says what is missing where TRL would stumble over it."""
+
+    def rolled(prompts: Sequence[Any], trainer: Any) -> Any:
+        found = function(prompts, trainer)
+        for name in ("prompt_ids", "completion_ids", "logprobs"):
+            if name not in found:
+                raise TrainingError(f"rollout_func returned no {name}", got=sorted(found), do="Add them.")
+            if found[name] is not None and len(found[name]) != len(prompts):
+                raise TrainingError(
+                    f"rollout_func returned {len(found[name])} {name} for {len(prompts)} prompts",
+                    do="Return one of each for every prompt, in their order.",
+                )
+        return found
+
+    return rolled
 
 
 def cache_pages(rows: int, group: int, prompt: int, length: int, page: int) -> int:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainingArguments
@@ -60,13 +57,6 @@ def check_trainable(model: torch.nn.Module) -> None:
             do="Add an adapter with FastLanguageModel.get_peft_model.",
         )
     nf4.keep_layout(model)
-
-
-def override(args: TrainingArguments, values: Mapping[str, Any]) -> None:
-    """Set the fields of ``args`` that were given to the trainer itself; None means that one was not given."""
-    for name, value in values.items():
-        if value is not None:
-            setattr(args, name, value)
 
 
 def show_progress(trainer: Trainer, progress: TrainingProgress | None = None) -> None:

@@ -82,18 +82,16 @@ class SFTTrainer(ModelLoop, TRLTrainer):
             model = peft.get_peft_model(model, peft_config)  # type: ignore[assignment]
         setup.check_trainable(model)
         tokenizer = setup.one_tokenizer(tokenizer, processing_class)
-        args = config.from_training_arguments(args, config.SFTConfig)
-        more = spellings.trainer_arguments(TRLTrainer, args, more)
+        own = {
+            "dataset_text_field": dataset_text_field,
+            "max_length": max_seq_length,
+            "packing": packing,
+            "dataset_num_proc": dataset_num_proc,
+        }
+        changes, more = spellings.trainer_arguments(TRLTrainer, config.SFTConfig, more)
+        changes |= {name: value for name, value in own.items() if value is not None}
+        args = config.from_training_arguments(args, config.SFTConfig, changes)
         setup.check_trackers(args)
-        setup.override(
-            args,
-            {
-                "dataset_text_field": dataset_text_field,
-                "max_length": max_seq_length,
-                "packing": packing,
-                "dataset_num_proc": dataset_num_proc,
-            },
-        )
         args.follow(record.find(model))
         args.check_tokens_per_batch(args.max_length)
         if args.tokens_per_batch is not None:

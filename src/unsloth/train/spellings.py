@@ -143,12 +143,14 @@ def _today(name: str, value: Any, known: set[str]) -> tuple[str, Any]:
     )
 
 
-def trainer_arguments(trainer: type, config: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Sort keyword arguments of a trainer: those that belong to ``config`` today go there, the rest is returned.
+def trainer_arguments(
+    trainer: type, config: type, arguments: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Sort keyword arguments of a trainer: those that belong to the training arguments today, and the rest.
 
     Args:
         trainer: The class whose constructor takes the rest.
-        config: The training arguments; changed in place.
+        config: Class of the training arguments.
         arguments: Keyword arguments as they were given.
 
     Raises:
@@ -156,13 +158,14 @@ def trainer_arguments(trainer: type, config: Any, arguments: Mapping[str, Any]) 
     """
     own = inspect.signature(trainer.__init__).parameters  # type: ignore[misc]
     fields = {field.name for field in dataclasses.fields(config)}
+    changes: dict[str, Any] = {}
     kept: dict[str, Any] = {}
     for name, value in arguments.items():
         if name in own:
             kept[name] = value
         elif name in fields:
             if value is not None:
-                setattr(config, name, value)
+                changes[name] = value
         elif name in _WITHOUT_EFFECT:
             _ignore(name, value)
         else:
@@ -170,4 +173,4 @@ def trainer_arguments(trainer: type, config: Any, arguments: Mapping[str, Any]) 
             raise ConfigError(
                 "unknown trainer argument", got=name, do=f"Did you mean {near[0]}?" if near else "Check its spelling."
             )
-    return kept
+    return changes, kept
