@@ -8,9 +8,9 @@ from unsloth.generate.adapter_bank import Selection, Site
 from unsloth.generate.weights import Projection
 from unsloth.kernels.decoding_linears import StackedAdapters, decoding_gate, decoding_linears, gates, project_few
 from unsloth.kernels.dense_rows import dense_shape
-from unsloth.kernels.dispatch import processor_count
+from unsloth.kernels.dispatch import processor_count, shared_memory
 from unsloth.kernels.nf4 import dequantize_nf4_reference
-from unsloth.kernels.nf4_matmul import nf4_linear_reference, shared_memory
+from unsloth.kernels.nf4_matmul import nf4_linear_reference
 
 
 def stack(outs, k, rank, device, dtype):
@@ -144,6 +144,17 @@ def test_sixteen_bit_weights_of_several_ranks_and_split(device):
     adapters = StackedAdapters((torch.randn(48, 2048, device=device) / 45).bfloat16(), b, (0.5, 2.0))
     ours, plain = (decoding_linears(x, weights, adapters, fast=fast) for fast in (True, False))
     truth = decoding_linears(x.double(), [w.double() for w in weights], wide(adapters), fast=False)
+    for y, p, t in zip(ours, plain, truth, strict=True):
+        assert_close(y, p, t, "y")
+
+
+@pytest.mark.parametrize(("rows", "rank", "adapters"), [(5, 16, 2), (20, 16, 3), (40, 48, 2)])
+def test_several_adapters_in_one_batch_of_four_bit_weights(device, rows, rank, adapters):
+    x, _, stacked, mask = dense_case(device, rows, (33, 20), 320, rank, adapters, torch.float16)
+    weights = [quantize(n, 320, device) for n in (33, 20)]
+    ours, plain = (decoding_linears(x, weights, stacked, mask, fast=fast) for fast in (True, False))
+    exact = [dequantize_nf4_reference(w, torch.float64) for w in weights]
+    truth = decoding_linears(x.double(), exact, wide(stacked), mask.double(), fast=False)
     for y, p, t in zip(ours, plain, truth, strict=True):
         assert_close(y, p, t, "y")
 

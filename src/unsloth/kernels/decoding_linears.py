@@ -39,8 +39,9 @@ from unsloth.kernels.dispatch import (
 )
 from unsloth.kernels.glu import ACTIVATIONS
 from unsloth.kernels.glu_adapters import gated_activation_reference
+from unsloth.kernels.joined_products import LowRank
 from unsloth.kernels.nf4 import NF4Weight
-from unsloth.kernels.nf4_fragments import LowRank, launch_together, multiply_fragments
+from unsloth.kernels.nf4_fragments import launch_together
 from unsloth.kernels.nf4_matmul import arrange_for_tiles, multiply_tiles, nf4_linear, product_kernel
 from unsloth.kernels.side_by_side import side_by_side
 
@@ -76,10 +77,10 @@ class StackedAdapters:
             do = "Pass contiguous A [R, K] and B [N, r] of one dtype, with the ranks r adding up to R."
             raise ConfigError("Stacked adapters do not fit together", got=got, do=do)
 
-    def side(self, projections: torch.Tensor, group: slice) -> LowRank:
+    def side(self, projections: torch.Tensor, group: slice, mask: torch.Tensor | None = None) -> LowRank:
         """What is added to the products of some neighbouring linears; ``projections`` are :func:`project_few`'s."""
         first = sum(b.shape[1] for b in self.b[: group.start or 0])
-        return LowRank(projections, first, self.b[group], self.scales[group])
+        return LowRank(projections, first, self.b[group], self.scales[group], mask)
 
 
 def decoding_linears(
@@ -110,7 +111,7 @@ def decoding_linears(
     if multiply is None:
         outputs = _one_by_one(rows, weights, adapters, mask, fast)
     else:
-        outputs = _joined(multiply, rows, weights, adapters)
+        outputs = _joined(multiply, rows, weights, adapters, mask)
     return [y.view(*x.shape[:-1], y.shape[1]) for y in outputs]
 
 
@@ -134,8 +135,7 @@ def decoding_gate(
         raise ConfigError("decoding_gate: no gated unit", got=got, do=do)
     rows = as_rows(x)
     if fast and gates(rows, weights, adapters, mask):
-        multiply = partial(multiply_dense, mask=mask, activation=activation)
-        (h,) = _joined(multiply, rows, weights, adapters)
+        (h,) = _joined(partial(multiply_dense, activation=activation), rows, weights, adapters, mask)
     else:
         gate, up = decoding_linears(rows, weights, adapters, mask, fast=fast)
         h = gated_activation_reference(gate, up, activation)
@@ -185,7 +185,11 @@ def _check(
 
 
 def _joined(
-    multiply: Product, x: torch.Tensor, weights: Sequence[Weight], adapters: StackedAdapters | None
+    multiply: Product,
+    x: torch.Tensor,
+    weights: Sequence[Weight],
+    adapters: StackedAdapters | None,
+    mask: torch.Tensor | None,
 ) -> list[torch.Tensor]:
     """Outputs by ``multiply``, of :func:`joined_product`."""
     if multiply is multiply_tiles:  # before the projections, so that the products need not wait for it
@@ -193,7 +197,7 @@ def _joined(
     low = None if adapters is None else project_few(x, adapters.a)
     groups = [slice(None)] if _together(weights, adapters) else [slice(i, i + 1) for i in range(len(weights))]
     products = [
-        partial(multiply, x, weights[group], side=None if adapters is None else adapters.side(low, group))
+        partial(multiply, x, weights[group], side=None if adapters is None else adapters.side(low, group, mask))
         for group in groups
     ]
     return [y for group in side_by_side(products, x.device) for y in group]
@@ -208,16 +212,14 @@ def joined_product(
         return None
     if adapters is not None and adapters.a.dtype != x.dtype:
         return None
+    if mask is not None and (mask.dtype != x.dtype or not mask.is_contiguous()):
+        return None
     dense = [weight for weight in weights if isinstance(weight, torch.Tensor)]
     if dense:
         worth = x.shape[0] >= FEWEST_ROWS and (adapters is not None or len(dense) > 1)
-        masked = mask is None or (mask.dtype == x.dtype and mask.is_contiguous())
-        whole = len(dense) == len(weights) and takes_dense(x, dense)
-        return partial(multiply_dense, mask=mask) if worth and masked and whole else None
-    packed = [weight for weight in weights if isinstance(weight, NF4Weight)]
-    multiply = product_kernel(x, packed) if mask is None else None
-    powers = all(rank & (rank - 1) == 0 for rank in ranks)
-    return multiply if powers or multiply is multiply_fragments else None
+        return multiply_dense if worth and len(dense) == len(weights) and takes_dense(x, dense) else None
+    multiply = product_kernel(x, [weight for weight in weights if isinstance(weight, NF4Weight)])
+    return multiply if mask is None or multiply is multiply_tiles else None
 
 
 def _together(weights: Sequence[Weight], adapters: StackedAdapters | None) -> bool:

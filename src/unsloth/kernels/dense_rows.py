@@ -27,18 +27,22 @@ from unsloth.kernels.dispatch import (
     launch_on,
     overlaps_launches,
     processor_count,
+    shared_memory,
 )
 from unsloth.kernels.glu import activate
-from unsloth.kernels.nf4_fragments import (
+from unsloth.kernels.joined_products import (
     MOST_MATRICES,
     LowRank,
+    add_parts,
     find_matrix,
+    low_rank_tile,
+    mask_arguments,
     pick,
     pick_pointer,
     side_arguments,
+    side_switches,
     split_rows,
 )
-from unsloth.kernels.nf4_matmul import add_parts, shared_memory
 from unsloth.kernels.rounding import must_round, nearest
 
 FEWEST_ROWS = 2  # one row is as fast by torch's products beside each other
@@ -81,7 +85,6 @@ def multiply_dense(
     weights: Sequence[torch.Tensor],
     *,
     side: LowRank | None = None,
-    mask: torch.Tensor | None = None,
     activation: str = "",
     shape: tuple[int, int, int, int, int, int] | None = None,
 ) -> list[torch.Tensor]:
@@ -92,8 +95,6 @@ def multiply_dense(
         weights: The matrices [N_i, K].
         side: Added before the results are rounded, or None. What made its projections must be the kernel that was
             launched last, for the product waits for it only where it adds them.
-        mask: (M, adapters) of x's dtype, contiguous, 1 where the row has the adapter, else 0; each adapter's columns
-            of ``side`` are side by side. None: every row has every one.
         activation: One of :data:`unsloth.kernels.glu.ACTIVATIONS`: of two matrices of one shape, ``act(y_0) * y_1`` is
             given; or "".
         shape: Overrides :func:`dense_shape`.
@@ -109,50 +110,25 @@ def multiply_dense(
     outs = sizes[:1] if gated else sizes
     if gated:
         tile, split = max(64, tile // 2), 1  # a program has a tile of each
-    width, adapters = 0 if side is None else side.rank, 1 if mask is None else mask.shape[1]
+    width = 0 if side is None else side.rank
     y = torch.empty((split, rows * sum(outs)), dtype=x.dtype if split == 1 else torch.float32, device=x.device)
     overlaps = overlaps_launches(x.device)
     with launch_on(x):
         dense_rows_kernel[(sum(triton.cdiv(n, tile) for n in outs), triton.cdiv(rows, batch), split)](
             x, tuple(weights), y, rows, tuple(sizes), rows * sum(outs), k, triton.cdiv(k // step, split),
-            x.stride(0), *side_arguments(side), mask, width, adapters, COUNT=len(weights),
-            PARTS=0 if side is None else side.projections.shape[0], MASKED=mask is not None, GATED=gated,
-            ACTIVATION=activation, PLAIN=interpreting(), ROUND=must_round(x.dtype), EARLY=overlaps,
-            LATE=side is not None, BATCH=batch, ROWS=tile, STEP=step,
-            CHUNK=16 if width % 32 else 32, STAGES=stages, num_warps=warps,
+            x.stride(0), *side_arguments(side), *mask_arguments(side), width, COUNT=len(weights),
+            **side_switches(side), GATED=gated, ACTIVATION=activation, PLAIN=interpreting(), ROUND=must_round(x.dtype),
+            EARLY=overlaps, LATE=side is not None, BATCH=batch, ROWS=tile, STEP=step, CHUNK=16 if width % 32 else 32,
+            STAGES=stages, num_warps=warps,
             **({"launch_pdl": True} if overlaps else {}),
         )  # fmt: skip
     return split_rows(y[0] if split == 1 else add_parts(y, x.dtype), rows, outs)
 
 
-@triton.jit
-def low_rank_tile(
-    row, batch, m, projections, ranks, first, b, width, mask, adapters, PARTS: tl.constexpr, MASKED: tl.constexpr,
-    PLAIN: tl.constexpr, ROUND: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """A tile (rows of b, rows of x) of ``b (m * t)^T``; ``first`` is t's first column in the projections."""
-    total = tl.zeros((row.shape[0], batch.shape[0]), tl.float32)
-    for start in tl.range(0, width, CHUNK, num_stages=1):
-        rank = start + tl.arange(0, CHUNK)
-        at = projections + (batch * ranks + first)[None, :] + rank[:, None]
-        t = tl.zeros((CHUNK, batch.shape[0]), tl.float32)
-        for i in tl.static_range(PARTS):
-            t += tl.load(at + i * (m * ranks))
-        if MASKED:
-            own = tl.load(mask + (batch * adapters)[None, :] + (rank // (width // adapters))[:, None])
-            t = t * own.to(tl.float32)
-        t = nearest(t, ROUND).to(b.dtype.element_ty)
-        left = tl.load(b + (row * width)[:, None] + rank[None, :])
-        if PLAIN:
-            left, t = left.to(tl.float32), t.to(tl.float32)
-        total = tl.dot(left, t, total, input_precision="ieee")
-    return total
-
-
 @triton.jit(do_not_specialize=["m", "share", "adapters"])  # one compilation for every number of rows
 def dense_rows_kernel(  # noqa: C901  its switches are compile-time constants
     x, weights, y, m, sizes, outputs, k, share, stride_x, projections, ranks, first_rank, side_b, side_scales, mask,
-    width, adapters, COUNT: tl.constexpr, PARTS: tl.constexpr, MASKED: tl.constexpr, GATED: tl.constexpr,
+    adapters, width, COUNT: tl.constexpr, PARTS: tl.constexpr, MASKED: tl.constexpr, GATED: tl.constexpr,
     ACTIVATION: tl.constexpr, PLAIN: tl.constexpr, ROUND: tl.constexpr, EARLY: tl.constexpr, LATE: tl.constexpr,
     BATCH: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip

@@ -20,7 +20,6 @@ The layout of W is described in :mod:`unsloth.kernels.nf4`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 
 import torch
 import triton
@@ -37,6 +36,19 @@ from unsloth.kernels.dispatch import (
     launch_on,
     overlaps_launches,
     processor_count,
+    shared_memory,
+)
+from unsloth.kernels.joined_products import (
+    LowRank,
+    add_parts,
+    find_matrix,
+    low_rank_tile,
+    mask_arguments,
+    pick,
+    pick_pointer,
+    side_arguments,
+    side_switches,
+    split_rows,
 )
 from unsloth.kernels.nf4 import (
     NF4Weight,
@@ -51,20 +63,14 @@ from unsloth.kernels.nf4 import (
     scale_signature,
 )
 from unsloth.kernels.nf4_fragments import (
-    LowRank,
     fill_nested,
     fill_table,
-    find_matrix,
     group_arguments,
     group_signature,
     multiply_fragments,
-    pick,
-    pick_pointer,
-    side_arguments,
-    split_rows,
     takes_fragments,
 )
-from unsloth.kernels.rounding import must_round, nearest
+from unsloth.kernels.rounding import must_round
 
 MATVEC_ROWS = 4
 FUSED_ROWS = 128
@@ -122,12 +128,6 @@ def matvec_shape(rows: int, n: int, k: int) -> tuple[int, int, int]:
     if n <= 2048:
         return 4, min(64 if rows == 1 else 32, columns), 4
     return (8, min(32, columns), 4) if rows == 1 and n < 8192 else (16, min(16, columns), 4)
-
-
-@cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes that one program may have; next to nothing for the interpreter, which has no use for tables there."""
-    return 0 if interpreting() else torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def tile_shape(
@@ -200,7 +200,7 @@ def multiply_tiles(
     Args:
         x: [M, K].
         weights: The quantized matrices [N_i, K].
-        side: Added before the results are rounded, or None; its rank must be a power of two.
+        side: Added before the results are rounded, or None.
         arranged: What :func:`arrange_for_tiles` gave for x before the kernel ran that made the side's projections,
             for which alone the product then waits; None calls it.
         shape: Overrides :func:`tile_shape`.
@@ -223,9 +223,9 @@ def multiply_tiles(
         nf4_matmul_kernel[(tiles, triton.cdiv(rows, batch), split)](
             x, tuple(weight.words() for weight in weights), *group_arguments(weights), y, rows, tuple(sizes),
             rows * sum(sizes), k // 64, triton.cdiv(k // 64, split), x.stride(0), *side_arguments(side),
-            COUNT=len(weights), RANK=0 if side is None else side.rank,
-            PARTS=0 if side is None else side.projections.shape[0], BLOCKSIZE=weights[0].blocksize,
-            NESTED=weights[0].nested, NESTED_BLOCKSIZE=weights[0].nested_blocksize, PLAIN=interpreting(),
+            *mask_arguments(side), COUNT=len(weights), RANK=0 if side is None else side.rank, **side_switches(side),
+            ROUND=must_round(x.dtype), BLOCKSIZE=weights[0].blocksize, NESTED=weights[0].nested,
+            NESTED_BLOCKSIZE=weights[0].nested_blocksize, PLAIN=interpreting(),
             LOOK_UP="table" if table else look_up(weights[0], x.dtype), EARLY=overlaps, LATE=late, BATCH=batch,
             ROWS=tile, BLOCKS=blocks, STAGES=stages, WARPS=warps, num_warps=warps,
             **({"launch_pdl": True} if overlaps else {}),
@@ -251,18 +251,6 @@ def arrange(x: torch.Tensor) -> torch.Tensor:
     with launch_on(x):
         arrange_kernel[(rows, triton.cdiv(k, 2048))](
             x.view(torch.int32), y.view(torch.int32), k // 2, x.stride(0) // 2, EARLY=early, BLOCK=1024, num_warps=4,
-            **({"launch_pdl": True} if early else {}),
-        )  # fmt: skip
-    return y
-
-
-def add_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Sum of float32 ``parts`` [P, ...] over P, rounded once, in one launch."""
-    y = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
-    early = overlaps_launches(parts.device)
-    with launch_on(parts):
-        add_parts_kernel[(triton.cdiv(y.numel(), 1024),)](
-            parts, y, y.numel(), PARTS=parts.shape[0], ROUND=must_round(dtype), EARLY=early, BLOCK=1024, num_warps=4,
             **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
     return y
@@ -429,13 +417,14 @@ def load_scale_parts(
         return 0, load_from(absmax, block, False, PLAIN)
 
 
-@triton.jit(do_not_specialize=["m", "part_blocks"])  # one compilation for every number of rows
+@triton.jit(do_not_specialize=["m", "part_blocks", "adapters"])  # one compilation for every number of rows
 def nf4_matmul_kernel(  # noqa: C901  its switches are compile-time constants
     x, words, code, absmax, nested_codes, nested_absmax, offsets, y, m, sizes, outputs, k_blocks, part_blocks,
-    stride_x, projections, ranks, first_rank, side_b, side_scales, COUNT: tl.constexpr, RANK: tl.constexpr,
-    PARTS: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
-    PLAIN: tl.constexpr, LOOK_UP: tl.constexpr, EARLY: tl.constexpr, LATE: tl.constexpr, BATCH: tl.constexpr,
-    ROWS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr,
+    stride_x, projections, ranks, first_rank, side_b, side_scales, mask, adapters, COUNT: tl.constexpr,
+    RANK: tl.constexpr, PARTS: tl.constexpr, MASKED: tl.constexpr, ROUND: tl.constexpr, BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, PLAIN: tl.constexpr, LOOK_UP: tl.constexpr,
+    EARLY: tl.constexpr, LATE: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """One program computes a tile [ROWS, BATCH] of one part of the sum over K; y is [parts, outputs].
 
@@ -505,17 +494,11 @@ def nf4_matmul_kernel(  # noqa: C901  its switches are compile-time constants
     if RANK:
         if EARLY and LATE:
             gdc_wait()
-        rank = tl.arange(0, RANK)
-        t_at = projections + (batch * ranks + first_rank + which * RANK)[None, :] + rank[:, None]
-        t = tl.zeros((RANK, BATCH), tl.float32)
-        for i in tl.static_range(PARTS):
-            t += tl.load(t_at + i * (m * ranks))
-        b = tl.load(pick_pointer(which, side_b, COUNT) + (row * RANK)[:, None] + rank[None, :])
-        t = t.to(dtype)
-        if PLAIN:
-            part = tl.dot(b.to(tl.float32), t.to(tl.float32))
-        else:
-            part = tl.dot(b, t)
+        b = pick_pointer(which, side_b, COUNT)
+        part = low_rank_tile(
+            row, batch, m, projections, ranks, first_rank + which * RANK, b, RANK, mask, adapters, PARTS,
+            MASKED, PLAIN, ROUND, 16 if RANK % 32 else 32,
+        )  # fmt: skip
         total += part * tl.where(tl.program_id(2) == 0, pick(which, side_scales, COUNT), 0.0)
     if EARLY:
         gdc_launch_dependents()
@@ -546,20 +529,6 @@ def arrange_kernel(x, y, pairs, stride_x, EARLY: tl.constexpr, BLOCK: tl.constex
     tl.store(y + row * pairs + place, tl.load(x + row * stride_x + source, source < pairs), place < pairs)
 
 
-@triton.jit
-def add_parts_kernel(
-    parts, y, size, PARTS: tl.constexpr, ROUND: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """One program adds BLOCK entries."""
-    if EARLY:
-        gdc_wait()
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for part in tl.static_range(PARTS):
-        total += tl.load(parts + part * size + at, at < size, other=0.0)
-    tl.store(y + at, nearest(total, ROUND).to(y.dtype.element_ty), at < size)
-
-
 def compile_examples(float_dtype: str) -> list[tuple]:
     """Kernels with the argument types and options they are launched with, for compilation without a GPU."""
     ptr = f"*{float_dtype}"
@@ -572,20 +541,17 @@ def compile_examples(float_dtype: str) -> list[tuple]:
         examples.append((nf4_matvec_kernel, vector, shape, {"num_warps": warps}))
     signature = {"x": "*i32", "y": "*i32", "pairs": "i32", "stride_x": "i32"}
     examples.append((arrange_kernel, signature, {"EARLY": False, "BLOCK": 1024}, {"num_warps": 4}))
-    signature = {"parts": "*fp32", "y": ptr, "size": "i32"}
-    examples.append(
-        (add_parts_kernel, signature, {"PARTS": 4, "ROUND": False, "EARLY": False, "BLOCK": 1024}, {"num_warps": 4})
-    )
     for rows, rank, nested, count in ((32, 32, True, 3), (128, 0, False, 1)):
         table = float_dtype == "bf16"
         batch, tile, blocks, _, warps, stages = tile_shape(rows, [14336], 4096, 132, 2**18 if table else 2**16)
         stages += table  # as many as on cards before 9.0
         shape = {**constants, "COUNT": count, "NESTED": nested, "RANK": rank, "PARTS": 1, "PLAIN": False}
+        shape |= {"MASKED": nested, "ROUND": False}
         shape |= {"EARLY": False, "LATE": False, "BATCH": batch, "ROWS": tile, "BLOCKS": blocks, "STAGES": stages}
         shape |= {"WARPS": warps, "LOOK_UP": "table" if table else "mixed"}
-        types = group_signature(float_dtype, "*i32", nested, count) | {"x": ptr, "y": "*fp32"}
-        types |= dict.fromkeys(("m", "outputs", "k_blocks", "part_blocks", "ranks", "first_rank"), "i32") | {
-            "stride_x": "i32:16"
-        }
+        types = group_signature(float_dtype, "*i32", nested, count) | {"x": ptr, "y": "*fp32", "mask": ptr}
+        types |= dict.fromkeys(
+            ("m", "outputs", "k_blocks", "part_blocks", "ranks", "first_rank", "adapters"), "i32"
+        ) | {"stride_x": "i32:16"}
         examples.append((nf4_matmul_kernel, types, shape, {"num_warps": warps}))
     return examples
