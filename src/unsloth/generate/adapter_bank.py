@@ -6,9 +6,10 @@ B times its adapter's scale. With m the mask (T, S R) that is 1 where a column b
     y = x W^T + bias + (m * (x A^T)) B^T
 
 A row without an adapter has a mask of zeros. With one adapter for all rows, or none, there is no mask. The few rows of
-a decoding step go through products of four- or sixteen-bit weights that add the adapters' parts before they round, all in one launch where the weights are alike. Where there are many rows, the adapter's part is made
-first, and the product with W is added to it. The matrices are copies in the dtype of computation, made anew from the
-live tensors whenever those have changed.
+a decoding step go through products of four- or sixteen-bit weights that add the adapters' parts before they round, all
+in one launch where the weights are alike. Where there are many rows, the adapter's part is made first, and the product
+with W is added to it. The matrices are copies in the dtype of computation, made anew from the live tensors whenever
+those have changed.
 """
 
 from __future__ import annotations
