@@ -7,8 +7,7 @@ from unsloth.core.errors import ConfigError
 from unsloth.generate.adapter_bank import Selection, Site
 from unsloth.generate.weights import Projection
 from unsloth.kernels.decoding_linears import StackedAdapters, decoding_gate, decoding_linears, gates, project_few
-from unsloth.kernels.dense_rows import dense_shape
-from unsloth.kernels.dispatch import processor_count, shared_memory
+from unsloth.kernels.dense_rows import DenseShape, dense_shape, multiply_dense
 from unsloth.kernels.nf4 import dequantize_nf4_reference
 from unsloth.kernels.nf4_matmul import nf4_linear_reference
 
@@ -137,15 +136,36 @@ def test_gated_unit(device, rows, n, k, adapters, activation, dtype):
     assert_close(alone, decoding_gate(x, weights, None, None, activation, fast=False), truth, "h, no adapter")
 
 
-def test_sixteen_bit_weights_of_several_ranks_and_split(device):
-    x, weights, _, _ = dense_case(device, 6, (33, 20), 2048, 16, 1, torch.bfloat16)
-    assert dense_shape(6, [33, 20], 2048, processor_count(x.device), shared_memory(x.device))[3] > 1  # parts of K
+def test_sixteen_bit_weights_of_several_ranks(device):
+    x, weights, _, _ = dense_case(device, 6, (33, 20), 64, 16, 1, torch.bfloat16)
     b = tuple(torch.randn(n, r, device=device).bfloat16() for n, r in zip((33, 20), (16, 32), strict=True))
-    adapters = StackedAdapters((torch.randn(48, 2048, device=device) / 45).bfloat16(), b, (0.5, 2.0))
+    adapters = StackedAdapters((torch.randn(48, 64, device=device) / 8).bfloat16(), b, (0.5, 2.0))
     ours, plain = (decoding_linears(x, weights, adapters, fast=fast) for fast in (True, False))
     truth = decoding_linears(x.double(), [w.double() for w in weights], wide(adapters), fast=False)
     for y, p, t in zip(ours, plain, truth, strict=True):
         assert_close(y, p, t, "y")
+
+
+@pytest.mark.parametrize("shape", [(16, 64, 128, 3, 4, 4), (32, 128, 64, 8, 4, 3), (64, 64, 128, 1, 8, 3)])
+def test_sixteen_bit_tiles_of_every_kind(device, shape):
+    """Parts of K without a step, tiles that hang over."""
+    x, weights, stacked, mask = dense_case(device, 37, (140, 20, 65), 640, 16, 2, torch.float16)
+    side = stacked.side(project_few(x, stacked.a), slice(None), mask)
+    ours = multiply_dense(x, weights, side=side, shape=DenseShape(*shape))
+    plain = decoding_linears(x, weights, stacked, mask, fast=False)
+    truth = decoding_linears(x.double(), [w.double() for w in weights], wide(stacked), mask.double(), fast=False)
+    for y, p, t in zip(ours, plain, truth, strict=True):
+        assert_close(y, p, t, "y")
+
+
+def test_shapes_of_sixteen_bit_tiles():
+    """K is split where N alone leaves multiprocessors idle, and what is loaded ahead fits a program's memory."""
+    assert dense_shape(32, [4096], 4096, 132, 227 * 2**10).split == 2
+    assert dense_shape(128, [14336, 14336], 4096, 132, 227 * 2**10).split == 1
+    for processors, room in ((132, 227 * 2**10), (108, 163 * 2**10), (128, 99 * 2**10)):
+        for rows, sizes, k in ((1, [8], 64), (20, [4096, 1024], 4096), (64, [28672], 4096), (128, [14336] * 2, 4096)):
+            shape = dense_shape(rows, sizes, k, processors, room)
+            assert k % shape.step == 0 and 2 * shape.stages * shape.step * (shape.tile + shape.batch) <= room
 
 
 @pytest.mark.parametrize(("rows", "rank", "adapters"), [(5, 16, 2), (20, 16, 3), (40, 48, 2)])
@@ -180,8 +200,12 @@ def test_sites_of_the_engine(device, biased):
         projections.append(Projection("layer", layer, None, None, opaque=False))
     whole = StackedAdapters(stacked.a, stacked.b, (1.0, 1.0))  # as the bank makes them
     site = Site("site", projections, stacked.a, list(stacked.b), whole)
-    for adapters in (Selection(used=True, mask=mask), Selection(used=True), Selection(used=False)):
-        for ours, plain in zip(site(x, adapters), site(x, adapters, fast=False), strict=True):
-            torch.testing.assert_close(ours, plain, rtol=2e-2, atol=2e-2)
+    doubles, biases = [w.double() for w in weights], [p.module.bias.double() if biased else 0 for p in projections]
+    for used, own in ((True, mask), (True, None), (False, None)):
+        adapters, exact = Selection(used, own), None if own is None else own.double()
+        sums = decoding_linears(x.double(), doubles, wide(whole) if used else None, exact, fast=False)
+        truth = [y + bias for y, bias in zip(sums, biases, strict=True)]
+        for ours, plain, t in zip(site(x, adapters), site(x, adapters, fast=False), truth, strict=True):
+            assert_close(ours, plain, t, "y")
         ours, plain = (site.gated(x, adapters, "silu", fast) for fast in (True, False))
-        torch.testing.assert_close(ours, plain, rtol=4e-2, atol=4e-2)
+        assert_close(ours, plain, torch.nn.functional.silu(truth[0]) * truth[1], "h")

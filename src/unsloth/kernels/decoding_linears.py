@@ -27,7 +27,7 @@ from torch.nn.functional import linear
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from unsloth.core.errors import ConfigError
-from unsloth.kernels.dense_rows import FEWEST_ROWS, multiply_dense, takes_dense
+from unsloth.kernels.dense_rows import multiply_dense, takes_dense
 from unsloth.kernels.dispatch import (
     as_rows,
     can_launch,
@@ -216,7 +216,7 @@ def joined_product(
         return None
     dense = [weight for weight in weights if isinstance(weight, torch.Tensor)]
     if dense:
-        worth = x.shape[0] >= FEWEST_ROWS and (adapters is not None or len(dense) > 1)
+        worth = adapters is not None or len(dense) > 1  # else torch's product is as good
         return multiply_dense if worth and len(dense) == len(weights) and takes_dense(x, dense) else None
     multiply = product_kernel(x, [weight for weight in weights if isinstance(weight, NF4Weight)])
     return multiply if mask is None or multiply is multiply_tiles else None

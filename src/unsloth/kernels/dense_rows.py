@@ -14,6 +14,7 @@ reads all of it, which is why more rows of x want larger tiles.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -45,7 +46,6 @@ from unsloth.kernels.joined_products import (
 )
 from unsloth.kernels.rounding import must_round, nearest
 
-FEWEST_ROWS = 2  # one row is as fast by torch's products beside each other
 MOST_ROWS = 128
 
 
@@ -62,22 +62,45 @@ def takes_dense(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:
     return rows and half and alike and x.shape[1] % 64 == 0 and can_launch(x, *weights)
 
 
-def dense_shape(
-    rows: int, sizes: Sequence[int], k: int, processors: int, room: int
-) -> tuple[int, int, int, int, int, int]:
-    """Rows of x in a tile, rows of W in a tile, columns in a step, parts that K is split into, warps, stages of loads.
+class DenseShape(NamedTuple):
+    """How :func:`multiply_dense` cuts its work.
 
-    ``room`` is the shared memory that one program may have; two programs share a multiprocessor's.
+    Attributes:
+        batch: Rows of x in a tile.
+        tile: Rows of W in a tile; of a gated unit, half of them of each matrix.
+        step: Columns in a step, which K must be a multiple of.
+        split: Parts that K is split into.
+        warps: Of a program.
+        stages: Of loads.
     """
-    small = room < 96 * 2**10
+
+    batch: int
+    tile: int
+    step: int
+    split: int
+    warps: int
+    stages: int
+
+
+def dense_shape(rows: int, sizes: Sequence[int], k: int, processors: int, room: int) -> DenseShape:
+    """The shape of :func:`multiply_dense`; ``room`` is the shared memory that one program may have.
+
+    Timed on an H100: few programs that load far ahead, and no more parts of K than a multiprocessor each needs. Four
+    warps hold the sums of 64 x 128 or 128 x 32; with 128 x 128 the compiler lets their products wait for each other.
+    """
+    small, many = room < 96 * 2**10, sum(sizes) >= 16384
     batch = max(16, min(32 if small else 128, triton.next_power_of_2(rows)))
-    tile = 64 if small or sum(sizes) < 16384 else 128
-    step = 128 if k % 128 == 0 and batch + tile <= 96 and not small else 64
-    stages = 2 if small else max(3, min(6, 100 * 2**10 // (2 * step * (tile + batch))))
+    tile, warps = (128, 8 if batch > 32 else 4) if many and not small else (64, 4)
+    step = 128 if k % 128 == 0 and not small and (many or batch <= 32) else 64
+    if room < 3 * 2 * step * (tile + batch):
+        step = 64
     tiles, split = sum(triton.cdiv(n, tile) for n in sizes) * triton.cdiv(rows, batch), 1
-    while split < 8 and tiles * split < processors * 6 // 5 and k // step >= 8 * split:
+    wanted = processors * (3 if batch > 32 else 2) // 4
+    while split < 8 and tiles * split < wanted and k // step >= 8 * split:
         split *= 2
-    return batch, tile, step, split, 4, stages
+    share = room // 2 if tile == 64 and tiles * split > processors else room  # of a multiprocessor's shared memory
+    stages = max(2, min(8, (share - 8 * 2**10) // (2 * step * (tile + batch))))
+    return DenseShape(batch, tile, step, split, warps, stages)
 
 
 def multiply_dense(
@@ -86,7 +109,7 @@ def multiply_dense(
     *,
     side: LowRank | None = None,
     activation: str = "",
-    shape: tuple[int, int, int, int, int, int] | None = None,
+    shape: DenseShape | None = None,
 ) -> list[torch.Tensor]:
     """``x @ W.T`` for each of ``weights``, which :func:`takes_dense` accepts.
 
