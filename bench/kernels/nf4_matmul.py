@@ -10,8 +10,8 @@ import triton.language as tl
 from bitsandbytes import functional, matmul_4bit
 from harness import Case, device, graphed, main
 
+from unsloth.kernels.decoding_linears import decoding_linears
 from unsloth.kernels.nf4 import NF4Weight, dequantize_nf4
-from unsloth.kernels.nf4_lora import nf4_lora_linears
 from unsloth.kernels.nf4_matmul import nf4_linear
 
 SHAPES = [(14336, 4096), (4096, 14336), (4096, 4096), (1024, 4096)]  # gate/up, down, q/o, k/v of an 8B model
@@ -75,7 +75,7 @@ def in_a_graph(rows: int, small: bool) -> list[Case]:
     if rows == 1:
         providers["words read alone"] = graphed(lambda: [read(weight.packed) for weight in weights])
     pairs = [weights[i : i + 2] for i in range(0, 12, 2)]
-    together = {"ours": graphed(lambda: [nf4_lora_linears(x, pair, None) for pair in pairs])}
+    together = {"ours": graphed(lambda: [decoding_linears(x, pair, None) for pair in pairs])}
     bar = 0.7 if rows == 1 else 0.0
     return [
         Case("nf4_matmul", f"12 in a graph, {rows} rows x {n}x{k}", providers, size, bar=bar, reads_only=True),

@@ -12,6 +12,7 @@ from test_sample_rows import make as make_sample
 
 from unsloth.core.errors import ConfigError
 from unsloth.kernels.cut_rows import cut_rows
+from unsloth.kernels.decoding_linears import StackedAdapters, decoding_linears
 from unsloth.kernels.grouped_gemm import grouped_linear
 from unsloth.kernels.host_gather import host_gather
 from unsloth.kernels.layer_norm import add_layer_norm, layer_norm
@@ -20,7 +21,6 @@ from unsloth.kernels.lora_linear import lora_linear
 from unsloth.kernels.lora_mlp import lora_mlp
 from unsloth.kernels.lora_rows import lora_rows
 from unsloth.kernels.lora_weights import Adapter, PaddedWeight
-from unsloth.kernels.nf4_lora import StackedAdapters, nf4_lora_linears
 from unsloth.kernels.paged_attention import paged_attention
 from unsloth.kernels.paged_prefill import paged_prefill
 from unsloth.kernels.qk_norm_rope import qk_norm_rope
@@ -131,7 +131,7 @@ def test_products_with_adapters_refuse(device, name, wrong, rows):
     case[name] = wrong(case[name])
     with pytest.raises(ConfigError):
         adapters = StackedAdapters(case["a"], (case["b"],), (0.5,))
-        nf4_lora_linears(case["x"], [quantize(24, 128, device)], adapters)
+        decoding_linears(case["x"], [quantize(24, 128, device)], adapters)
 
 
 @pytest.mark.parametrize("wrong", [lambda t: t.to("meta"), lambda t: t.reshape(-1), lambda t: t.long()])

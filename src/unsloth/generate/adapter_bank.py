@@ -5,11 +5,11 @@ B times its adapter's scale. With m the mask (T, S R) that is 1 where a column b
 
     y = x W^T + bias + (m * (x A^T)) B^T
 
-A row without an adapter has a mask of zeros. With one adapter for all rows, or none, there is no mask; the few rows of
-a decoding step then go through products of four-bit weights that add the adapter's part before they round, all in one
-launch where the weights are alike. Where there are many rows, the adapter's part is made first, and the product with W
-is added to it. The matrices are copies in the dtype of computation, made anew from the live tensors whenever those have
-changed.
+A row without an adapter has a mask of zeros. With one adapter for all rows, or none, there is no mask. The few rows of
+a decoding step go through products of four- or sixteen-bit weights that add the adapters' parts before they round, all
+in one launch where the weights are alike. Where there are many rows, the adapter's part is made first, and the product
+with W is added to it. The matrices are copies in the dtype of computation, made anew from the live tensors whenever
+those have changed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,16 @@ import torch
 
 from unsloth.core.errors import AdapterError
 from unsloth.generate.weights import Projection
+from unsloth.kernels.decoding_linears import (
+    StackedAdapters,
+    decoding_gate,
+    decoding_linears,
+    gates,
+    joined_product,
+)
 from unsloth.kernels.geglu import geglu
 from unsloth.kernels.lora_rows import ROWS, fits, gate_rows, lora_rows, low_rank, project_rows
-from unsloth.kernels.nf4_lora import StackedAdapters, joined_product, nf4_lora_linears
+from unsloth.kernels.nf4 import NF4Weight
 from unsloth.kernels.side_by_side import side_by_side
 from unsloth.kernels.swiglu import swiglu
 
@@ -60,7 +67,7 @@ class Site:
         projections: In the order of their outputs.
         a: (projections * S * R, in), or None while no adapter is here.
         b: (out, S * R) of each projection.
-        stacked: The same for the kernels of four-bit weights.
+        stacked: The same as the kernels of few rows take it.
     """
 
     name: str
@@ -71,11 +78,9 @@ class Site:
 
     def __call__(self, x: torch.Tensor, adapters: Selection, fast: bool = True) -> list[torch.Tensor]:
         """(T, out) of each projection for ``x`` (T, in)."""
-        stacked = self.stacked if adapters.used else None
-        packed = [p.packed for p in self.projections if p.packed is not None]
-        alike = not adapters.used or (adapters.mask is None and stacked is not None)
-        if fast and alike and len(packed) == len(self.projections) and joined_product(x, packed, stacked) is not None:
-            outputs = nf4_lora_linears(x, packed, stacked)
+        weights, stacked, mask = self._joinable(adapters)
+        if fast and weights and joined_product(x, weights, stacked, mask) is not None:
+            outputs = decoding_linears(x, weights, stacked, mask)
             return [p.add_bias(y) for p, y in zip(self.projections, outputs, strict=True)]
         products = [partial(projection.multiply, x, fast) for projection in self.projections]
         if self.a is None or not adapters.used:
@@ -94,6 +99,10 @@ class Site:
 
     def gated(self, x: torch.Tensor, adapters: Selection, activation: str, fast: bool = True) -> torch.Tensor:
         """``act(gate) * up`` (T, out) of two projections, or of one with the rows of both."""
+        weights, stacked, mask = self._joinable(adapters)
+        plain = all(p.module.bias is None for p in self.projections)
+        if fast and plain and weights and gates(x, weights, stacked, mask):
+            return decoding_gate(x, weights, stacked, mask, activation)
         apart = all(p.packed is None for p in self.projections) and len(self.projections) == 2
         if apart and fast and adapters.used and self.a is not None and fits(x, self.a, self.b):
             products = [partial(projection.multiply, x, fast) for projection in self.projections]
@@ -104,6 +113,15 @@ class Site:
         if activation == "silu":
             return swiglu(gate, up, fast=fast)
         return geglu(gate, up, tanh=activation == "gelu_tanh", fast=fast)
+
+    def _joinable(
+        self, adapters: Selection
+    ) -> tuple[list[NF4Weight | torch.Tensor], StackedAdapters | None, torch.Tensor | None]:
+        """Weights (none where not all are within reach), adapters and mask for :func:`decoding_linears`."""
+        weights = [weight for p in self.projections if (weight := p.stored) is not None]
+        used = adapters.used and self.stacked is not None
+        whole = len(weights) == len(self.projections)
+        return weights if whole else [], self.stacked if used else None, adapters.mask if used else None
 
 
 class AdapterBank:

@@ -55,6 +55,11 @@ class Projection:
         """Width of the output."""
         return self.module.out_features
 
+    @property
+    def stored(self) -> NF4Weight | torch.Tensor | None:
+        """Its weight as :mod:`unsloth.kernels.decoding_linears` takes it; None where only the module knows it."""
+        return self.packed if self.packed is not None or self.opaque else self.module.weight
+
     def multiply(self, x: torch.Tensor, fast: bool = True) -> torch.Tensor:
         """(T, in) to (T, out), bias included, in the dtype of ``x``."""
         if self.opaque or (fast and self.native):

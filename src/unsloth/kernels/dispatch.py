@@ -54,6 +54,12 @@ def processor_count(device: torch.device) -> int:
 
 
 @cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one program may have; next to nothing for the interpreter, which has no use for tables there."""
+    return 0 if interpreting() else torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@cache
 def overlaps_launches(device: torch.device) -> bool:
     """Whether a kernel may be launched before the one ahead of it has ended (programmatic dependent launch)."""
     return device.type == "cuda" and torch.version.hip is None and capability(device) >= (9, 0)

@@ -21,7 +21,6 @@ instructions on them are written out. The layout of W is described in :mod:`unsl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -29,10 +28,18 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from unsloth.kernels.dispatch import capability, interpreting, launch_on, overlaps_launches, processor_count
+from unsloth.kernels.joined_products import (
+    MOST_MATRICES,
+    LowRank,
+    find_matrix,
+    pick,
+    pick_pointer,
+    side_arguments,
+    split_rows,
+)
 from unsloth.kernels.nf4 import NF4Weight, assembly, scale_arguments
 
 MOST_ROWS = 16
-MOST_MATRICES = 3  # of one input in one launch
 
 
 def takes_fragments(x: torch.Tensor, weight: NF4Weight) -> bool:
@@ -48,28 +55,6 @@ def launch_together(weights: Sequence[NF4Weight]) -> bool:
     """Whether one launch can multiply by all of these: up to three matrices alike in all but their rows."""
     kinds = {(w.shape[1], w.blocksize, w.nested, w.nested_blocksize, w.quant_type) for w in weights}
     return len(weights) <= MOST_MATRICES and len(kinds) == 1 and (len(weights) == 1 or weights[0].quant_type == "nf4")
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """What is added to products with several matrices: ``scales[i] * t_i @ b[i].T``.
-
-    Attributes:
-        projections: float32 [parts, M, R]; [t_0, t_1, ...] is their sum over the parts, from column ``first`` on.
-        first: See there.
-        b: [N_i, r] of x's dtype, contiguous, of one r, a multiple of 16.
-        scales: Their factors.
-    """
-
-    projections: torch.Tensor
-    first: int
-    b: Sequence[torch.Tensor]
-    scales: Sequence[float]
-
-    @property
-    def rank(self) -> int:
-        """Rank r of each adapter."""
-        return self.b[0].shape[1]
 
 
 def multiply_fragments(
@@ -112,19 +97,6 @@ def group_arguments(weights: Sequence[NF4Weight]) -> tuple:
     """The kernels' arguments that say how to decode: a code, and absmax, nested_code, ... of each matrix."""
     _, *rest = zip(*(scale_arguments(weight) for weight in weights), strict=True)
     return (weights[0].code, *rest)
-
-
-def side_arguments(side: LowRank | None) -> tuple:
-    """The kernels' arguments of ``side``: projections, their columns, the first of them, the B, their scales."""
-    if side is None:
-        return None, 0, 0, (), ()
-    return side.projections, side.projections.shape[2], side.first, tuple(side.b), tuple(side.scales)
-
-
-def split_rows(y: torch.Tensor, rows: int, sizes: Sequence[int]) -> list[torch.Tensor]:
-    """The matrices [rows, n] that lie in ``y`` one after the other."""
-    parts = y.split([rows * n for n in sizes])
-    return [part.view(rows, n) for part, n in zip(parts, sizes, strict=True)]
 
 
 def launch_shape(rows: int, tiles: int, processors: int) -> tuple[int, int]:
@@ -273,41 +245,6 @@ def fill_nested(nested_codes, THREADS: tl.constexpr, COUNT: tl.constexpr):
             value = tl.load(nested_codes[i] + entry)
             assembly_int(STORE_ONE, "=r,r,f", [table + i * 1024 + entry * 4, value])
     return table
-
-
-@triton.jit
-def pick(which, values, COUNT: tl.constexpr):
-    """``values[which]``."""
-    found = values[0]
-    for i in tl.static_range(1, COUNT):
-        found = tl.where(which == i, values[i], found)
-    return found
-
-
-@triton.jit
-def pick_pointer(which, pointers, COUNT: tl.constexpr):
-    """``pointers[which]``, for pointers to 16 aligned bytes."""
-    if COUNT == 1:
-        return pointers[0]
-    else:
-        address = pointers[0].to(tl.int64)
-        for i in tl.static_range(1, COUNT):
-            address = tl.where(which == i, pointers[i].to(tl.int64), address)
-        return tl.multiple_of(address.to(pointers[0].dtype), 16)
-
-
-@triton.jit
-def find_matrix(tile, sizes, TILE: tl.constexpr, COUNT: tl.constexpr):
-    """Which matrix a tile of all matrices' rows is of, that matrix' first tile, and the rows before it."""
-    which, first, before, end, rows = 0, 0, 0, 0, 0
-    for i in tl.static_range(COUNT - 1):
-        end += tl.cdiv(sizes[i], TILE)
-        rows += sizes[i]
-        later = tile >= end
-        which = tl.where(later, i + 1, which)
-        first = tl.where(later, end, first)
-        before = tl.where(later, rows, before)
-    return which, first, before
 
 
 @triton.jit

@@ -95,6 +95,8 @@ def paged_attention_kernel(
 
     With WHOLE there is one share, and ``part_ptr`` is the result itself, contiguous (B, H, D).
     """
+    if EARLY:
+        gdc_wait()
     b = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     split = tl.program_id(2)
@@ -136,12 +138,12 @@ def paged_attention_kernel(
     total = tl.where(wanted > length, float("nan"), total)
     at = (b * tl.num_programs(1) * G + head * G + g) * splits + split
     live = (g[:, None] < G) & (d[None, :] < D)
+    if EARLY:
+        gdc_launch_dependents()
     if WHOLE:
         out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         tl.store(part_ptr + at[:, None] * D + d[None, :], nearest(out, ROUND), mask=live)
     else:
-        if EARLY:
-            gdc_launch_dependents()
         tl.store(m_ptr + at, m, mask=g < G)
         tl.store(l_ptr + at, total, mask=g < G)
         tl.store(part_ptr + at[:, None] * D + d[None, :], acc, mask=live)
@@ -244,7 +246,8 @@ def paged_attention(
     parts = out if whole else torch.empty(batch, heads, splits, dim, dtype=torch.float32, device=q.device)
     tops, totals = torch.empty(2, batch, heads, splits, dtype=torch.float32, device=q.device)
     shares = 8 if splits <= 8 else max(64, triton.next_power_of_2(splits))  # few sizes, few compilations
-    early = not whole and dispatch.overlaps_launches(q.device)
+    early = dispatch.overlaps_launches(q.device)
+    late: dict[str, bool] = {"launch_pdl": True} if early else {}
     with dispatch.launch_on(q):
         paged_attention_kernel[(batch, kv_heads, splits)](
             q, k_cache, v_cache, page_table, lengths, parts, tops, totals, q.stride(0), q.stride(1),
@@ -252,13 +255,13 @@ def paged_attention(
             softcap, window, heads // kv_heads, dim, k_cache.shape[1], WHOLE=whole, EARLY=early,
             ROUND=must_round(out.dtype), CAP=softcap > 0, WINDOW=window > 0, UPCAST=dispatch.interpreting(),
             BLOCK_G=max(16, triton.next_power_of_2(heads // kv_heads)),
-            BLOCK_N=block_n, BLOCK_D=block_d, num_warps=4, num_stages=2,
+            BLOCK_N=block_n, BLOCK_D=block_d, num_warps=4, num_stages=2, **late,
         )  # fmt: skip
         if not whole:
             paged_attention_join_kernel[(batch * heads,)](
                 parts, tops, totals, parts if sinks is None else sinks, out, heads, dim, splits,
                 SINKS=sinks is not None, ROUND=must_round(out.dtype), EARLY=early, BLOCK_S=shares,
-                BLOCK_D=block_d, **({"launch_pdl": True} if early else {}),
+                BLOCK_D=block_d, **late,
             )  # fmt: skip
     return out
 

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from unsloth.kernels.column_sum import column_sum
 from unsloth.kernels.dispatch import (
@@ -93,6 +93,7 @@ def rms_norm_forward(
     offset: float = 0.0,
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    early: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the forward kernel on matrices, without autograd.
 
@@ -103,6 +104,8 @@ def rms_norm_forward(
         offset: Added to the weight.
         residual: [M, N] like x, or in float32; None for none.
         out: [M, N] with adjacent columns to write y into (for example columns of a wider buffer); None allocates.
+        early: Launch while the kernel ahead is still at work, and wait for it there; for the short kernels of a
+            decoding step, which take little longer than their launches.
 
     Returns:
         ``(y, h)``; h is x itself when there is no residual.
@@ -112,11 +115,13 @@ def rms_norm_forward(
     if y.numel() == 0:
         return y, h
     block, tile, warps = launch_shape(n)
+    overlaps = overlaps_launches(x.device)
+    early = early and overlaps
     with launch_on(x):
         rms_norm_forward_kernel[(triton.cdiv(rows, tile),)](
             x, residual, weight, y, h, rows, n, x.stride(0), row_stride(residual), y.stride(0),
-            eps, offset, ADD=residual is not None, WEIGHT=weight is not None, EARLY=overlaps_launches(x.device),
-            ROWS=tile, BLOCK=block, num_warps=warps,
+            eps, offset, ADD=residual is not None, WEIGHT=weight is not None, LATE=early, EARLY=overlaps, ROWS=tile,
+            BLOCK=block, num_warps=warps, **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
     return y, h
 
@@ -178,7 +183,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, eps, offset):
         rows = None if residual is None else as_rows(residual)
-        y, h = rms_norm_forward(as_rows(x), weight, eps, offset, rows)
+        y, h = rms_norm_forward(as_rows(x), weight, eps, offset, rows, early=not any(ctx.needs_input_grad))
         ctx.save_for_backward(h, weight)
         ctx.eps, ctx.offset, ctx.added = eps, offset, residual is not None
         ctx.set_materialize_grads(False)
@@ -201,9 +206,12 @@ class _RMSNorm(torch.autograd.Function):
 @triton.jit(do_not_specialize=["rows"])  # one compilation for every number of rows
 def rms_norm_forward_kernel(
     x, residual, weight, y, h, rows, n, stride_x, stride_r, stride_y, eps, offset,
-    ADD: tl.constexpr, WEIGHT: tl.constexpr, EARLY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ADD: tl.constexpr, WEIGHT: tl.constexpr, LATE: tl.constexpr, EARLY: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program normalizes ROWS rows, each held whole in registers; h is contiguous."""
+    if LATE:  # in this order: what is launched early may read what the kernel ahead of this one writes
+        gdc_wait()
     if EARLY:  # a product that waits for this may be launched
         gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -260,7 +268,7 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     backward |= dict.fromkeys(("rows", "n", "stride_dy", "stride_h", "stride_dh"), i32) | {"eps": f32, "offset": f32}
     shape = {"ROWS": tile, "BLOCK": block, "WEIGHT": True, "ADD": True}
     return [
-        (rms_norm_forward_kernel, forward, {**shape, "EARLY": False}, {"num_warps": warps}),
+        (rms_norm_forward_kernel, forward, {**shape, "LATE": False, "EARLY": False}, {"num_warps": warps}),
         (
             rms_norm_backward_kernel,
             backward,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from unsloth.core.errors import ConfigError
 from unsloth.kernels import dispatch
@@ -79,13 +80,13 @@ def rope_to_pages(
     if not (fast and adjacent and tokens and dispatch.can_launch(q, k, v) and dispatch.can_launch(cos, sin)):
         rope_to_pages_reference(q, k, v, cos, sin, positions, places, k_cache, v_cache)
         return
-    half = dim // 2
+    half, early = dim // 2, dispatch.overlaps_launches(q.device)
     with dispatch.launch_on(q):
         rope_to_pages_kernel[(tokens, triton.cdiv(heads, 8) + triton.cdiv(k.shape[1], 8))](
             q, k, v, cos, sin, positions, places, k_cache, v_cache, heads, k.shape[1], half,
             k_cache.shape[0] * k_cache.shape[1], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos.stride(0),
-            EIGHT_BITS=k_cache.dtype.itemsize == 1, ROUND=must_round(q.dtype), HEADS=8,
-            BLOCK=triton.next_power_of_2(half), num_warps=4,
+            EIGHT_BITS=k_cache.dtype.itemsize == 1, ROUND=must_round(q.dtype), EARLY=early, HEADS=8,
+            BLOCK=triton.next_power_of_2(half), num_warps=4, **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
 
 
@@ -130,9 +131,12 @@ def store_in_page(pointer, value, mask, EIGHT_BITS: tl.constexpr, ROUND: tl.cons
 def rope_to_pages_kernel(
     q, k, v, cos, sin, positions, places, k_cache, v_cache, heads, key_heads, half, slots, q_stride_t, q_stride_h,
     k_stride_t, k_stride_h, v_stride_t, v_stride_h, table_stride, EIGHT_BITS: tl.constexpr, ROUND: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program takes eight heads of a token: of the queries, or of keys and values."""
+    if EARLY:  # in this order: what is launched early may read what the kernel ahead of this one writes
+        gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     query_groups = tl.cdiv(heads, HEADS)
@@ -170,5 +174,5 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     signature = dict.fromkeys(names, "i32") | {"positions": "*i32", "places": "*i32"}
     floats = ("q", "k", "v", "cos", "sin", "k_cache", "v_cache")
     signature |= dict.fromkeys(floats, f"*{float_dtype}")
-    shape = {"EIGHT_BITS": False, "ROUND": False, "HEADS": 8, "BLOCK": 64}
+    shape = {"EIGHT_BITS": False, "ROUND": False, "EARLY": False, "HEADS": 8, "BLOCK": 64}
     return [(rope_to_pages_kernel, signature, shape, {"num_warps": 4})]

@@ -1,4 +1,6 @@
-"""4-bit linears with adapters of rank 32 for a decoding step, as graphs: python bench/kernels/nf4_lora.py [--dry-run].
+"""4-bit linears with adapters of rank 32 for a decoding step, as graphs.
+
+    python bench/kernels/decoding_linears.py [--dry-run]
 
 All products of four layers one after the other, whose weights no cache holds, then those of one input, where the
 peers are our 4-bit products with torch's thin products beside them, with those of lora_rows, and bitsandbytes' products
@@ -9,9 +11,9 @@ import torch
 from bitsandbytes import functional, matmul_4bit
 from harness import Case, device, graphed, main
 
+from unsloth.kernels.decoding_linears import StackedAdapters, decoding_linears
 from unsloth.kernels.lora_rows import lora_rows
 from unsloth.kernels.nf4 import NF4Weight
-from unsloth.kernels.nf4_lora import StackedAdapters, nf4_lora_linears
 from unsloth.kernels.nf4_matmul import nf4_linear
 
 GROUPS = {"q/k/v": ((4096, 1024, 1024), 4096), "o": ((4096,), 4096), "gate/up": ((14336, 14336), 4096)}
@@ -63,11 +65,17 @@ def cases(small: bool) -> list[Case]:
         xs = {k: torch.randn(rows, k, device=device(), dtype=torch.bfloat16) for _, k in groups.values()}
 
         def all_layers(xs=xs):
-            return [nf4_lora_linears(xs[k], w, adapters) for layer in layers for k, _, w, adapters in layer]
+            return [decoding_linears(xs[k], w, adapters) for layer in layers for k, _, w, adapters in layer]
 
         size = sum(bytes_of(w, adapters) for layer in layers for _, _, w, adapters in layer)
         result.append(
-            Case("nf4_lora", f"{LAYERS} layers, {rows} rows", {"ours": graphed(all_layers)}, size, reads_only=True)
+            Case(
+                "decoding_linears",
+                f"{LAYERS} layers, {rows} rows",
+                {"ours": graphed(all_layers)},
+                size,
+                reads_only=True,
+            )
         )
     for name, (k, quantized, weights, adapters) in zip(groups, layers[0], strict=True):
         ours = [lambda x, w=w: nf4_linear(x, w) for w in weights]
@@ -75,15 +83,15 @@ def cases(small: bool) -> list[Case]:
         for rows in (1, 8, 32, 128):
             x = torch.randn(rows, k, device=device(), dtype=torch.bfloat16)
             found = {
-                "ours": graphed(lambda x=x, w=weights, s=adapters: nf4_lora_linears(x, w, s)),
+                "ours": graphed(lambda x=x, w=weights, s=adapters: decoding_linears(x, w, s)),
                 "thin products beside": graphed(lambda x=x, p=ours, s=adapters: beside(x, p, s)),
                 "lora_rows after": graphed(lambda x=x, p=ours, s=adapters: rows_after(x, p, s)),
                 "bitsandbytes": graphed(lambda x=x, p=theirs, s=adapters: beside(x, p, s)),
             }
             size = bytes_of(weights, adapters)
-            result.append(Case("nf4_lora", f"{name}, {rows} rows", found, bytes=size, reads_only=True))
+            result.append(Case("decoding_linears", f"{name}, {rows} rows", found, bytes=size, reads_only=True))
     return result
 
 
 if __name__ == "__main__":
-    main("nf4_lora", cases)
+    main("decoding_linears", cases)
