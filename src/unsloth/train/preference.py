@@ -22,7 +22,7 @@ from unsloth.models import record
 from unsloth.train import config, setup, spellings
 from unsloth.train.follow import FollowsModel
 from unsloth.train.loop import ModelLoop
-from unsloth.train.packed_rows import PackedRows, pack
+from unsloth.train.packed_rows import PackedRows, filled, pack
 from unsloth.train.reference import AdapterFree, adapters_off
 from unsloth.train.survival import SurvivalArguments
 from unsloth.train.token_logprobs import TokenLogprobs
@@ -146,6 +146,7 @@ class PreferenceTrainer(ModelLoop):
         chunked = args.fused_head is not False
         self._policy = TokenLogprobs(given.model, chunked)
         self._packing = args.packing is not False
+        self._fills = given.model.device.type == "cuda"  # where launches of similar passes are recorded
         if args.packing and not self._policy.packs:
             raise ConfigError(
                 "packing needs a model whose attention tells packed sequences apart",
@@ -222,6 +223,7 @@ class PreferenceTrainer(ModelLoop):
         if self._batch is None or self._batch[0] is not ids:  # policy and reference see the same batch
             packs = self._packing and self._policy.packs
             packed = pack(ids, attended, answers == 0 if self._in_pairs else None) if packs else None
+            packed = filled(packed) if packed is not None and self._fills else packed
             self._batch = ids, packed, ids.masked_fill(answers == 0, IGNORED)
         packed = self._batch[1] if compute.packs else None
         if labels is None:
