@@ -1,14 +1,17 @@
 """DPO of a QLoRA model of Llama-3.1-8B's shape with random weights: ours and TRL's, side by side.
 
-    python bench/preference.py [--shape 8b] [--pairs 4] [--length 1024] [--prompts 512 64] [--steps 8]
+    python bench/preference.py [--shape 8b] [--pairs 4] [--length 1024] [--prompts 512 64 0] [--steps 8]
                                [--budgets 1.6 0] [--trainers trl unsloth] [--profile] [--dry-run]
 
 Both get the same weights, adapters and rows, in a process each, and gradient checkpointing. A sequence is a prompt and
-an answer of together ``--length`` tokens; a case for each length of prompt. ``--budgets``: GiB that ours may keep
-between forward and backward; 0 for as much as is free. Tokens are those of both sequences of each
-pair, however many are computed. "Over" is the peak of a step minus what was allocated before it: weights, adapters,
-their gradients and the optimizer's states. First, log-probabilities and gradients of packed batches are compared with
-those of padded ones. Prints a table, and appends a line a case to bench/results/preference.csv.
+an answer of together ``--length`` tokens; a case for each length of prompt. 0 is the case of varied lengths, as data
+sets have them: prompts with a median of an eighth of ``--length``, answers of a quarter, each from 8 tokens up to what
+fits. ``--steps``: of all cases, or of each. ``--budgets``: GiB that ours may keep between forward and backward; 0 for
+as much as is free. Tokens are those of both sequences of each pair, without padding, however many are computed; a
+step's time is the median from the third step on, with varied lengths the mean. "Over" is the peak of a step minus what
+was allocated before it: weights, adapters, their gradients and the optimizer's states. First, log-probabilities and
+gradients of packed batches are compared with those of padded ones. Prints a table, and appends a line a case to
+bench/results/preference.csv.
 
 ``--dry-run`` takes a tiny model, and writes nothing; ``--profile`` shows where the time of one step of ours goes.
 """
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -49,15 +53,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--prompts", type=int, nargs="+", default=[512, 64])
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, nargs="+", default=[8])
     parser.add_argument("--budgets", type=float, nargs="+", default=[1.6, 0.0])
     parser.add_argument("--trainers", choices=["trl", "unsloth"], nargs="+", default=["trl", "unsloth"])
     parser.add_argument("--budget", type=float, default=0.0, help=argparse.SUPPRESS)
     parser.add_argument("--trainer", choices=["unsloth", "trl"], help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.dry_run:
-        given.shape, given.pairs, given.length, given.prompts, given.steps = "tiny", 2, 32, [16, 4], 4
-    elif DEVICE.type != "cuda":
+        given.shape, given.pairs, given.length, given.prompts, given.steps = "tiny", 2, 32, [16, 4, 0], [4]
+    if len(given.steps) not in (1, len(given.prompts)):
+        parser.error("--steps takes one number, or one for each of --prompts")
+    if not given.dry_run and DEVICE.type != "cuda":
         raise SystemExit("bench preference: no CUDA device here; run this on a GPU machine, or pass --dry-run")
     return given
 
@@ -87,18 +93,40 @@ class Meter(TrainerCallback):
         self.times.append(time.perf_counter() - self.start)
 
 
+def steps_of(given: argparse.Namespace, prompt: int) -> int:
+    """Of the case with prompts of that length."""
+    return given.steps[given.prompts.index(prompt) if len(given.steps) > 1 else 0]
+
+
 def rows(given: argparse.Namespace, prompt: int, seed: int = 1) -> list[dict[str, list[int]]]:
-    """Pairs of random tokens."""
+    """Pairs of random tokens, of lengths that vary where ``prompt`` is 0."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(count: int) -> list[int]:
         return torch.randint(4, SHAPES[given.shape].vocabulary, (count,), generator=generator).tolist()
 
-    answer = given.length - prompt
-    return [
-        {"prompt_ids": draw(prompt), "chosen_ids": draw(answer), "rejected_ids": draw(answer)}
-        for _ in range(given.pairs * given.steps)
-    ]
+    def around(median: float, most: int) -> int:
+        drawn = median * math.exp(0.7 * torch.randn((), generator=generator).item())
+        return max(8, min(most, round(drawn)))
+
+    found = []
+    for _ in range(given.pairs * steps_of(given, prompt)):
+        first = prompt or around(given.length / 8, given.length // 2)
+        rest = given.length - first
+        answers = (rest, rest) if prompt else (around(given.length / 4, rest), around(given.length / 4, rest))
+        found.append({"prompt_ids": draw(first), "chosen_ids": draw(answers[0]), "rejected_ids": draw(answers[1])})
+    return found
+
+
+def speed(given: argparse.Namespace, prompt: int, times: list[float]) -> tuple[float, float]:
+    """(seconds a step, tokens a second), of steps from the third on."""
+    if prompt:
+        seconds = statistics.median(times[2:])
+        return seconds, given.pairs * 2 * given.length / seconds
+    lengths = [2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows(given, prompt)]
+    tokens = [sum(lengths[i : i + given.pairs]) for i in range(0, len(lengths), given.pairs)]
+    print(f"  tokens a step {tokens}")
+    return statistics.mean(times[2:]), sum(tokens[2:]) / sum(times[2:])
 
 
 def trainer_of(given: argparse.Namespace, model: torch.nn.Module, prompt: int, folder: str, meter: Meter) -> Any:
@@ -123,7 +151,7 @@ def trainer_of(given: argparse.Namespace, model: torch.nn.Module, prompt: int, f
         output_dir=folder,
         per_device_train_batch_size=given.pairs,
         max_length=given.length,
-        max_steps=given.steps,
+        max_steps=steps_of(given, prompt),
         learning_rate=1e-4,
         train_sampling_strategy="sequential",  # the same rows in the same order
         lr_scheduler_type="constant",
@@ -181,14 +209,14 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
         print(f"{given.trainer}, prompt {prompt}: losses {losses}")
         print(f"  ms a step {[round(1e3 * seconds) for seconds in meter.times]}", flush=True)
         grads = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-        seconds, static = statistics.median(meter.times[2:]), meter.static + grads
-        speed = given.pairs * 2 * given.length / seconds
+        static = meter.static + grads
+        seconds, tokens_per_s = speed(given, prompt, meter.times)
         gib = [round(value / 2**30, 3) for value in (static, meter.peak, meter.peak - static)]
         gpu = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
         versions = [torch.__version__, transformers.__version__, trl.__version__]
         figures = [given.trainer, given.budget, given.shape, given.pairs, given.length, prompt]
-        figures += [round(1e3 * seconds), round(speed)]
-        print(f"  {round(speed):,} tokens/s; static, peak and over in GiB {gib}", flush=True)
+        figures += [round(1e3 * seconds), round(tokens_per_s)]
+        print(f"  {round(tokens_per_s):,} tokens/s; static, peak and over in GiB {gib}", flush=True)
         results.append(dict(zip(COLUMNS, [date.today().isoformat(), gpu, *versions, *figures, *gib], strict=True)))
         if given.trainer == "unsloth":
             compare_graphs(trainer, rows(given, prompt, seed=2)[: given.pairs])
@@ -318,9 +346,9 @@ def show(results: list[dict[str, Any]]) -> None:
         for ours in results:
             if ours["trainer"] == "trl" or ours["prompt"] != theirs["prompt"]:
                 continue
-            speed, over = (ours[name] / theirs[name] if theirs[name] else 0.0 for name in ("tokens_per_s", "over_gib"))
+            times, over = (ours[name] / theirs[name] if theirs[name] else 0.0 for name in ("tokens_per_s", "over_gib"))
             case = f"prompt {ours['prompt']}, budget {ours['budget_gib']}"
-            print(f"{case}: ours is {speed:.2f} times as fast, with {over:.2f} of the memory over static")
+            print(f"{case}: ours is {times:.2f} times as fast, with {over:.2f} of the memory over static")
 
 
 def main() -> None:

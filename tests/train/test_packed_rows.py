@@ -60,7 +60,7 @@ METHODS = {
 }
 
 
-def trained(folder, output, method, **changes):
+def trained(folder, output, method, fills=False, **changes):
     """(the trainer after four steps, tokens that the first layer saw in each forward)."""
     trainer_class, config_class, particular = METHODS[method]
     model, tokenizer = FastLanguageModel.from_pretrained(
@@ -75,6 +75,7 @@ def trained(folder, output, method, **changes):
     options |= {"per_device_train_batch_size": 4, "bf16": False, **particular, **changes}
     args = config_class(output_dir=str(output), **options)
     trainer = trainer_class(model=model, tokenizer=tokenizer, train_dataset=PAIRS, args=args)
+    trainer._fills = fills  # as on a GPU
     trainer.train()
     return trainer, seen
 
@@ -84,11 +85,23 @@ def test_the_training_is_the_same(tiny, tmp_path, method):
     padded, all_tokens = trained(tiny(), tmp_path, method, packing=False)
     packed, tokens = trained(tiny(), tmp_path, method)
     assert sum(tokens) < 0.8 * sum(all_tokens)
-    for ours, plain in zip(packed.state.log_history[:4], padded.state.log_history[:4], strict=True):
+    assert_same(packed, padded)
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_filled_batches_train_the_same(tiny, tmp_path, method):
+    packed, _ = trained(tiny(), tmp_path, method)
+    filled, tokens = trained(tiny(), tmp_path, method, fills=True)
+    assert all(count % 256 == 0 for count in tokens)
+    assert_same(filled, packed)
+
+
+def assert_same(first, second):
+    for ours, plain in zip(first.state.log_history[:4], second.state.log_history[:4], strict=True):
         for name in ("loss", "grad_norm", "logps/chosen", "num_tokens"):
             assert ours[name] == pytest.approx(plain[name], rel=1e-4), name
-    theirs = dict(padded.model.named_parameters())
-    for name, parameter in packed.model.named_parameters():
+    theirs = dict(second.model.named_parameters())
+    for name, parameter in first.model.named_parameters():
         torch.testing.assert_close(parameter, theirs[name], rtol=1e-4, atol=1e-6, msg=name)
 
 

@@ -73,6 +73,24 @@ def test_values_and_gradients(tiny, kind, chunked):
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-4, msg=name)
 
 
+def test_labels_that_count_are_looked_for_once_a_batch(tiny, monkeypatch):
+    model = make("llama", tiny())
+    inputs, labels = batch(model)
+    compute, searches = TokenLogprobs(model), []
+    nonzero = torch.Tensor.nonzero
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda self: searches.append(self) or nonzero(self))
+    first = compute(model, inputs, labels)
+    assert torch.equal(compute(model, inputs, labels), first)
+    assert len(searches) == 1
+    others = labels.clone()
+    others[0, 5] = IGNORED
+    found = compute(model, inputs, others)
+    assert len(searches) == 2
+    assert found[0, 4] == 0 != first[0, 4]
+    found[0, 4] = first[0, 4]
+    assert torch.equal(found, first)
+
+
 def test_no_whole_logits_are_made(tiny):
     model = make("llama", tiny())
     inputs, labels = batch(model)

@@ -27,7 +27,7 @@ _HALF = (torch.float16, torch.bfloat16)
 _FEW = 16
 _SHORT = 1024
 """Rows of up to these tokens are told from longer ones only: programs for tokens that are not there end at once."""
-_KEY_STEP = 1024
+_FEW_KEYS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,9 @@ class Visible:
         longest = max(_SHORT, _power(self.longest))
         if self.branches is None:
             return Room(documents, longest)
-        keys, step = self.branches.gathered.numel(), _KEY_STEP
-        return Room(documents, longest, -(-keys // step) * step, max(_FEW, _power(self.branches.keys.longest)))
+        keys = self.branches.gathered.numel()
+        step = max(_FEW_KEYS, _power(keys) // 4)  # few sizes, so that batches of varied lengths often have the same
+        return Room(documents, longest, -(-keys // step) * step, max(_SHORT, _power(self.branches.keys.longest)))
 
     def within(self, room: Room) -> Visible:
         """The same in tensors of the size of ``room``, so that others of that room can be written over it."""

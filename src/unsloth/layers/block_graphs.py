@@ -4,12 +4,13 @@ A block of 4,096 tokens keeps an H100 busy for 3 ms forward and 7 ms backward, h
 its kernels; smaller ones wait for Python. Where batches of one shape come again and again, the launches of each block
 are recorded at the third such batch and replayed from then on.
 
-All graphs of one shape share buffers for what goes in and out, and those of all shapes one pool of memory, since they
-run one after the other. What a block keeps for its backward is written to the same place at every replay: such memory
-stays from pass to pass (:meth:`unsloth.memory.keeper.Keeper.may_stand`), and while it is in use a second
-forward is computed call by call. Where the documents of a packed batch begin is one of the inputs, with room for
-some more (:meth:`unsloth.kernels.causal_attention.Visible.room`). A replay reads weights and adapters where they were
-when it was recorded; whether they still are there is asked at each call. What is computed is what
+All graphs of one shape share buffers for what goes in and out, which are a part of a longer shape's where there is one,
+and those of all shapes one pool of memory, since they run one after the other. What a block keeps for its backward is
+written to the same place at every replay: such memory stays from pass to pass
+(:meth:`unsloth.memory.keeper.Keeper.may_stand`), and while it is in use a second forward is computed call by call.
+Where the documents of a packed batch begin is one of the inputs, with room for some more
+(:meth:`unsloth.kernels.causal_attention.Visible.room`). A replay reads weights and adapters where they were when it was
+recorded; whether they still are there is asked at each call. What is computed is what
 :mod:`unsloth.layers.block_passes` computes.
 """
 
@@ -32,7 +33,7 @@ from unsloth.layers.block_sizes import RECORDED_ROWS
 from unsloth.layers.linear import Identity
 from unsloth.memory.budget import Place
 
-_SHAPES = 8
+_SHAPES = 16
 _CALLS_BEFORE = 2
 
 logger = get_logger(__name__)
@@ -62,12 +63,16 @@ class Values:
     rest: Rest | None = None
 
     @classmethod
-    def like(cls, x: torch.Tensor, attended: Attended, t_d: torch.Tensor) -> Values:
-        """Room for values like these."""
-        out = torch.empty_like(attended.out, memory_format=torch.contiguous_format)
+    def like(cls, x: torch.Tensor, attended: Attended, t_d: torch.Tensor, roomy: Values | None) -> Values:
+        """Room for values like these; the large ones in that of ``roomy``, if given, of as many tokens or more."""
+        if roomy is None:
+            out = torch.empty_like(attended.out, memory_format=torch.contiguous_format)
+        else:
+            out = roomy.attended.out.view(-1)[: attended.out.numel()].view(attended.out.shape)
         lse = torch.empty_like(attended.lse, memory_format=torch.contiguous_format)
         t_d = torch.empty_like(t_d, memory_format=torch.contiguous_format)
-        return cls(torch.empty_like(x), replace(attended, out=out, lse=lse, more=()), t_d)
+        own = torch.empty_like(x) if roomy is None else roomy.x[: x.shape[0]]
+        return cls(own, replace(attended, out=out, lse=lse, more=()), t_d)
 
     def tensors(self) -> list[torch.Tensor]:
         """Those that are copied from block to block, where blocks share them."""
@@ -75,10 +80,24 @@ class Values:
 
 
 @dataclass(slots=True)
+class Buffer:
+    """What goes in and out of graphs, and comes from one of them to the next.
+
+    Attributes:
+        rows: (M, K) of the shape that it was made for, of which shorter ones use the first.
+        given: A copy that was handed out since a graph wrote it, and its version.
+    """
+
+    rows: torch.Tensor
+    given: tuple[torch.Tensor, int] | None = None
+
+
+@dataclass(slots=True)
 class Shared:
     """What the graphs of one shape have in common.
 
     Attributes:
+        buffer: Of y.
         y: (M, K) first x, then y; in the backward first the gradient that comes in, then the one that goes out.
         flat: (numbers,) all gradients of adapters, or of the block's own weights.
         tables: Of the rotary embedding.
@@ -88,9 +107,9 @@ class Shared:
         pool: Of memory inside the graphs.
         stream: On which they are recorded.
         values: Of the blocks that keep no more than the least.
-        given: A copy of ``y`` that was handed out since, and its version.
     """
 
+    buffer: Buffer
     y: torch.Tensor
     flat: torch.Tensor
     tables: RopeTables | None
@@ -100,31 +119,36 @@ class Shared:
     pool: Any
     stream: Any
     values: Values | None = None
-    given: tuple[torch.Tensor, int] | None = None
 
     @classmethod
-    def like(cls, x: torch.Tensor, parts: Parts, numbers: int, pool: tuple[Any, Any]) -> Shared:
-        """For a call with ``parts`` and ``x`` (M, K), and as many ``numbers`` in gradients."""
+    def like(cls, x: torch.Tensor, parts: Parts, numbers: int, pool: tuple[Any, Any], roomy: Shared | None) -> Shared:
+        """For a call with ``parts`` and ``x`` (M, K), and as many ``numbers`` in gradients.
+
+        What ``roomy``, if given, has for as many tokens or more is used in common: nothing in it lasts longer than a
+        replay.
+        """
+        buffer = Buffer(torch.empty_like(x)) if roomy is None else roomy.buffer
         tables = parts.tables
         if tables is not None:
             cos, sin = tables.cos.contiguous().clone(), tables.sin.contiguous().clone()
             tables = RopeTables(cos, sin, None, tables.rotary_dim, tables.interleaved)
-        flat = torch.empty(numbers, dtype=x.dtype if parts.trained else torch.float32, device=x.device)
+        dtype = x.dtype if parts.trained else torch.float32
+        flat = torch.empty(numbers, dtype=dtype, device=x.device) if roomy is None else roomy.flat
         room = parts.visible.room()
         visible = None if room is None else parts.visible.within(room)
-        return cls(torch.empty_like(x), flat, tables, None, visible, None, *pool)
+        return cls(buffer, buffer.rows[: x.shape[0]], flat, tables, None, visible, None, *pool)
 
     def take(self, x: torch.Tensor) -> None:
         """Have ``x`` (M, K) in the buffer, where it is already if it comes from the block that ran before."""
-        given = self.given
+        given = self.buffer.given
         if given is None or given[0].data_ptr() != x.data_ptr() or given[1] != x._version or given[0].shape != x.shape:
             self.y.copy_(x)
-        self.given = None
+        self.buffer.given = None
 
     def give(self) -> torch.Tensor:
         """A copy of the buffer."""
         found = self.y.clone()
-        self.given = found, found._version  # held, so that nothing else can be at its address
+        self.buffer.given = found, found._version  # held, so that nothing else can be at its address
         return found
 
     def set_batch(self, parts: Parts) -> None:
@@ -409,16 +433,28 @@ def _prepare(known: Shape, parts: Parts, x: torch.Tensor, shape: torch.Size) -> 
         adapters = [linear.adapter for linear in parts.linears()]
         numbers = sum(a.a.numel() + a.b.numel() for a in adapters if a is not None)
         numbers += sum(weight.numel() for weight in parts.weights() if weight is not None) if parts.trained else 0
-        others = (other.shared for other in parts.keeper.shapes.values() if other.captured and other.shared)
+        others = [other.shared for other in parts.keeper.shapes.values() if other.captured and other.shared]
         pool = next(((shared.pool, shared.stream) for shared in others), None) or new_pool(x.device)
-        known.shared = Shared.like(x, parts, numbers, pool)
+        known.shared = Shared.like(x, parts, numbers, pool, _roomy(others, x, numbers))
     if known.shared.values is None and not keep:
         _, attended, t_d, _ = forward_pass(parts, x, shape, keep=False)
-        known.shared.values = Values.like(x, attended, t_d)
+        others = [other.shared for other in parts.keeper.shapes.values() if other.shared and other.shared.values]
+        roomy = _roomy(others, x, 0)
+        known.shared.values = Values.like(x, attended, t_d, None if roomy is None else roomy.values)
     _hold(parts, x.dtype)
     if keep and not any(other.values.rest is not None for other in known.captured.values()):
         make_room(x)
     return known.shared
+
+
+def _roomy(others: list[Shared], x: torch.Tensor, numbers: int) -> Shared | None:
+    """One of ``others`` that has room for ``x`` (M, K) and so many gradients of adapters."""
+    for other in others:
+        rows = other.y
+        same = (rows.dtype, rows.device, rows.shape[1]) == (x.dtype, x.device, x.shape[1])
+        if same and rows.shape[0] >= x.shape[0] and other.flat.numel() >= numbers:
+            return other
+    return None
 
 
 def _capture_reading(shared: Shared, parts: Parts, shape: torch.Size, signature: tuple) -> Reading:

@@ -187,12 +187,16 @@ class KTOTrainer(PreferenceTrainer, TRLTrainer):
         )
         sums = self.accelerator.gather(sums[None]).sum(dim=0)
         kept = self._metrics[self._mode]
-        for name, (count, reward, logprob) in zip(("chosen", "rejected"), sums.tolist(), strict=True):
-            if count:
-                kept[f"rewards/{name}"].append(reward / count)
-                kept[f"logps/{name}"].append(logprob / count)
-        if sums[:, 0].all():
-            kept["rewards/margins"].append(kept["rewards/chosen"][-1] - kept["rewards/rejected"][-1])
+
+        def keep(found: list[list[float]]) -> None:
+            for name, (count, reward, logprob) in zip(("chosen", "rejected"), found, strict=True):
+                if count:
+                    kept[f"rewards/{name}"].append(reward / count)
+                    kept[f"logps/{name}"].append(logprob / count)
+            if all(count for count, _, _ in found):
+                kept["rewards/margins"].append(kept["rewards/chosen"][-1] - kept["rewards/rejected"][-1])
+
+        self.later(sums, keep)
 
 
 def _check(args: KTOConfig) -> None:

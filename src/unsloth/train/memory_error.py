@@ -45,7 +45,9 @@ class Snapshot:
         size = snapshot_bytes(parameters)
         free = device.free_memory(parameters[0].device) if parameters else None
         if size and (free is None or size < free):
-            self._copies = [parameter.detach().clone() for parameter in parameters]
+            self._copies = [torch.empty_like(parameter, requires_grad=False) for parameter in parameters]
+            with torch.no_grad():  # in a few launches, where clones would be one each
+                torch._foreach_copy_(self._copies, list(parameters))
 
     @torch.no_grad()
     def restore(self) -> bool:

@@ -127,6 +127,7 @@ class PairedTrainer(PreferenceTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of what was kept since the last log; as in transformers."""
+        self.settle_notes()
         kept = self._metrics[self._mode]
         prefix = "" if self.model.training else "eval_"
         logs.update({f"{prefix}{name}": sum(values) / len(values) for name, values in kept.items()})

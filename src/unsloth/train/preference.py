@@ -22,8 +22,8 @@ from unsloth.models import record
 from unsloth.train import config, setup, spellings
 from unsloth.train.follow import FollowsModel
 from unsloth.train.loop import ModelLoop
-from unsloth.train.packed_rows import PackedRows, pack
-from unsloth.train.reference import AdapterFree
+from unsloth.train.packed_rows import PackedRows, filled, pack
+from unsloth.train.reference import AdapterFree, adapters_off
 from unsloth.train.survival import SurvivalArguments
 from unsloth.train.token_logprobs import TokenLogprobs
 
@@ -34,6 +34,7 @@ _Prepare = Callable[
 ]
 
 _ANSWERS = "completion_mask"  # not 0 for the tokens of the answers
+_MOST_WAITING = 128
 
 logger = get_logger(__name__)
 
@@ -130,7 +131,8 @@ class PreferenceTrainer(ModelLoop):
 
     _prepare_rows: _Prepare = staticmethod(prepare_pairs)
     _in_pairs = True  # the second half of a batch answers the prompts of the first
-    _packed: tuple[torch.Tensor, PackedRows] | None = None
+    _batch: tuple[torch.Tensor, PackedRows | None, torch.Tensor] | None = None
+    _waiting: list[tuple[torch.Tensor, Callable[[Any], None]]]
     _metrics: dict[str, dict[str, list[float]]]
     _total_train_tokens: int
     ref_model: Any
@@ -138,11 +140,13 @@ class PreferenceTrainer(ModelLoop):
     def prepare_for(self, given: Given, reference: nn.Module | None = None) -> None:
         """What the rows and the reference need, before the constructor below is called."""
         args = given.args
+        self._waiting = []
         self._tokenizer = given.tokenizer
         self._options = options_of(args)
         chunked = args.fused_head is not False
         self._policy = TokenLogprobs(given.model, chunked)
         self._packing = args.packing is not False
+        self._fills = given.model.device.type == "cuda"  # where launches of similar passes are recorded
         if args.packing and not self._policy.packs:
             raise ConfigError(
                 "packing needs a model whose attention tells packed sequences apart",
@@ -203,7 +207,7 @@ class PreferenceTrainer(ModelLoop):
         """As :meth:`token_logprobs`, under the reference."""
         reference = self.ref_model if self.ref_model is not None else self.model  # before the first step they agree
         if isinstance(reference, AdapterFree):
-            with reference.model.disable_adapter():
+            with adapters_off(reference.model):
                 return self._logprobs(self._policy, reference.model, inputs, prefix)
         return self._logprobs(self._reference or self._policy, reference, inputs, prefix)
 
@@ -216,27 +220,60 @@ class PreferenceTrainer(ModelLoop):
         labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         ids, attended, answers = (inputs[f"{prefix}{name}"] for name in ("input_ids", "attention_mask", _ANSWERS))
-        packed = None
-        if self._packing and compute.packs:
-            if self._packed is None or self._packed[0] is not ids:  # policy and reference see the same batch
-                self._packed = ids, pack(ids, attended, answers == 0 if self._in_pairs else None)
-            packed = self._packed[1]
+        if self._batch is None or self._batch[0] is not ids:  # policy and reference see the same batch
+            packs = self._packing and self._policy.packs
+            packed = pack(ids, attended, answers == 0 if self._in_pairs else None) if packs else None
+            packed = filled(packed) if packed is not None and self._fills else packed
+            self._batch = ids, packed, ids.masked_fill(answers == 0, IGNORED)
+        packed = self._batch[1] if compute.packs else None
         if labels is None:
-            labels = ids.masked_fill(answers == 0, IGNORED)
+            labels = self._batch[2]
         with self.accelerator.autocast():
             return compute(model, {"input_ids": ids, "attention_mask": attended}, labels, packed)
 
     def count_tokens(self, inputs: Mapping[str, torch.Tensor]) -> None:
         """Keep the number of tokens seen in training."""
+        kept = self._metrics[self._mode]
+        count = torch.zeros((), dtype=torch.long, device=inputs["attention_mask"].device)
         if self.model.training:
-            self._total_train_tokens += int(self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum())
-        self._metrics[self._mode]["num_tokens"] = [self._total_train_tokens]
+            count = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum()
+
+        def keep(found: int) -> None:
+            self._total_train_tokens += found
+            kept["num_tokens"] = [self._total_train_tokens]
+
+        self.later(count, keep)
 
     def note(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Keep the mean of each tensor for the log; makes a GPU wait once."""
+        """Keep the mean of each tensor for the log."""
+        names, kept = list(values), self._metrics[self._mode]
         means = torch.stack([value.detach().float().mean() for value in values.values()])
-        for name, mean in zip(values, self.accelerator.gather(means[None]).mean(0).tolist(), strict=True):
-            self._metrics[self._mode][name].append(mean)
+
+        def keep(found: list[float]) -> None:
+            for name, mean in zip(names, found, strict=True):
+                kept[name].append(mean)
+
+        self.later(self.accelerator.gather(means[None]).mean(0), keep)
+
+    def later(self, tensor: torch.Tensor, keep: Callable[[Any], None]) -> None:
+        """Call ``keep`` with the values of ``tensor`` (as of ``tolist``) before the next log is written.
+
+        In the middle of a step a GPU would wait for whoever looks at them.
+        """
+        self._waiting.append((tensor, keep))
+        if len(self._waiting) >= _MOST_WAITING:
+            self.settle_notes()
+
+    def settle_notes(self) -> None:
+        """Have all that was noted among the metrics."""
+        waiting, self._waiting = self._waiting, []
+        for tensor, keep in waiting:
+            keep(tensor.tolist())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in the class below, with all that was noted."""
+        self.settle_notes()
+        super().log(logs, start_time)
 
     def note_pairs(self, rewards: tuple[torch.Tensor, torch.Tensor], logprobs: tuple[torch.Tensor, ...]) -> None:
         """Keep the rewards (B,) of chosen and rejected answers, how far apart they are, and the log-probabilities."""

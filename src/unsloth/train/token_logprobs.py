@@ -62,6 +62,7 @@ class TokenLogprobs:
         self._options = head_options(self._inner.config)
         self.chunked = chunked and self._can_be_chunked()
         self._tried = False
+        self._counted: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def packs(self) -> bool:
@@ -83,7 +84,8 @@ class TokenLogprobs:
         Args:
             model: What to call: the model, or a wrapper around it.
             inputs: Its arguments, of shape (B, T).
-            labels: (B, T), not shifted; ``IGNORED`` marks those that do not count.
+            labels: (B, T), not shifted; ``IGNORED`` marks those that do not count. Which do is found once for calls in
+                a row with the same tensor, before the model is called: a GPU waits for it.
             packed: The inputs as one row, to be computed in their place.
 
         Returns:
@@ -118,7 +120,7 @@ class TokenLogprobs:
         options = dataclasses.replace(self._options, temperature=temperature)
         entropy = entropy or entropy_grad
         if self.chunked:
-            found = self._from_hidden(model, inputs, targets, packed, options, entropy, entropy_grad)
+            found = self._from_hidden(model, inputs, labels, packed, options, entropy, entropy_grad)
             if found is not None:
                 return found
         logits = model(**inputs, use_cache=False).logits[:, -labels.shape[1] : -1]
@@ -133,13 +135,14 @@ class TokenLogprobs:
         self,
         model: nn.Module,
         inputs: dict[str, torch.Tensor],
-        targets: torch.Tensor,
+        labels: torch.Tensor,
         packed: PackedRows | None,
         options: HeadOptions,
         entropy: bool,
         entropy_grad: bool,
     ) -> Scores | None:
         """As ``__call__``; None if the model's head turns out to do more than is known of it."""
+        targets, places = labels[:, 1:], self._places(labels)
         seen: list[torch.Tensor] = []
         hook = self._inner.base_model.register_forward_hook(lambda _, __, output: seen.append(output[0]))
         if packed is not None:
@@ -154,15 +157,15 @@ class TokenLogprobs:
         head = self._inner.get_output_embeddings()
         if not self._tried and not self._head_is_known(hidden, head, last_logits):
             return None
-        counts = targets != IGNORED
         if packed is None:
-            scored = hidden[:, -(targets.shape[1] + 1) : -1][counts]  # prompt learning puts its own tokens in front
+            first = hidden.shape[1] - labels.shape[1]  # prompt learning puts its own tokens in front
+            scored = hidden[places // targets.shape[1], first + places % targets.shape[1]]
         else:
-            scored = hidden[0, packed.index[:, :-1][counts]]
+            scored = hidden[0, packed.index[:, :-1].flatten()[places]]
         found = logprobs(
             scored,
             head.weight,
-            targets[counts],
+            targets.flatten()[places],
             getattr(head, "bias", None),
             options=options,
             entropy=entropy,
@@ -170,11 +173,17 @@ class TokenLogprobs:
             chunk_bytes=fused_head.chunk_bytes(fused_head.keeper_of(self._inner), scored, head.weight),
         )
         chosen, spread = (
-            None if values is None else values.new_zeros(targets.shape).masked_scatter(counts, values)
+            None if values is None else values.new_zeros(targets.numel()).scatter(0, places, values).view(targets.shape)
             for values in (found.logprobs, found.entropy)
         )
         assert chosen is not None
         return Scores(chosen, spread)
+
+    def _places(self, labels: torch.Tensor) -> torch.Tensor:
+        """(N,) where in the flattened (B, T - 1) targets those that count are."""
+        if self._counted is None or self._counted[0] is not labels:
+            self._counted = labels, (labels[:, 1:] != IGNORED).flatten().nonzero().flatten()
+        return self._counted[1]
 
     def _can_be_chunked(self) -> bool:
         head = self._inner.get_output_embeddings()
