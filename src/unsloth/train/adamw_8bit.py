@@ -114,5 +114,13 @@ class AdamW8bit(torch.optim.Optimizer):
             moments = [kernel.Moments(s["state1"], s["state2"], s["absmax1"], s["absmax2"]) for s in states]
             kernel.adamw_8bit(parameters, gradients, moments, self._codes, settings, launch=self._launches.get(key))
             return
-        for parameter, gradient, state in zip(parameters, gradients, states, strict=True):
-            kernel.adamw_reference(parameter, gradient, state["state1"], state["state2"], settings)
+        # small tensors, such as the weights of norms, as one: a dozen launches each would take longer than all others
+        changed = [parameters, [s["state1"] for s in states], [s["state2"] for s in states]]
+        whole, gradient, m, v = (
+            torch.cat([t.flatten() for t in tensors]) for tensors in (changed[0], gradients, *changed[1:])
+        )
+        kernel.adamw_reference(whole, gradient, m, v, settings)
+        sizes = [parameter.numel() for parameter in parameters]
+        for tensors, values in zip(changed, (whole, m, v), strict=True):
+            pieces = zip(values.split(sizes), tensors, strict=True)
+            torch._foreach_copy_(tensors, [piece.view(tensor.shape) for piece, tensor in pieces])
