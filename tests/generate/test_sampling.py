@@ -19,6 +19,7 @@ from unsloth.generate import sampling
 from unsloth.generate.sampler import Controls, Kind, adjust, keys_of, sample
 from unsloth.generate.sampling import SamplingParams
 from unsloth.kernels.cut_rows import cut_rows
+from unsloth.kernels.sample_rows import waiting_times
 
 ROWS, SIZE = 6, 97
 
@@ -100,6 +101,15 @@ def test_greedy_rows_beside_drawn_ones():
     found = sample(logits(), c, Kind())
     assert torch.equal(found.tokens[::2], logits().argmax(-1)[::2])
     assert found.sampled[::2].abs().max() == 0
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**64 - 1])
+def test_no_seed_has_a_token_that_it_always_draws(seed):
+    """The first tokens of seed 0 were token 0, however unlikely."""
+    numbers = np.arange(64, dtype=np.uint64)
+    keys = torch.from_numpy(keys_of(np.full(64, seed, dtype=np.uint64), numbers))
+    waits = waiting_times(keys, 256)
+    assert waits.min() > 1e-6 and waits.mean() == pytest.approx(1, abs=0.05)
 
 
 def test_a_cut_does_not_change_which_random_numbers_are_used():

@@ -19,6 +19,7 @@ from unsloth.kernels.cut_rows import cut_rows
 from unsloth.kernels.sample_rows import sample_rows
 
 _MASK = 0xFFFFFFFF
+_OFFSET = np.uint64(0x632BE59BD9B4E019)
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ def adjust(z: torch.Tensor, controls: Controls, kind: Kind) -> torch.Tensor:
 
 def keys_of(seeds: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     """(2, B) int32 for seeds (B,) and numbers of tokens (B,), both uint64: splitmix64 (Steele et al., 2014)."""
-    state: Any = seeds * np.uint64(0x9E3779B97F4A7C15) + numbers * np.uint64(0xD1342543DE82EF95)
+    # The hash of 0 is 0, of which the smallest of all random numbers is made: seed 0 would always draw token 0 first.
+    state: Any = _OFFSET + seeds * np.uint64(0x9E3779B97F4A7C15) + numbers * np.uint64(0xD1342543DE82EF95)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     state = state ^ (state >> np.uint64(31))
