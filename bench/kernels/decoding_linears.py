@@ -1,20 +1,24 @@
-"""4-bit linears with adapters of rank 32 for a decoding step, as graphs.
+"""Linears with adapters of rank 32 for a decoding step, as graphs.
 
     python bench/kernels/decoding_linears.py [--dry-run]
 
-All products of four layers one after the other, whose weights no cache holds, then those of one input, where the
-peers are our 4-bit products with torch's thin products beside them, with those of lora_rows, and bitsandbytes' products
-with torch's.
+With 4-bit weights all products of four layers one after the other, whose weights no cache holds, then those of one
+input, where the peers are our 4-bit products with torch's thin products beside them, with those of lora_rows, and
+bitsandbytes' products with torch's. With 16-bit weights the products of one input, of six layers so that no cache holds
+them, with the gated unit after gate and up, beside torch's products.
 """
+
+from functools import partial
 
 import torch
 from bitsandbytes import functional, matmul_4bit
 from harness import Case, device, graphed, main
 
-from unsloth.kernels.decoding_linears import StackedAdapters, decoding_linears
+from unsloth.kernels.decoding_linears import StackedAdapters, decoding_gate, decoding_linears
 from unsloth.kernels.lora_rows import lora_rows
 from unsloth.kernels.nf4 import NF4Weight
 from unsloth.kernels.nf4_matmul import nf4_linear
+from unsloth.kernels.swiglu import swiglu
 
 GROUPS = {"q/k/v": ((4096, 1024, 1024), 4096), "o": ((4096,), 4096), "gate/up": ((14336, 14336), 4096)}
 GROUPS["down"] = ((4096,), 14336)
@@ -90,6 +94,37 @@ def cases(small: bool) -> list[Case]:
             }
             size = bytes_of(weights, adapters)
             result.append(Case("decoding_linears", f"{name}, {rows} rows", found, bytes=size, reads_only=True))
+    return result + [case for name, (outs, k) in groups.items() for case in dense_cases(name, outs, k)]
+
+
+def dense_cases(name: str, outs: tuple[int, ...], k: int) -> list[Case]:
+    """The products of one input with 16-bit weights, layer after layer."""
+    make = partial(torch.randn, device=device(), dtype=torch.bfloat16)
+    layers = []
+    for _ in range(6):
+        adapters = StackedAdapters(make(RANK * len(outs), k), tuple(make(n, RANK) for n in outs), (SCALE,) * len(outs))
+        layers.append(([make(n, k) for n in outs], adapters))
+
+    def ours(x, weights, adapters):
+        if name == "gate/up":
+            return decoding_gate(x, weights, adapters, None, "silu")
+        return decoding_linears(x, weights, adapters)
+
+    def torchs(x, weights, adapters):
+        outputs = beside(x, [partial(torch.nn.functional.linear, weight=weight) for weight in weights], adapters)
+        return swiglu(*outputs) if name == "gate/up" else outputs
+
+    result = []
+    for rows in (1, 8, 32, 128):
+        x = make(rows, k)
+        found = {
+            "ours": graphed(lambda x=x: [ours(x, *layer) for layer in layers]),
+            "torch's products": graphed(lambda x=x: [torchs(x, *layer) for layer in layers]),
+        }
+        size = sum(t.nbytes for weights, adapters in layers for t in (*weights, adapters.a, *adapters.b))
+        result.append(
+            Case("decoding_linears", f"6 layers' {name}, 16 bits, {rows} rows", found, bytes=size, reads_only=True)
+        )
     return result
 
 
