@@ -62,7 +62,7 @@ def bytes_of(weights, adapters):
 
 
 def cases(small: bool) -> list[Case]:
-    groups = {"small": ((16, 24), 128)} if small else GROUPS
+    groups = {"q/k/v": ((16, 24), 128), "gate/up": ((16, 16), 128)} if small else GROUPS
     layers = [[(k, *random_group(outs, k)) for outs, k in groups.values()] for _ in range(LAYERS)]
     result = []
     for rows in (1, 8, 32, 128):
