@@ -88,6 +88,22 @@ def test_writes_into_columns_of_a_wider_buffer(device):
     assert rms_norm_backward(x, x, w, 1e-6)[1] is None
 
 
+def test_a_residual_stream_that_is_wider_than_the_products(device):
+    x, residual, weight = (torch.randn(shape, device=device) for shape in ((5, 72), (5, 72), (72,)))
+    x = x.bfloat16()
+    y, h = rms_norm_forward(x, weight, 1e-6, residual=residual, out=torch.empty_like(x))
+    assert (y.dtype, h.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(h, x + residual)
+    torch.testing.assert_close(y.float(), rms_norm_reference(h, weight, 1e-6), rtol=8e-3, atol=8e-3)
+    dy, past = torch.randn_like(x), torch.randn_like(h)
+    dx, dweight = rms_norm_backward(dy, h, weight, 1e-6, dh=past, weight_grad=True)
+    leaves = h.clone().requires_grad_(), weight.clone().requires_grad_()
+    expected = torch.autograd.grad(rms_norm_reference(*leaves, 1e-6), leaves, dy.float())
+    assert dx.dtype == dweight.dtype == torch.float32
+    torch.testing.assert_close(dx, expected[0] + past)
+    torch.testing.assert_close(dweight, expected[1])
+
+
 def test_tiny_and_huge_values(device):
     x = torch.tensor([[1e-20] * 8, [1e15] * 8, [0.0] * 8], device=device, requires_grad=True)
     check_op(ours, rms_norm_reference, x, torch.ones(8, device=device), 1e-6, 0.0)

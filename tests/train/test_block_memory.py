@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from unsloth.memory.budget import Budget, Place
@@ -59,6 +60,25 @@ def test_gradients_count_where_the_first_layers_hold_as_much_as_the_last(llama_8
     recomputed = block_memory.measure(llama_8b, True, 16384, 2, CONFIG["vocab_size"])
     assert recomputed.peak(gradients, accumulated=False)[0] == 0
     assert recomputed.peak(gradients, accumulated=True)[0] == gradients
+
+
+@pytest.mark.parametrize(
+    ("policy", "rows", "measured"), [(Budget(device=0), 2048, 1.065), (False, 2048, 7.349), (True, 16384, 9.686)]
+)
+def test_one_update_as_bench_memory_measured_it(llama_8b, policy, rows, measured):
+    found = block_memory.measure(llama_8b, policy, rows, 2, CONFIG["vocab_size"])
+    assert sum(found.peak(int(0.3125 * GIB), accumulated=False)) == pytest.approx(measured * GIB, rel=0.05)
+
+
+# 1B, bfloat16 weights that are trained, 2 x 2,048 tokens accumulated, call by call: over weights, states and gradients
+@pytest.mark.parametrize(("policy", "measured"), [(Budget(device=0), 0.78), (True, 1.16), (False, 6.64)])
+def test_full_fine_tuning_within_ten_percent_of_what_was_measured(policy, measured):
+    shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 1}
+    options = LoadOptions("llama", precision="full", dtype=torch.bfloat16, float32_mixed_precision=False)
+    found = skeleton.build(LlamaConfig(**{**CONFIG, **shape}), options, None).blocks
+    found = block_memory.Blocks(16, found.width, found.heads, found.linears, found.head)
+    memory = block_memory.measure(found, policy, 4096, 2, CONFIG["vocab_size"], recorded=False)
+    assert memory.activations + memory.logits == pytest.approx(measured * GIB, rel=0.1)
 
 
 def test_a_budget_is_kept_and_the_rest_is_on_the_host(llama_8b):

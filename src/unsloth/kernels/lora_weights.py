@@ -29,6 +29,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from unsloth.core.errors import ConfigError
 from unsloth.kernels import dispatch
+from unsloth.kernels.head_chunks import matmul_into
 from unsloth.kernels.rounding import must_round, nearest
 
 _RANK_STEP = 16
@@ -383,9 +384,8 @@ class LoraGroup:
         Without adapters both may be float32, where ``x`` is not.
         """
         if residual.dtype != x.dtype:
-            if x.is_cuda:
-                return torch.addmm(residual, x, self.weights[0].t(), out_dtype=out.dtype, out=out)
-            return torch.add(residual, x @ self.weights[0].t(), out=out)
+            matmul_into(out.copy_(residual), x, self.weights[0].t(), accumulate=True)
+            return out
         if self.padded is not None:
             weight = self.padded.buffer[: self.padded.out_features, : self.in_features + self.room].t()
             return torch.addmm(residual, x, weight, out=out)

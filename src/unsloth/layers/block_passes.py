@@ -87,7 +87,7 @@ class Parts:
         return [*of_linears, self.norm[0], self.mlp.weight, *(self.head_norms or (None, None))]
 
     def own(self, needs: Sequence[bool], room: torch.Tensor | None = None) -> OwnGradients | None:
-        """For the gradients of weights that are trained, of which ``needs`` says, behind those of adapters, which."""
+        """Takes in gradients of trained weights, if there are any; ``needs`` is of every A and B, then of those."""
         return OwnGradients(self.weights(), needs[2 * len(self.linears()) :], room) if self.trained else None
 
     def linears(self) -> tuple[Frozen, ...]:

@@ -36,15 +36,9 @@ class OwnGradients:
         weight, bias = 2 * number, 2 * number + 1
         if self.needs[weight]:
             into = self._found[weight]
-            own = self.weights[weight]
-            if into is None and own is not None:
-                into = (
-                    self._place(weight, own) if tiles == 1 else own.new_empty(own.shape, dtype=compute_dtype(own.dtype))
-                )
-                matmul_into(into, g.t(), x)
-                self._found[weight] = into
-            elif into is not None:
-                matmul_into(into, g.t(), x, accumulate=True)
+            summed = into if into is not None else self._place(weight, tiles)
+            matmul_into(summed, g.t(), x, accumulate=into is not None)
+            self._found[weight] = summed
         if self.needs[bias]:
             more = g.sum(0, dtype=compute_dtype(g.dtype))
             into = self._found[bias]
@@ -58,8 +52,12 @@ class OwnGradients:
         """The gradient of weight ``number``, such as a norm's."""
         self._found[number] = grad
 
-    def _place(self, number: int, weight: torch.Tensor) -> torch.Tensor:
+    def _place(self, number: int, tiles: int) -> torch.Tensor:
         """Where the gradient of weight ``number`` goes."""
+        weight = self.weights[number]
+        assert weight is not None
+        if tiles > 1:
+            return torch.empty(weight.shape, dtype=compute_dtype(weight.dtype), device=weight.device)
         if self._room is None:
             return torch.empty_like(weight, memory_format=torch.contiguous_format)
         before = zip(self.weights[:number], self.needs[:number], strict=True)

@@ -113,8 +113,8 @@ def _norms(
     for owner, name in found:
         module = getattr(owner, name)
         weight = module.weight
-        frozen = trained or not weight.requires_grad
-        if options is None or not is_untouched(module) or not frozen or weight.dtype != x.dtype:
+        fits = weight.dtype == x.dtype and (trained or not weight.requires_grad)
+        if options is None or not is_untouched(module) or not fits:
             return None
         norms.append((weight, options))
     return norms
