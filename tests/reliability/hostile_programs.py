@@ -228,4 +228,60 @@ PROGRAMS = {
     "trace_caller": "import sys\ndef f(x):\n    def trace(frame, event, arg):\n        frame.f_trace = trace\n        return trace\n    sys._getframe(1).f_trace = trace\n    sys.settrace(trace)\n    return 1",
     "import_hook": "import sys\nclass Hook:\n    def find_spec(self, name, path=None, target=None):\n        open('WRITE', 'w').write(name)\ndef f(x):\n    sys.meta_path.insert(0, Hook())\n    import xmlrpc\n    return 1",
     "terminal": "def f(x):\n    print('\\x1b]0;own\\x07\\x1b[2J\\x9b31m\\rpassed')\n    raise ValueError('\\x1b[2Jpassed\\x00')",
+    # what moves descriptors, names files and processes in newer ways, and belongs to the whole machine
+    "send_descriptor": f"def f(x):{LIBC}    return [libc.syscall(n, 0, (ctypes.c_uint64 * 32)(), 0) for n in (46, 47, 44, 45, 54, 53)]",
+    "descriptor_of_parent": f"def f(x):{LIBC}    p = libc.getppid()\n    return [libc.syscall(434, p, 0), libc.syscall(438, 3, 0, 0), libc.syscall(312, p, p, 0, 0, 0), libc.syscall(440, 3, None, 0, 21, 0)]",
+    "open_in_newer_ways": f"def f(x):{LIBC}    r = b'READ'\n    how = (ctypes.c_uint64 * 3)()\n    return [libc.syscall(437, -100, r, how, 24), libc.syscall(257, -100, r, 0), libc.syscall(85, b'WRITE', 0o600), libc.syscall(303, -100, r, how, how, 0), libc.syscall(428, -100, r, 0), libc.syscall(332, -100, r, 0, 2047, (ctypes.c_char * 256)())]",
+    "schedule_of_parent": f"def f(x):{LIBC}    p = libc.getppid()\n    return [libc.syscall(203, p, 8, ctypes.byref(ctypes.c_uint64(1))), libc.syscall(141, 0, p, 19), libc.syscall(251, 1, p, 7), libc.syscall(144, p, 5, ctypes.byref(ctypes.c_int(0)))]",
+    "keyrings": f"def f(x):{LIBC}    return [libc.syscall(248, b'user', b'a', b'b', 1, -3), libc.syscall(249, b'user', b'a', None, -3), libc.syscall(250, 0, -3, 1)]",
+    "clocks_of_the_machine": f"def f(x):{LIBC}    t = (ctypes.c_uint64 * 32)()\n    return [libc.syscall(n, 0, t, t) for n in (227, 164, 159, 305)]",
+    "whole_machine": f"def f(x):{LIBC}    return [libc.syscall(n, 0, 0, 0, 0) for n in (103, 163, 167, 170, 175, 246, 313, 320, 321)]",
+    "other_forks": f"def f(x):{LIBC}    return [libc.syscall(58), libc.syscall(56, 17, 0, 0, 0, 0), libc.syscall(435, (ctypes.c_uint64 * 11)(), 88)]",
+    "own_filter": f"def f(x):{LIBC}    return [libc.syscall(317, 1, 0, None), libc.prctl(22, 1, 0, 0, 0), libc.prctl(4, 1, 0, 0, 0), libc.syscall(135, 0x0400000), libc.syscall(154, 0, None, 0)]",
+    "splices": f"def f(x):{LIBC}    v = (ctypes.c_uint64 * 2)()\n    return [libc.syscall(n, 0, v, 0, v, 1, 0) for n in (275, 276, 278, 40, 326, 19, 20, 17, 18)]",
+    "memory_by_break": f"def f(x):{LIBC}    libc.sbrk.restype = ctypes.c_long\n    libc.mremap.restype = ctypes.c_long\n    return [libc.sbrk(ctypes.c_long(1 << 40)), libc.mlockall(7), libc.mremap(0, 0, ctypes.c_size_t(1 << 40), 1)]",
+    "code_made_executable": f"def f(x):{LIBC}    a = id(f) // 4096 * 4096\n    return [libc.mprotect(ctypes.c_void_p(a), 4096, 5), libc.syscall(329, ctypes.c_void_p(a), 4096, 7, -1)]",
+    # memory that belongs to the interpreter
+    "other_small_integers": f"def f(x):{LIBC}    ctypes.c_uint32.from_address(id(7) + 24).value = 9\n    return 7",
+    "freed_twice": f"def f(x):{LIBC}    libc.malloc.restype = ctypes.c_void_p\n    p = ctypes.c_void_p(libc.malloc(64))\n    libc.free(p)\n    libc.free(p)\n    libc.free(ctypes.c_void_p(id(x)))\n    return 1",
+    "deep_iterator": "import itertools\ndef f(x):\n    it = iter([1])\n    for _ in range(10 ** 6):\n        it = itertools.chain(it)\n    return next(it)",
+    "slow_doubled_list": "def f(x):\n    a = [1]\n    for _ in range(50):\n        a = [a, a]\n    return a",
+    # what is called around the function, or after it
+    "written_after_the_answer": (
+        f"def f(x):{OS}    def hook(frame, event, arg):\n        if event == 'c_return' and arg is os.write:\n            sys.setprofile(None)\n            os.write(0, bytes(4))\n"
+        "    sys.setprofile(hook)\n    return 1"
+    ),
+    "builtin_by_its_spec": (
+        "import sys\ndef f(x):\n    imp = sys.modules['_imp']\n    spec = type(sys.__spec__)('faulthandler', None, origin='built-in')\n    module = imp.create_builtin(spec)\n"
+        "    imp.exec_builtin(module)\n    module.dump_traceback(0)\n    return 1"
+    ),
+    "slow_trickle": f"import time\ndef f(x):{OS}    os.write(0, b'\\0\\0\\xff\\xff')\n    while True:\n        os.write(0, b' ')\n        time.sleep(0.01)",
+    "raises_stop_iteration": "def f(x):\n    raise StopIteration(7)",
+    "is_a_class": "class f:\n    def __new__(cls, x):\n        return 1",
+    "is_asynchronous": "async def f(x):\n    return 1",
+}
+
+# an encoder of its own in the place of the sandbox's: expressions of texts that stand for no plain value, or for a strange one
+TEXTS = {
+    "list_as_key": """'{"d":[[],1]}'""",
+    "list_in_a_key": """'{"s":[{"t":[[]]}]}'""",
+    "long_float": "'1' * 900_000 + '.5'",
+    "odd_hexadecimal": """'{"i":"-0x_1"}'""",
+    "wide_bytes": """'{"b":"\\\\u0100"}'""",
+    "no_tag": "'{}'",
+}
+# whole answers: another printed text, a failure of the sandbox that would not be scored, two values
+ANSWERS = {
+    "list_as_output": '"value":1,"output":[1]',
+    "failure_of_the_sandbox": '"output":"","error":["SandboxUnavailableError","no"]',
+    "error_without_text": '"output":"","error":["ValueError"]',
+    "two_values": '"output":"","value":1,"value":2',
+}
+PROGRAMS |= {
+    f"encodes_{name}": f"import sys\ndef f(x):\n    sys.modules['codec'].encode = lambda *a, **k: {text}\n    return 1"
+    for name, text in TEXTS.items()
+}
+PROGRAMS |= {
+    f"answers_{name}": f"def f(x):{OS}    m = b'{{\"id\":\"' + sys._getframe(1).f_locals['number'].encode() + {(chr(34) + ',' + rest + '}').encode()!r}\n    os.write(0, len(m).to_bytes(4, 'big') + m)\n    return 1"
+    for name, rest in ANSWERS.items()
 }

@@ -66,7 +66,7 @@ ERRORS = [
     ("[][1]", IndexError, "list index out of range"),
     ("int('x')", ValueError, "invalid literal"),
     ("None.x", AttributeError, "'NoneType' object has no attribute 'x'"),
-    ("next(iter([]))", StopIteration, ""),
+    ("next(iter([]))", RuntimeError, "generated code raised StopIteration"),
     ("b'\\xff'.decode()", UnicodeDecodeError, "invalid start byte"),
     ("'\\xff'.encode('ascii')", UnicodeEncodeError, "ordinal not in range"),
     ("open('x')", PermissionError, "not permitted"),
@@ -87,6 +87,12 @@ def test_errors_arrive_as_their_builtin_types(expression, kind, text):
     assert type(caught.value) is kind and text in str(caught.value)
     assert caught.value.__notes__ == ["raised by generated code in its sandbox"]
     assert function.run(1).status == "error"
+
+
+def test_no_error_ends_a_loop_of_the_host():
+    function = SandboxedFunction("def f(x):\n    raise StopIteration")
+    with pytest.raises(RuntimeError):
+        all(map(function, range(3)))
 
 
 def test_own_errors_arrive_as_the_builtin_that_they_are():

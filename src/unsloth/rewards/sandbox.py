@@ -190,7 +190,7 @@ class SandboxedFunction:
         """Call the function.
 
         Raises:
-            Exception: The builtin exception that it raised.
+            Exception: The builtin exception that it raised; ``RuntimeError`` for ``StopIteration``.
             TypeError: An argument or the result is not plain.
             GeneratedCodeError: It raised ``SystemExit`` or the like, or its answer was too long.
             SandboxTimeoutError, SandboxKilledError, SandboxUnavailableError: As the statuses of :class:`Outcome`.
@@ -392,6 +392,9 @@ def _error(described: Any) -> Exception:
     if type(described) is not list or len(described) != 2 or not all(type(part) is str for part in described):
         raise ChildAnswerError("an error without a name and a text")
     name, text = described[0], _printable(described[1][:_MESSAGE_CHARACTERS]).translate(_CONTROLS)
+    if name in ("StopIteration", "StopAsyncIteration"):
+        # It would end a loop of the host: all(map(function, cases)) would be true. Generators do the same (PEP 479).
+        name, text = "RuntimeError", f"generated code raised {name}"
     kind = _BUILTIN_ERRORS.get(name)
     if kind is None:
         return GeneratedCodeError(f"generated code raised {name[:60]}: {text[:200]}", do="Treat it as failed.")
