@@ -166,6 +166,10 @@ def test_shapes_of_sixteen_bit_tiles():
         for rows, sizes, k in ((1, [8], 64), (20, [4096, 1024], 4096), (64, [28672], 4096), (128, [14336] * 2, 4096)):
             shape = dense_shape(rows, sizes, k, processors, room)
             assert k % shape.step == 0 and 2 * shape.stages * shape.step * (shape.tile + shape.batch) <= room
+        for rows, n, k in ((1, 8, 64), (66, 40, 64), (64, 6144, 2048), (128, 14336, 4096), (20, 8960, 1536)):
+            shape = dense_shape(rows, [n, n], k, processors, room, gated=True)
+            assert shape.split == 1 and k % shape.step == 0
+            assert 2 * shape.stages * shape.step * (2 * shape.tile + shape.batch) <= room
 
 
 @pytest.mark.parametrize(("rows", "rank", "adapters"), [(5, 16, 2), (20, 16, 3), (40, 48, 2)])
