@@ -141,12 +141,13 @@ def test_blocks_whose_own_weights_are_trained_are_replayed_too(family, blocks, p
     assert Recorder.made == 2 * blocks
 
 
-def test_blocks_with_trained_weights_are_not_recorded_where_layers_are_offloaded():
+@pytest.mark.parametrize(("graphs", "policy"), [(True, Budget(device=0, host=2**30)), (None, True)])
+def test_blocks_with_trained_weights_are_recorded_only_if_asked_for_and_memory_is_not_short(graphs, policy):
     model = tiny.build("llama").train().requires_grad_(True)
     model.config._attn_implementation = "unsloth"
-    made = plan(model, attention=True, whole=True)
+    made = plan(model, attention=True, whole=True, graphs=graphs)
     made.apply()
-    checkpointing.apply(model, Budget(device=0, host=2**30))
+    checkpointing.apply(model, policy)
     for _ in range(4):
         model(input_ids=torch.ones(1, 9, dtype=torch.long), labels=torch.ones(1, 9, dtype=torch.long)).loss.backward()
     assert not recorded(made)

@@ -113,10 +113,14 @@ def test_float32_weights_with_bfloat16_products(family, tile, monkeypatch):
         made.undo()
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("llama", torch.float16), ("qwen3", torch.bfloat16)])
-def test_other_mixtures_of_dtypes_are_left_to_separate_functions(family, dtype):
+@pytest.mark.parametrize(
+    ("family", "dtype", "mixes"),
+    [("llama", torch.float16, True), ("qwen3", torch.bfloat16, True), ("llama", torch.bfloat16, False)],
+)
+def test_other_mixtures_of_dtypes_are_left_to_separate_functions(family, dtype, mixes):
     model = tiny.build(family).train().requires_grad_(True)
     made = whole(model)
+    blocks(made)[0].fast.options.keeper.mixes = mixes
     with torch.autocast("cpu", dtype):
         run(model)
     assert all("another dtype" in next(iter(r.fast.partly)) for r in blocks(made))

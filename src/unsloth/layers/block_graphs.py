@@ -353,7 +353,8 @@ def find_reading(parts: Parts, x: torch.Tensor, shape: torch.Size) -> Reading | 
 
 def _may_record(parts: Parts, x: torch.Tensor) -> bool:
     fits = not parts.visible.window and x.shape[0] <= RECORDED_ROWS
-    fits = fits and not (parts.trained and parts.keeper.assignment.tight)  # what graphs work with is theirs for good
+    if parts.trained:  # what graphs work with is theirs for good
+        fits = fits and parts.keeper.captures_own and not parts.keeper.assignment.tight
     return fits and parts.keeper.captures and can_record(x)
 
 

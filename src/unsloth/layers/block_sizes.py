@@ -69,7 +69,6 @@ def block_sizes(
         keeping=max(0, kept - lean - again) * itemsize,
         weights=(sum(of_mlp) + of_attention) * itemsize if all(linear.quantized for linear in linears) else 0,
         buffers=rows * (2 * width + attended) * itemsize if recorded else 0,
-        own=own * itemsize,
     )
 
 

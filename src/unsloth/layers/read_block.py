@@ -53,7 +53,8 @@ def read_block(block: torch.nn.Module, x: torch.Tensor, kwargs: Mapping[str, Any
     trained = any(linear.trained for linear in linears)
     if trained and any(linear.adapter is not None or linear.base.weight.dtype != x.dtype for linear in linears):
         return "weights that are trained beside adapters, or in another dtype than the residual stream"
-    if product_dtype(x) != x.dtype and not (trained and _is_mixed(x) and of_attention.head_norms is None):
+    mixed = trained and options.keeper.mixes and _is_mixed(x) and of_attention.head_norms is None
+    if product_dtype(x) != x.dtype and not mixed:
         return "an input in another dtype than the products"
     if len(of_mlp.gate_up) != 2 or any(linear.bias is not None for linear in linears[-3:]):
         return "an MLP with biases, or gate and up in one"

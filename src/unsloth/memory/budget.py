@@ -66,7 +66,6 @@ class LayerSizes:
         keeping: How much more it holds if it was kept.
         weights: Its weights, dequantized.
         buffers: Of recorded layers, one set for all of them.
-        own: Gradients of its own weights, where those are trained; they are counted in ``working``.
     """
 
     least: int
@@ -77,7 +76,6 @@ class LayerSizes:
     keeping: int = 0
     weights: int = 0
     buffers: int = 0
-    own: int = 0
 
 
 @dataclass(frozen=True)

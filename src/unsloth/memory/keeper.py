@@ -45,6 +45,8 @@ class Keeper:
     Args:
         layers: How many there are.
         captures: Whether layers may be recorded as CUDA graphs.
+        captures_own: Whether those may whose own weights are trained.
+        mixes: Whether layers of float32 weights that are trained may have products in bfloat16.
 
     Attributes:
         shapes: Of batches, with the graphs recorded for them; who records decides what is in it, but for a method
@@ -52,8 +54,8 @@ class Keeper:
         separate: Decides for layers that are computed by separate functions.
     """
 
-    def __init__(self, layers: int, captures: bool = False) -> None:
-        self.layers, self.captures = layers, captures
+    def __init__(self, layers: int, captures: bool = False, captures_own: bool = False, mixes: bool = False) -> None:
+        self.layers, self.captures, self.captures_own, self.mixes = layers, captures, captures_own, mixes
         self.shapes: dict[tuple, Any] = {}
         self.separate = Chooser(layers)
         self.assignment = Assignment((), lean=False)
@@ -69,7 +71,7 @@ class Keeper:
         self._may_hold = layers
 
     def __reduce__(self) -> tuple:
-        return Keeper, (self.layers, self.captures)
+        return Keeper, (self.layers, self.captures, self.captures_own, self.mixes)
 
     def decide(
         self,

@@ -45,9 +45,9 @@ def plan(
         attention: Whether to compute scores by :mod:`unsloth.layers.packed_attention` where the model is set to
             ``sdpa``; None means: on a GPU, where that has kernels.
         whole: Whether blocks train as one function each (:mod:`unsloth.layers.whole_block`), in calls that allow it;
-            None means: on a GPU.
+            None means: on a GPU, but not with float32 weights that are trained and bfloat16 products.
         graphs: Whether such blocks are recorded as CUDA graphs (:mod:`unsloth.layers.block_graphs`), for batches of
-            shapes that come again; None means: on a GPU.
+            shapes that come again; None means: on a GPU, but not where the blocks' own weights are trained.
         also: Further replacements, such as of the output head.
 
     Raises:
@@ -66,7 +66,7 @@ def plan(
         )
     else:
         on_gpu = inner.device.type == "cuda"
-        keeps = _keeper(draft.module(family.layers), on_gpu if whole is None else whole, graphs)
+        keeps = _keeper(draft.module(family.layers), whole, graphs, on_gpu)
         _Family(draft, family, keeps).add()
         if attention or (attention is None and on_gpu):
             _add_scores(draft, family)
@@ -303,8 +303,11 @@ class _Family:
         return modules
 
 
-def _keeper(blocks: torch.nn.Module, whole: bool, graphs: bool | None) -> Keeper | None:
-    return Keeper(len(list(blocks.children())), captures=graphs is not False) if whole else None
+def _keeper(blocks: torch.nn.Module, whole: bool | None, graphs: bool | None, on_gpu: bool) -> Keeper | None:
+    if not (on_gpu if whole is None else whole):
+        return None
+    count = len(list(blocks.children()))
+    return Keeper(count, graphs is not False, captures_own=graphs is True, mixes=whole is True)
 
 
 def _add_scores(draft: _Draft, family: spec.ModelSpec) -> None:

@@ -11,7 +11,7 @@ from unsloth.kernels.linear_cross_entropy import late_bytes
 from unsloth.layers import linear
 from unsloth.layers.attention import AttentionOptions
 from unsloth.layers.block import BlockOptions
-from unsloth.layers.block_sizes import RECORDED_ROWS, block_sizes
+from unsloth.layers.block_sizes import block_sizes
 from unsloth.layers.fused_head import LEAN_CHUNK_BYTES
 from unsloth.layers.linear import Frozen
 from unsloth.layers.mlp import MlpOptions
@@ -124,12 +124,10 @@ def measure(
     layers = chosen.device_bytes(sizes) + hidden
     staged = min(STAGING, blocks.layers) * sizes.least + sizes.buffers
     late = staged + sizes.working + (0 if chosen.lean else sizes.quick) + hidden
-    # blocks with trained weights are recorded only where memory is not short
-    own = 3 * hidden + sizes.own if sizes.own and rows <= RECORDED_ROWS and not chosen.tight else 0
-    if recorded and (sizes.buffers or own):
-        inside = layers - chosen.waiting_bytes(sizes) + own
+    if recorded and sizes.buffers:
+        inside = layers - chosen.waiting_bytes(sizes)
         # the head's memory is free again by then, that of recorded blocks which keep their values is not
-        return BlockMemory(head + inside, logits, host, (layers if Place.KEEP in chosen.places else late) + own)
+        return BlockMemory(head + inside, logits, host, layers if Place.KEEP in chosen.places else late)
     first, second = (layers, 0) if layers > head + logits else (head, logits)
     return BlockMemory(first, second, host, min(late, layers))
 
