@@ -163,9 +163,17 @@ def test_shapes_of_sixteen_bit_tiles():
     assert dense_shape(32, [4096], 4096, 132, 227 * 2**10).split == 2
     assert dense_shape(128, [14336, 14336], 4096, 132, 227 * 2**10).split == 1
     for processors, room in ((132, 227 * 2**10), (108, 163 * 2**10), (128, 99 * 2**10)):
-        for rows, sizes, k in ((1, [8], 64), (20, [4096, 1024], 4096), (64, [28672], 4096), (128, [14336] * 2, 4096)):
+        for rows, sizes, k in (
+            (1, [8], 64),
+            (20, [4096, 1024], 4096),
+            (64, [28672], 4096),
+            (128, [14336] * 2, 4096),
+            (66, [40, 40], 64),
+        ):
             shape = dense_shape(rows, sizes, k, processors, room)
             assert k % shape.step == 0 and 2 * shape.stages * shape.step * (shape.tile + shape.batch) <= room
+            shape = dense_shape(rows, sizes, k, processors, room, gated=True)
+            assert shape.split == 1 and 2 * shape.stages * shape.step * (128 + shape.batch) <= room
 
 
 @pytest.mark.parametrize(("rows", "rank", "adapters"), [(5, 16, 2), (20, 16, 3), (40, 48, 2)])

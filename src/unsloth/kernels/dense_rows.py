@@ -67,7 +67,7 @@ class DenseShape(NamedTuple):
 
     Attributes:
         batch: Rows of x in a tile.
-        tile: Rows of W in a tile; of a gated unit, half of them of each matrix.
+        tile: Rows of W in a tile; of a gated unit, 64 of each matrix.
         step: Columns in a step, which K must be a multiple of.
         split: Parts that K is split into.
         warps: Of a program.
@@ -82,7 +82,9 @@ class DenseShape(NamedTuple):
     stages: int
 
 
-def dense_shape(rows: int, sizes: Sequence[int], k: int, processors: int, room: int) -> DenseShape:
+def dense_shape(
+    rows: int, sizes: Sequence[int], k: int, processors: int, room: int, *, gated: bool = False
+) -> DenseShape:
     """The shape of :func:`multiply_dense`; ``room`` is the shared memory that one program may have.
 
     Timed on an H100: few programs that load far ahead, and no more parts of K than a multiprocessor each needs. Four
@@ -99,8 +101,10 @@ def dense_shape(rows: int, sizes: Sequence[int], k: int, processors: int, room: 
     while split < 8 and tiles * split < wanted and k // step >= 8 * split:
         split *= 2
     share = room // 2 if tile == 64 and tiles * split > processors else room  # of a multiprocessor's shared memory
-    stages = max(2, min(8, (share - 8 * 2**10) // (2 * step * (tile + batch))))
-    return DenseShape(batch, tile, step, split, warps, stages)
+    stages = min(8, (share - 8 * 2**10) // (2 * step * (tile + batch)))
+    if gated:  # a program has 64 rows of each matrix
+        split, stages = 1, min(stages, (room - 8 * 2**10) // (2 * step * (128 + batch)))
+    return DenseShape(batch, tile, step, split, warps, max(2, stages))
 
 
 def multiply_dense(
@@ -129,10 +133,10 @@ def multiply_dense(
     gated = bool(activation)
     sizes = [weight.shape[0] for weight in weights]
     room, processors = shared_memory(x.device), processor_count(x.device)
-    batch, tile, step, split, warps, stages = shape or dense_shape(rows, sizes, k, processors, room)
+    batch, tile, step, split, warps, stages = shape or dense_shape(rows, sizes, k, processors, room, gated=gated)
     outs = sizes[:1] if gated else sizes
     if gated:
-        tile, split = max(64, tile // 2), 1  # a program has a tile of each
+        tile = 64  # of each matrix
     width = 0 if side is None else side.rank
     y = torch.empty((split, rows * sum(outs)), dtype=x.dtype if split == 1 else torch.float32, device=x.device)
     overlaps = overlaps_launches(x.device)
@@ -220,7 +224,7 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     room = 2**18 if float_dtype == "bf16" else 2**16
     integers = ("outputs", "k", "stride_x", "ranks", "first_rank", "width")
     for rows, count, masked, activation in ((32, 3, True, ""), (128, 2, False, "silu"), (128, 1, False, "")):
-        batch, tile, step, _, warps, stages = dense_shape(rows, [14336], 4096, 132, room)
+        batch, tile, step, _, warps, stages = dense_shape(rows, [14336], 4096, 132, room, gated=bool(activation))
         tile = tile // 2 if activation and tile > 64 else tile
         types: dict = {"x": ptr, "weights": (ptr,) * count, "y": ptr, "mask": ptr, "projections": "*fp32"}
         types |= dict.fromkeys(integers, "i32:16") | dict.fromkeys(("m", "share", "adapters"), "i32")
