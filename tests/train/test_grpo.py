@@ -571,6 +571,7 @@ def test_what_the_trainer_itself_is_given_is_checked_too(tiny, tmp_path):
             GRPOTrainer(**common, args=GRPOConfig(**settings(tmp_path)), **change)
 
 
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")  # TRL says that it is experimental
 def test_a_rollout_func_answers_every_prompt(tiny, tmp_path):
     def short(prompts, trainer):
         return {"prompt_ids": [[5]] * len(prompts), "completion_ids": [[6]] * 3, "logprobs": [[0.0]] * 3}
