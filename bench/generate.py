@@ -84,10 +84,11 @@ def compare(model: torch.nn.Module, engine: Engine, args: argparse.Namespace) ->
 
 
 def throughput(engine: Engine, batch: int, args: argparse.Namespace) -> dict:
-    """Tokens a second of whole generations; the first, which compiles and captures, apart."""
+    """Tokens a second of whole generations; the first, which compiles, apart, and the second, which captures, not."""
     vocabulary = args.vocabulary
     params = SamplingParams(temperature=1.0, max_tokens=args.new, ignore_eos=True, detokenize=False, seed=1)
     first, _ = timed(lambda: engine.generate(make_prompts(batch, args.prompt, vocabulary, 100), params))
+    engine.generate(make_prompts(batch, args.prompt, vocabulary, 101), params)
     seconds = []
     for seed in range(args.repeat):
         prompts = make_prompts(batch, args.prompt, vocabulary, seed)
