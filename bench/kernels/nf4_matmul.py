@@ -12,13 +12,8 @@ from harness import Case, device, graphed, main
 
 from unsloth.kernels.decoding_linears import decoding_linears
 from unsloth.kernels.nf4 import NF4Weight, dequantize_nf4
-from unsloth.kernels.nf4_matmul import TileShape, multiply_tiles, nf4_linear
+from unsloth.kernels.nf4_matmul import nf4_linear
 
-# Values scaled before they are multiplied, beside the shapes that tile_shape gives.
-SCALED = {
-    32: [(32, 128, 2, 1, 8, 4), (32, 128, 1, 1, 8, 7), (32, 64, 2, 1, 4, 5)],
-    128: [(128, 128, 1, 1, 8, 3), (128, 128, 1, 1, 8, 4), (128, 128, 1, 1, 8, 6), (128, 64, 1, 1, 4, 4)],
-}
 SHAPES = [(14336, 4096), (4096, 14336), (4096, 4096), (1024, 4096)]  # gate/up, down, q/o, k/v of an 8B model
 
 
@@ -81,11 +76,6 @@ def in_a_graph(rows: int, small: bool) -> list[Case]:
         providers["words read alone"] = graphed(lambda: [read(weight.packed) for weight in weights])
     pairs = [weights[i : i + 2] for i in range(0, 12, 2)]
     together = {"ours": graphed(lambda: [decoding_linears(x, pair, None) for pair in pairs])}
-    for numbers in SCALED.get(rows, []):
-        shape = TileShape(*numbers, scaled=True)
-        together[f"scaled {numbers}"] = graphed(
-            lambda shape=shape: [multiply_tiles(x, pair, shape=shape) for pair in pairs]
-        )
     bar = 0.7 if rows == 1 else 0.0
     return [
         Case("nf4_matmul", f"12 in a graph, {rows} rows x {n}x{k}", providers, size, bar=bar, reads_only=True),

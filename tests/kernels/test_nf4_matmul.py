@@ -52,18 +52,17 @@ def test_other_blocks(device, rows, blocksize, nested):
 
 @pytest.mark.parametrize("split", [1, 2, 8])
 @pytest.mark.parametrize(
-    ("batch", "tile", "blocks", "warps", "stages", "scaled"),
-    [(32, 128, 4, 8, 3, False), (32, 128, 2, 8, 4, False), (64, 64, 1, 4, 6, False), (128, 64, 1, 4, 4, False)]
-    + [(32, 128, 2, 8, 4, True), (128, 128, 1, 8, 3, True)],
+    ("batch", "tile", "blocks", "warps", "stages"),
+    [(32, 128, 4, 8, 3), (32, 128, 2, 8, 4), (64, 64, 1, 4, 6), (128, 64, 1, 4, 4)],
 )
-def test_tiles_of_every_kind(device, batch, tile, blocks, warps, stages, scaled, split):
+def test_tiles_of_every_kind(device, batch, tile, blocks, warps, stages, split):
     """Parts of K without a block, steps and tiles that hang over, scales that change within a row.
 
     On a GPU with a table the shapes must take more than 48 KiB and fit, see tile_shape.
     """
     weight = quantize(140, 64 * 9, device)
     x = torch.randn(37, 64 * 9, device=device).half()
-    (y,) = multiply_tiles(x, [weight], shape=TileShape(batch, tile, blocks, split, warps, stages, scaled))
+    (y,) = multiply_tiles(x, [weight], shape=TileShape(batch, tile, blocks, split, warps, stages))
     truth = x.double() @ dequantize_nf4_reference(weight, torch.float64).T
     assert_close(y, nf4_linear_reference(x, weight), truth, "y")
 
@@ -82,9 +81,7 @@ def test_shapes_of_tiles():
 def test_three_matrices_in_one_launch(device):
     weights = [quantize(n, 192, device) for n in (140, 3, 33)]
     x = torch.randn(19, 192, device=device).half()
-    for weight, y in zip(
-        weights, multiply_tiles(x, weights, shape=TileShape(32, 128, 2, 2, 8, 4, scaled=False)), strict=True
-    ):
+    for weight, y in zip(weights, multiply_tiles(x, weights, shape=TileShape(32, 128, 2, 2, 8, 4)), strict=True):
         truth = x.double() @ dequantize_nf4_reference(weight, torch.float64).T
         assert_close(y, nf4_linear_reference(x, weight), truth, "y")
 

@@ -8,9 +8,8 @@ go through a matrix-vector kernel: values are decoded to float32 and multiplied 
 within 2^-13 of a block's largest value), so nothing else is rounded before the output.
 
 Up to :data:`FUSED_ROWS` rows go through a kernel of tiles, which multiplies values, rounded to x's dtype, with x on the
-matrix units, a block of 64 columns at a time, and the sums with the block's scale in float32; or, for the larger tiles
-of many rows, the values with their scale first, as dequantizing would. It splits K over programs where N alone gives
-too few. Where there is room for a table of pairs of values in shared memory, each thread looks up
+matrix units, a block of 64 columns at a time, and the sums with the block's scale in float32. It splits K over programs
+where N alone gives too few. Where there is room for a table of pairs of values in shared memory, each thread looks up
 the values that the matrix units want from it, so nothing moves between threads; x's columns are put in the matching
 order before, by a launch of their own. Beyond that many rows, and wherever a gradient is needed, W is dequantized
 first.
@@ -72,7 +71,7 @@ from unsloth.kernels.nf4_fragments import (
     multiply_fragments,
     takes_fragments,
 )
-from unsloth.kernels.rounding import must_round, nearest
+from unsloth.kernels.rounding import must_round
 
 MATVEC_ROWS = 4
 FUSED_ROWS = 128
@@ -142,8 +141,6 @@ class TileShape(NamedTuple):
         split: Parts that K is split into.
         warps: Of a program.
         stages: Of loads.
-        scaled: Whether values are multiplied with their scales before the products, and rounded to x's dtype once more,
-            as dequantizing first would; else the sums of a block are multiplied, which takes registers for two sums.
     """
 
     batch: int
@@ -152,7 +149,6 @@ class TileShape(NamedTuple):
     split: int
     warps: int
     stages: int
-    scaled: bool
 
 
 def tile_shape(rows: int, sizes: Sequence[int], k: int, processors: int, room: int) -> TileShape:
@@ -172,7 +168,7 @@ def tile_shape(rows: int, sizes: Sequence[int], k: int, processors: int, room: i
     wanted = processors * 6 // 5 if table or batch > 32 else 2 * processors
     while split < 8 and tiles * split < wanted and k // 64 >= 8 * split:
         split *= 2
-    return TileShape(batch, tile, blocks, split, warps, stages, scaled=False)
+    return TileShape(batch, tile, blocks, split, warps, stages)
 
 
 def takes_table(room: int) -> bool:
@@ -236,8 +232,7 @@ def multiply_tiles(
     room = shared_memory(x.device)
     table = takes_table(room)
     x = arrange_for_tiles(x) if arranged is None else arranged
-    shape = shape or tile_shape(rows, sizes, k, processor_count(x.device), room)
-    batch, tile, blocks, split, warps, stages, scaled = shape
+    batch, tile, blocks, split, warps, stages = shape or tile_shape(rows, sizes, k, processor_count(x.device), room)
     stages += table and capability(x.device) < (9, 0)  # where the pipeline holds one step less
     tiles = sum(triton.cdiv(n, tile) for n in sizes)
     y = torch.empty((split, rows * sum(sizes)), dtype=x.dtype if split == 1 else torch.float32, device=x.device)
@@ -251,7 +246,7 @@ def multiply_tiles(
             ROUND=must_round(x.dtype), BLOCKSIZE=weights[0].blocksize, NESTED=weights[0].nested,
             NESTED_BLOCKSIZE=weights[0].nested_blocksize, PLAIN=interpreting(),
             LOOK_UP="table" if table else look_up(weights[0], x.dtype), EARLY=overlaps, LATE=late, BATCH=batch,
-            ROWS=tile, BLOCKS=blocks, SCALED=scaled, STAGES=stages, WARPS=warps, num_warps=warps,
+            ROWS=tile, BLOCKS=blocks, STAGES=stages, WARPS=warps, num_warps=warps,
             **({"launch_pdl": True} if overlaps else {}),
         )  # fmt: skip
     return split_rows(y[0] if split == 1 else add_parts(y, x.dtype), rows, sizes)
@@ -280,36 +275,20 @@ def arrange(x: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def _pairs_of_word(scaled: str = "") -> tl.constexpr:
-    """Pairs of values of a word's bytes, lowest first, from the table of :func:`fill_table`.
-
-    Args:
-        scaled: "bf16" or "f16": times the float32 number $5, which is split into two numbers of that kind, so that the
-            products are rounded once.
-    """
+def _pairs_of_word() -> tl.constexpr:
+    """Pairs of values of a word's bytes, lowest first, from the table of :func:`fill_table`."""
     lines = [".reg .b32 base, copy;", "mov.u32 base, nf4_pairs;", "mov.u32 copy, %laneid;"]
     lines.append("mad.lo.u32 base, copy, 4, base;")
     for i in range(4):
         lines += [f"prmt.b32 ${i}, $4, 0, {0x4440 + i};", f"mad.lo.u32 ${i}, ${i}, 128, base;"]
         lines.append(f"ld.shared.b32 ${i}, [${i}];")
-    if scaled:
-        back = ["shl.b32 t, high, 16;", "mov.b32 rest, t;"]
-        if scaled == "f16":
-            back = ["mov.b32 {first, second}, high;", "cvt.f32.f16 rest, first;"]
-        lines += [".reg .b32 high, low, zero, t;", ".reg .b16 first, second;", ".reg .f32 rest;"]
-        lines += [f"cvt.rn.{scaled}x2.f32 high, $5, $5;", *back, "sub.f32 rest, $5, rest;"]
-        lines += [f"cvt.rn.{scaled}x2.f32 low, rest, rest;", "mov.b32 zero, 0x80008000;"]
-        for i in range(4):
-            lines += [f"fma.rn.{scaled}x2 t, ${i}, low, zero;", f"fma.rn.{scaled}x2 ${i}, ${i}, high, t;"]
     return assembly(*lines)
 
 
 PAIRS_OF_WORD = _pairs_of_word()
-SCALED_BF16, SCALED_FP16 = _pairs_of_word("bf16"), _pairs_of_word("f16")
 NESTED_ENTRY = assembly(
     ".reg .b32 at;", "mov.u32 at, nf4_scales;", "mad.lo.u32 at, $1, 4, at;", "ld.shared.f32 $0, [at];"
 )
-FOUR_PAIRS = tl.constexpr((tl.int32,) * 4)
 LOAD_BYTE = assembly("ld.global.nc.u8 $0, [$1];")
 LOAD_FLOAT = assembly("ld.global.nc.f32 $0, [$1];")
 
@@ -424,38 +403,18 @@ def decode_tile(words, code, dtype: tl.constexpr, LOOK_UP: tl.constexpr, table):
     matrix units expect from it, and nothing moves between threads.
     """
     if LOOK_UP == "table":
-        pairs = tl.inline_asm_elementwise(
-            PAIRS_OF_WORD, "=&r,=&r,=&r,=&r,r", [words], dtype=FOUR_PAIRS, is_pure=True, pack=1
-        )
-        return in_order(pairs, dtype)
+        p0, p1, p2, p3 = tl.inline_asm_elementwise(
+            PAIRS_OF_WORD, "=&r,=&r,=&r,=&r,r", [words], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True,
+            pack=1,
+        )  # fmt: skip
+        even = tl.join(both_halves(p0, dtype), both_halves(p2, dtype))
+        odd = tl.join(both_halves(p1, dtype), both_halves(p3, dtype))
+        return tl.reshape(tl.permute(tl.join(even, odd), (0, 3, 4, 1, 2)), [words.shape[0], 64])
     else:
         v0, v1, v2, v3, v4, v5, v6, v7 = decode_words(words, code, table, LOOK_UP)
         if LOOK_UP == "mixed":  # decode_words added 3 to the first four
             v0, v1, v2, v3 = v0 - 3.0, v1 - 3.0, v2 - 3.0, v3 - 3.0
         return tl.reshape(interleave_eight(v0, v1, v2, v3, v4, v5, v6, v7), [words.shape[0], 64]).to(dtype)
-
-
-@triton.jit
-def scaled_tile(words, scale, code, dtype: tl.constexpr, LOOK_UP: tl.constexpr, table, ROUND: tl.constexpr):
-    """:func:`decode_tile` times ``scale`` [R], rounded once more."""
-    if LOOK_UP == "table":
-        scale = tl.broadcast_to(scale[:, None], words.shape)
-        pairs = tl.inline_asm_elementwise(
-            SCALED_FP16 if dtype == tl.float16 else SCALED_BF16, "=&r,=&r,=&r,=&r,r,f", [words, scale],
-            dtype=FOUR_PAIRS, is_pure=True, pack=1,
-        )  # fmt: skip
-        return in_order(pairs, dtype)
-    else:
-        tile = decode_tile(words, code, dtype, LOOK_UP, table).to(tl.float32)
-        return nearest(tile * scale[:, None], ROUND).to(dtype)
-
-
-@triton.jit
-def in_order(pairs, dtype: tl.constexpr):
-    """Values [R, 64] of four pairs of each word [R, 8]."""
-    even = tl.join(both_halves(pairs[0], dtype), both_halves(pairs[2], dtype))
-    odd = tl.join(both_halves(pairs[1], dtype), both_halves(pairs[3], dtype))
-    return tl.reshape(tl.permute(tl.join(even, odd), (0, 3, 4, 1, 2)), [pairs[0].shape[0], 64])
 
 
 @triton.jit
@@ -484,7 +443,7 @@ def nf4_matmul_kernel(  # noqa: C901  its switches are compile-time constants
     RANK: tl.constexpr, PARTS: tl.constexpr, MASKED: tl.constexpr, ROUND: tl.constexpr, BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, PLAIN: tl.constexpr, LOOK_UP: tl.constexpr,
     EARLY: tl.constexpr, LATE: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    SCALED: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr,
+    STAGES: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """One program computes a tile [ROWS, BATCH] of one part of the sum over K; y is [parts, outputs].
 
@@ -542,23 +501,15 @@ def nf4_matmul_kernel(  # noqa: C901  its switches are compile-time constants
             at = (first + tl.minimum(step + BLOCKS + i, last)) // ratio
             following = following + load_scale_parts(at, absmax, nested_absmax_of, NESTED, NESTED_BLOCKSIZE, PLAIN)
         waiting = following
-        if SCALED:
-            for i in tl.static_range(BLOCKS):
-                tile = scaled_tile(packed[i], scales[i], code, dtype, LOOK_UP, table, ROUND)
-                if PLAIN:
-                    total = tl.dot(tile.to(tl.float32), activations[i].to(tl.float32), total)
-                else:
-                    total = tl.dot(tile, activations[i], total)
-        else:
-            tile = decode_tile(packed[0], code, dtype, LOOK_UP, table)
-            for i in tl.static_range(BLOCKS):
-                if PLAIN:
-                    part = tl.dot(tile.to(tl.float32), activations[i].to(tl.float32))
-                else:
-                    part = tl.dot(tile, activations[i])
-                if i + 1 < BLOCKS:  # while the matrix units are at work
-                    tile = decode_tile(packed[i + 1], code, dtype, LOOK_UP, table)
-                total += part * scales[i][:, None]
+        tile = decode_tile(packed[0], code, dtype, LOOK_UP, table)
+        for i in tl.static_range(BLOCKS):
+            if PLAIN:
+                part = tl.dot(tile.to(tl.float32), activations[i].to(tl.float32))
+            else:
+                part = tl.dot(tile, activations[i])
+            if i + 1 < BLOCKS:  # while the matrix units are at work
+                tile = decode_tile(packed[i + 1], code, dtype, LOOK_UP, table)
+            total += part * scales[i][:, None]
     if RANK:
         if EARLY and LATE:
             gdc_wait()
@@ -611,12 +562,12 @@ def compile_examples(float_dtype: str) -> list[tuple]:
     examples.append((arrange_kernel, signature, {"EARLY": False, "BLOCK": 1024}, {"num_warps": 4}))
     for rows, rank, nested, count in ((32, 32, True, 3), (128, 0, False, 1)):
         table = float_dtype == "bf16"
-        batch, tile, blocks, _, warps, stages, _ = tile_shape(rows, [14336], 4096, 132, 2**18 if table else 2**16)
+        batch, tile, blocks, _, warps, stages = tile_shape(rows, [14336], 4096, 132, 2**18 if table else 2**16)
         stages += table  # as many as on cards before 9.0
         shape = {**constants, "COUNT": count, "NESTED": nested, "RANK": rank, "PARTS": 1, "PLAIN": False}
         shape |= {"MASKED": nested, "ROUND": False}
         shape |= {"EARLY": False, "LATE": False, "BATCH": batch, "ROWS": tile, "BLOCKS": blocks, "STAGES": stages}
-        shape |= {"SCALED": rank == 0, "WARPS": warps, "LOOK_UP": "table" if table else "mixed"}
+        shape |= {"WARPS": warps, "LOOK_UP": "table" if table else "mixed"}
         types = group_signature(float_dtype, "*i32", nested, count) | {"x": ptr, "y": "*fp32", "mask": ptr}
         types |= dict.fromkeys(
             ("m", "outputs", "k_blocks", "part_blocks", "ranks", "first_rank", "adapters"), "i32"
