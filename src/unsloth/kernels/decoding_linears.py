@@ -33,6 +33,7 @@ from unsloth.kernels.dispatch import (
     can_launch,
     check_device,
     check_tensors,
+    early_launch,
     interpreting,
     launch_on,
     overlaps_launches,
@@ -274,7 +275,7 @@ def project_few(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     with launch_on(x):
         project_few_kernel[(triton.cdiv(r, 16), parts, triton.cdiv(m, batch))](
             x, a, t, m, r, k, share, x.stride(0), UPCAST=interpreting(), EARLY=early, BATCH=batch,
-            STEP=STEP // (batch // 16), num_warps=4, num_stages=stages, **({"launch_pdl": True} if early else {}),
+            STEP=STEP // (batch // 16), num_warps=4, num_stages=stages, **early_launch(early),
         )  # fmt: skip
     return t
 

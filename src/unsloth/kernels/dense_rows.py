@@ -24,6 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from unsloth.kernels.dispatch import (
     can_launch,
     capability,
+    early_launch,
     interpreting,
     launch_on,
     overlaps_launches,
@@ -142,7 +143,7 @@ def multiply_dense(
             **side_switches(side), GATED=gated, ACTIVATION=activation, PLAIN=interpreting(), ROUND=must_round(x.dtype),
             EARLY=overlaps, LATE=side is not None, BATCH=batch, ROWS=tile, STEP=step, CHUNK=16 if width % 32 else 32,
             STAGES=stages, num_warps=warps,
-            **({"launch_pdl": True} if overlaps else {}),
+            **early_launch(overlaps),
         )  # fmt: skip
     return split_rows(y[0] if split == 1 else add_parts(y, x.dtype), rows, outs)
 

@@ -14,7 +14,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from unsloth.kernels.dispatch import launch_on, overlaps_launches
+from unsloth.kernels.dispatch import (
+    early_launch,
+    launch_on,
+    overlaps_launches,
+)
 from unsloth.kernels.rounding import must_round, nearest
 
 MOST_MATRICES = 3
@@ -78,7 +82,7 @@ def add_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     with launch_on(parts):
         add_parts_kernel[(triton.cdiv(y.numel(), 1024),)](
             parts, y, y.numel(), PARTS=parts.shape[0], ROUND=must_round(dtype), EARLY=early, BLOCK=1024, num_warps=4,
-            **({"launch_pdl": True} if early else {}),
+            **early_launch(early),
         )  # fmt: skip
     return y
 

@@ -27,7 +27,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from unsloth.kernels.dispatch import capability, interpreting, launch_on, overlaps_launches, processor_count
+from unsloth.kernels.dispatch import (
+    capability,
+    early_launch,
+    interpreting,
+    launch_on,
+    overlaps_launches,
+    processor_count,
+)
 from unsloth.kernels.joined_products import (
     MOST_MATRICES,
     LowRank,
@@ -88,7 +95,7 @@ def multiply_fragments(
             PARTS=0 if side is None else side.projections.shape[0], BLOCKSIZE=weights[0].blocksize,
             NESTED=weights[0].nested, NESTED_BLOCKSIZE=weights[0].nested_blocksize, HALF=x.dtype == torch.float16,
             EARLY=overlaps, FEW=int(rows <= 4), COLUMNS=triton.cdiv(rows, 8), WARPS=warps, num_warps=warps,
-            **({"launch_pdl": True} if overlaps else {}),
+            **early_launch(overlaps),
         )  # fmt: skip
     return split_rows(y, rows, sizes)
 

@@ -33,6 +33,7 @@ from unsloth.kernels.dispatch import (
     can_launch,
     capability,
     check_tensors,
+    early_launch,
     interpreting,
     launch_on,
     overlaps_launches,
@@ -247,7 +248,7 @@ def multiply_tiles(
             NESTED_BLOCKSIZE=weights[0].nested_blocksize, PLAIN=interpreting(),
             LOOK_UP="table" if table else look_up(weights[0], x.dtype), EARLY=overlaps, LATE=late, BATCH=batch,
             ROWS=tile, BLOCKS=blocks, STAGES=stages, WARPS=warps, num_warps=warps,
-            **({"launch_pdl": True} if overlaps else {}),
+            **early_launch(overlaps),
         )  # fmt: skip
     return split_rows(y[0] if split == 1 else add_parts(y, x.dtype), rows, sizes)
 
@@ -270,7 +271,7 @@ def arrange(x: torch.Tensor) -> torch.Tensor:
     with launch_on(x):
         arrange_kernel[(rows, triton.cdiv(k, 2048))](
             x.view(torch.int32), y.view(torch.int32), k // 2, x.stride(0) // 2, EARLY=early, BLOCK=1024, num_warps=4,
-            **({"launch_pdl": True} if early else {}),
+            **early_launch(early),
         )  # fmt: skip
     return y
 

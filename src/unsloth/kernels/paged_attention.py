@@ -247,7 +247,7 @@ def paged_attention(
     tops, totals = torch.empty(2, batch, heads, splits, dtype=torch.float32, device=q.device)
     shares = 8 if splits <= 8 else max(64, triton.next_power_of_2(splits))  # few sizes, few compilations
     early = dispatch.overlaps_launches(q.device)
-    late: dict[str, bool] = {"launch_pdl": True} if early else {}
+    late = dispatch.early_launch(early)
     with dispatch.launch_on(q):
         paged_attention_kernel[(batch, kv_heads, splits)](
             q, k_cache, v_cache, page_table, lengths, parts, tops, totals, q.stride(0), q.stride(1),

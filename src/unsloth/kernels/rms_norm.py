@@ -25,6 +25,7 @@ from unsloth.kernels.dispatch import (
     adjacent,
     as_rows,
     compute_dtype,
+    early_launch,
     interpreting,
     launch_on,
     overlaps_launches,
@@ -121,7 +122,7 @@ def rms_norm_forward(
         rms_norm_forward_kernel[(triton.cdiv(rows, tile),)](
             x, residual, weight, y, h, rows, n, x.stride(0), row_stride(residual), y.stride(0),
             eps, offset, ADD=residual is not None, WEIGHT=weight is not None, LATE=early, EARLY=overlaps, ROWS=tile,
-            BLOCK=block, num_warps=warps, **({"launch_pdl": True} if early else {}),
+            BLOCK=block, num_warps=warps, **early_launch(early),
         )  # fmt: skip
     return y, h
 

@@ -86,7 +86,7 @@ def rope_to_pages(
             q, k, v, cos, sin, positions, places, k_cache, v_cache, heads, k.shape[1], half,
             k_cache.shape[0] * k_cache.shape[1], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos.stride(0),
             EIGHT_BITS=k_cache.dtype.itemsize == 1, ROUND=must_round(q.dtype), EARLY=early, HEADS=8,
-            BLOCK=triton.next_power_of_2(half), num_warps=4, **({"launch_pdl": True} if early else {}),
+            BLOCK=triton.next_power_of_2(half), num_warps=4, **dispatch.early_launch(early),
         )  # fmt: skip
 
 

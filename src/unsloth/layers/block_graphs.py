@@ -449,7 +449,7 @@ def _prepare(known: Shape, parts: Parts, x: torch.Tensor, shape: torch.Size) -> 
 
 
 def _roomy(others: list[Shared], x: torch.Tensor, numbers: int) -> Shared | None:
-    """One of ``others`` that has room for ``x`` (M, K) and so many gradients of adapters."""
+    """One of ``others`` that has room for ``x`` (M, K) and so many ``numbers`` in gradients."""
     for other in others:
         rows = other.y
         same = (rows.dtype, rows.device, rows.shape[1]) == (x.dtype, x.device, x.shape[1])
